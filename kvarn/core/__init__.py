@@ -1,0 +1,1 @@
+"""Kernels, layout and reference of the tile cache. Imports no engine."""

@@ -1,0 +1,114 @@
+"""Rotate a step's rows and store the newest of them: in the request's tail ring, the first ones in its sink slot."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+
+from kvarn.core.cache import LayerCache, runs_triton
+from kvarn.core.hadamard import rotate, sign_matrix
+from kvarn.core.step import Step
+
+# Rows of one program. One value everywhere: a row must get the same bits by decode and by any chunk.
+_BLOCK_TOKENS = 16
+_RAW_MAX = 65280.0
+
+
+@dataclass(frozen=True, slots=True)
+class RotatedRows:
+    """A step's rows in the rotated basis.
+
+    Args:
+        q: [tokens, q_heads, head_dim], float32.
+        k: [tokens, kv_heads, head_dim], model dtype.
+        v: [tokens, kv_heads, head_dim], model dtype.
+    """
+
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+@functools.lru_cache(maxsize=32)
+def device_signs(head_dim: int, dtype: torch.dtype, device: torch.device, transposed: bool) -> torch.Tensor:
+    """Return the +1/-1 matrix on a device, made once. Every entry is exact in any float dtype."""
+    signs = sign_matrix(head_dim)
+    return (signs.T if transposed else signs).contiguous().to(device=device, dtype=dtype)
+
+
+def rotate_rows(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, *, store: bool
+) -> RotatedRows:
+    """Rotate queries, keys and values; with `store`, also write keys and values to rings and sinks.
+
+    Args:
+        q: [tokens, q_heads, head_dim], model dtype; token and head strides are free.
+        k: [tokens, kv_heads, head_dim]; v: the same.
+        layer: the layer's cache.
+        step: the forward pass.
+        store: write the rows in the same launch. Right only if no query of the step reads a row that they push out.
+
+    Determinism: a row's bits depend on that row alone. Graph-safe: yes.
+    """
+    if not runs_triton(k):
+        rotated = rotate_rows_reference(q, k, v)
+        if store:
+            store_tail_reference(rotated, layer, step)
+        return rotated
+    from kvarn.core.kernels.rotate import rotate_kernel
+
+    tokens, q_heads, head_dim = q.shape
+    kv_heads = k.shape[1]
+    rotated = RotatedRows(
+        torch.empty(q.shape, dtype=torch.float32, device=q.device),
+        torch.empty(k.shape, dtype=layer.tails.dtype, device=k.device),
+        torch.empty(v.shape, dtype=layer.tails.dtype, device=v.device),
+    )
+    grid = (-(-tokens // _BLOCK_TOKENS), q_heads + 2 * kv_heads)
+    rotate_kernel[grid](
+        q, k, v, device_signs(head_dim, q.dtype, q.device, False), rotated.q, rotated.k, rotated.v,
+        layer.tails, layer.sinks, step.token_request, step.token_position, step.rows, step.sink_slots, tokens,
+        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, D=head_dim, DP=1 << (head_dim - 1).bit_length(),
+        NORM=layer.config.rotation_norm, RING=layer.config.ring_tokens, SINK=layer.config.sink_tokens, STORE=store,
+        BLOCK=_BLOCK_TOKENS, num_warps=4,
+    )  # fmt: skip
+    return rotated
+
+
+def rotate_rows_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> RotatedRows:
+    """Rotate in float32 and round keys and values to their dtype."""
+    raw_k, raw_v = (rotate(x).clamp(-_RAW_MAX, _RAW_MAX).to(x.dtype) for x in (k, v))
+    return RotatedRows(rotate(q), raw_k, raw_v)
+
+
+def store_tail(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
+    """Store the rows of a chunk that rings and sinks keep, after the chunk was attended to.
+
+    Determinism: bitwise. Graph-safe: yes.
+    """
+    if not runs_triton(rotated.k):
+        store_tail_reference(rotated, layer, step)
+        return
+    from kvarn.core.kernels.rotate import store_tail_kernel
+
+    tokens, kv_heads, head_dim = rotated.k.shape
+    store_tail_kernel[(-(-tokens // _BLOCK_TOKENS), 2 * kv_heads)](
+        rotated.k, rotated.v, layer.tails, layer.sinks, step.token_request, step.token_position, step.rows,
+        step.sink_slots, step.seq_lens, tokens, *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
+        KV_HEADS=kv_heads, D=head_dim, DP=1 << (head_dim - 1).bit_length(), RING=layer.config.ring_tokens,
+        SINK=layer.config.sink_tokens, BLOCK=_BLOCK_TOKENS,
+    )  # fmt: skip
+
+
+def store_tail_reference(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
+    """Store rows in plain torch."""
+    request = step.token_request.long()
+    position = step.token_position.long()
+    rows = torch.stack((rotated.k, rotated.v), dim=1).to(layer.tails.dtype)  # [tokens, 2, kv_heads, head_dim]
+    ring = layer.config.ring_tokens
+    kept = position >= step.seq_lens[request] - ring
+    layer.tails[step.rows[request[kept]].long(), :, :, position[kept] % ring] = rows[kept]
+    slot = step.sink_slots[request].long()
+    sink = (slot >= 0) & (position < layer.config.sink_tokens)
+    layer.sinks[slot[sink], :, :, position[sink]] = rows[sink]

@@ -1,0 +1,163 @@
+"""Attend: queries over records, exact tail, sinks and the step's own rows, in one softmax."""
+
+import torch
+
+from kvarn.core.append import RotatedRows, device_signs
+from kvarn.core.cache import LayerCache, layout_constants, runs_triton
+from kvarn.core.hadamard import rotate
+from kvarn.core.reference import decode_record, softmax_attention
+from kvarn.core.step import Step, record_end
+
+_DECODE_RAW_BLOCK = 32
+_CHUNK_RAW_BLOCK = 64
+_DECODE_PROGRAMS_PER_SM = 8
+_CHUNK_PROGRAMS_PER_SM = 2
+_MAX_SPLITS = 32
+_MIN_UNITS_PER_SPLIT = 2
+_SPLIT_BLOCK_ELEMENTS = 8192
+_COMBINE_ROWS = 4
+_RECORD, _SINK, _RAW = range(3)
+
+
+def num_splits(tasks: int, kv_heads: int, max_positions: int, unit_tokens: int, decode: bool, sm_count: int) -> int:
+    """Return into how many parts a task's positions are split: enough programs to fill the GPU, a power of two.
+
+    It follows from shapes alone, so that a captured graph keeps it.
+    """
+    per_sm = _DECODE_PROGRAMS_PER_SM if decode else _CHUNK_PROGRAMS_PER_SM
+    wanted = max(1, sm_count * per_sm // max(1, tasks * kv_heads))
+    useful = max(1, -(-max_positions // unit_tokens) // _MIN_UNITS_PER_SPLIT)
+    splits = min(wanted, useful, _MAX_SPLITS)
+    return 1 << (splits.bit_length() - 1)
+
+
+def attend(
+    rotated: RotatedRows, layer: LayerCache, step: Step, scale: float, logit_cap: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend every query row of a step to what the read rule lets it see (`step.record_end`).
+
+    Args:
+        rotated: the step's rows; q in float32.
+        layer: the layer's cache, sealed for this step.
+        step: the forward pass.
+        scale: factor on q . k.
+        logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
+
+    Returns:
+        Output [tokens, q_heads, head_dim], model dtype, un-rotated; and natural log-sum-exp [tokens, q_heads],
+        float32.
+
+    Determinism: bitwise for equal inputs and batch shape. Graph-safe: yes.
+    """
+    if not runs_triton(layer.records):
+        out, lse = attend_reference(rotated, layer, step, scale, logit_cap)
+        return out.to(layer.tails.dtype), lse
+    from kvarn.core.kernels.attend import attend_kernel
+
+    config, layout = layer.config, layer.config.layout
+    tokens, q_heads, head_dim = rotated.q.shape
+    device = rotated.q.device
+    group = q_heads // config.kv_heads
+    tasks = step.task_request.shape[0]
+    max_positions = step.block_table.shape[1] * layout.tile_tokens
+    splits = num_splits(
+        tasks, config.kv_heads, max_positions, layout.tile_tokens, step.rows_in_ring, _sm_count(device)
+    )
+    partial = torch.empty(tokens * q_heads, splits, head_dim, dtype=torch.float32, device=device)
+    partial_lse = torch.empty(tokens * q_heads, splits, dtype=torch.float32, device=device)
+    attend_kernel[(splits, config.kv_heads, tasks)](
+        rotated.q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
+        step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
+        step.block_table, partial, partial_lse, scale, tasks, q_heads, *layer.records.stride()[:2],
+        *layer.tails.stride()[:3], *layer.sinks.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
+        **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns, SPLITS=splits,
+        MIN_UNITS=_MIN_UNITS_PER_SPLIT, RING=config.ring_tokens, TAIL=config.tail_tokens, SINK=config.sink_tokens,
+        SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
+        RAW_BLOCK=_DECODE_RAW_BLOCK if step.rows_in_ring else _CHUNK_RAW_BLOCK, USE_ASM=_has_lop3(device),
+        STAGES=3 if step.columns <= 16 else 2, num_warps=2 if step.columns <= 16 else 8,
+    )  # fmt: skip
+    return combine(partial, partial_lse, layer, (tokens, q_heads, head_dim))
+
+
+def combine(
+    partial: torch.Tensor, partial_lse: torch.Tensor, layer: LayerCache, shape: tuple[int, int, int]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Merge the splits, rotate back and cast to the model dtype.
+
+    Args:
+        partial: [tokens * q_heads, splits, head_dim], float32. Splits that saw nothing may hold anything.
+        partial_lse: [tokens * q_heads, splits], float32, base 2; -inf for a split that saw nothing.
+        layer: the layer's cache.
+        shape: (tokens, q_heads, head_dim).
+    """
+    from kvarn.core.kernels.combine import combine_kernel
+
+    tokens, q_heads, head_dim = shape
+    rows, splits = partial_lse.shape
+    out = torch.empty(shape, dtype=layer.tails.dtype, device=partial.device)
+    lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
+    padded = 1 << (head_dim - 1).bit_length()
+    combine_kernel[(-(-rows // _COMBINE_ROWS),)](
+        partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse, rows,
+        SPLITS=splits, SPLIT_BLOCK=min(splits, max(1, _SPLIT_BLOCK_ELEMENTS // (16 * padded))), ROWS=_COMBINE_ROWS,
+        D=head_dim, DP=padded, NORM=layer.config.rotation_norm, num_warps=4,
+    )  # fmt: skip
+    return out, lse
+
+
+def attend_reference(
+    rotated: RotatedRows, layer: LayerCache, step: Step, scale: float, logit_cap: float = 0.0
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend in plain torch, request by request; computes and returns the dtype of rotated.q (float64 for an oracle)."""
+    outs, lses = [], []
+    starts = step.query_start.tolist()
+    for request, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        position = step.token_position[begin:end]
+        request_of = torch.full_like(position, request, dtype=torch.int64)
+        end_of_records = record_end(layer.config, step, request_of, position)
+        k, v, at, source = _readable_rows(rotated, layer, step, request, end_of_records)
+        end_at = end_of_records[:, None]
+        exact_sinks = layer.config.sink_tokens if int(step.sink_slots[request]) >= 0 else 0
+        visible = torch.where(source == _RAW, at >= end_at, (at < end_at) & ((source == _SINK) == (at < exact_sinks)))
+        visible &= at <= position[:, None]
+        q = rotated.q[begin:end]
+        out, lse = softmax_attention(q, k.to(q.dtype), v.to(q.dtype), visible, scale, logit_cap)
+        outs.append(rotate(out, inverse=True))
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _readable_rows(
+    rotated: RotatedRows, layer: LayerCache, step: Step, request: int, end_of_records: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gather every row that some query may read: K, V [rows, kv_heads, head_dim], position and source."""
+    config = layer.config
+    heads, dim = config.kv_heads, config.layout.head_dim
+    tiles = int(end_of_records.max()) // config.tile_tokens
+    records = layer.records[step.block_table[request, :tiles].long()]
+    k, v = (x.transpose(1, 2).reshape(-1, heads, dim) for x in decode_record(records, config.layout))
+    parts = [(k, v, torch.arange(tiles * config.tile_tokens), _RECORD)]
+    slot = int(step.sink_slots[request])
+    if tiles and slot >= 0:
+        parts.append((*layer.sinks[slot].transpose(1, 2), torch.arange(config.sink_tokens), _SINK))
+    prefix, length = int(step.prefix_lens[request]), int(step.seq_lens[request])
+    raw_start = int(end_of_records.min())
+    ring_end = max(raw_start, length if step.rows_in_ring else prefix)
+    ring_at = torch.arange(raw_start, ring_end)
+    ring = layer.tails[int(step.rows[request])].transpose(1, 2)[:, ring_at % config.ring_tokens]
+    parts.append((*ring, ring_at, _RAW))
+    fresh_at = torch.arange(ring_end, length)
+    fresh = fresh_at + int(step.query_start[request]) - prefix
+    parts.append((rotated.k[fresh], rotated.v[fresh], fresh_at, _RAW))
+    device = records.device
+    source = torch.cat([torch.full(at.shape, kind, device=device) for _, _, at, kind in parts])
+    at = torch.cat([at for _, _, at, _ in parts]).to(device)
+    return torch.cat([k.float() for k, *_ in parts]), torch.cat([v.float() for _, v, *_ in parts]), at, source
+
+
+def _sm_count(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+
+
+def _has_lop3(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None

@@ -1,0 +1,114 @@
+"""The tensors of one layer's cache, and the numbers that all layers share."""
+
+import math
+from dataclasses import dataclass
+
+import torch
+
+from kvarn import env
+from kvarn.core.layout import TileLayout
+from kvarn.core.reference import DEFAULT, Recipe
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """What every layer's cache has in common.
+
+    Args:
+        layout: byte layout of a record.
+        kv_heads: kv heads of a layer on this rank.
+        tail_tokens: newest tokens that are read exact (R).
+        sink_tokens: first tokens that are read exact (S).
+        ring_tokens: rows of a request's tail ring; at least a tile and the exact tail.
+        canonical: read every full tile below a query's own from its record, those of the same step included.
+        recipe: quantiser.
+    """
+
+    layout: TileLayout
+    kv_heads: int
+    tail_tokens: int
+    sink_tokens: int
+    ring_tokens: int
+    canonical: bool = False
+    recipe: Recipe = DEFAULT
+
+    def __post_init__(self) -> None:
+        needed = self.layout.tile_tokens + self.tail_tokens
+        if self.ring_tokens < needed:
+            raise ValueError(f"A ring of {self.ring_tokens} rows is too short; tile and tail need {needed}.")
+        if self.sink_tokens > self.layout.tile_tokens:
+            raise ValueError(f"{self.sink_tokens} sinks don't fit into a tile of {self.layout.tile_tokens} tokens.")
+        if self.canonical and (self.tail_tokens or self.sink_tokens):
+            raise ValueError("Canonical mode reads every full tile from its record: set tail and sinks to 0.")
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of a tile."""
+        return self.layout.tile_tokens
+
+    @property
+    def rotation_norm(self) -> float:
+        """Factor that makes the +1/-1 matrix orthonormal."""
+        return 1.0 / math.sqrt(self.layout.head_dim)
+
+
+@dataclass(frozen=True, slots=True)
+class LayerCache:
+    """One layer's cache.
+
+    Args:
+        config: shared numbers.
+        records: [pages, kv_heads, record_bytes], uint8. Page and head strides are free, bytes are contiguous.
+        tails: [rows, 2, kv_heads, ring_tokens, head_dim], model dtype, rotated: keys, then values.
+        sinks: [slots, 2, kv_heads, sink_tokens, head_dim], model dtype, rotated.
+    """
+
+    config: CacheConfig
+    records: torch.Tensor
+    tails: torch.Tensor
+    sinks: torch.Tensor
+
+
+def allocate_layer(
+    config: CacheConfig, pages: int, rows: int, sink_slots: int, raw_dtype: torch.dtype, device: torch.device | str
+) -> LayerCache:
+    """Allocate one layer's cache, zeroed: a record of zeros restores to zeros, never to NaN."""
+    layout, heads = config.layout, config.kv_heads
+    return LayerCache(
+        config,
+        torch.zeros(pages, heads, layout.record_bytes, dtype=torch.uint8, device=device),
+        torch.zeros(rows, 2, heads, config.ring_tokens, layout.head_dim, dtype=raw_dtype, device=device),
+        torch.zeros(sink_slots, 2, heads, config.sink_tokens, layout.head_dim, dtype=raw_dtype, device=device),
+    )
+
+
+def layer_bytes(layer: LayerCache) -> tuple[int, int]:
+    """Return the bytes that a layer's keys and values take: records, tails and sinks."""
+    records, layout = layer.records.nbytes, layer.config.layout
+    keys = records * layout.value_codes_offset // layout.record_bytes
+    raw = (layer.tails.nbytes + layer.sinks.nbytes) // 2
+    return keys + raw, records - keys + raw
+
+
+def runs_triton(tensor: torch.Tensor) -> bool:
+    """Tell whether an operation on this tensor goes to the Triton kernel or to the torch reference."""
+    return tensor.is_cuda or env.force_triton()
+
+
+def layout_constants(layout: TileLayout) -> dict[str, object]:
+    """Return the compile-time constants by which kernels find their way in a record."""
+    return {
+        "D": layout.head_dim,
+        "DP": 1 << (layout.head_dim - 1).bit_length(),
+        "G": layout.tile_tokens,
+        "K_FIELDS": tuple((f.bits, f.low_bit, f.offset_bytes, f.words) for f in layout.key_fields),
+        "V_FIELDS": tuple((f.bits, f.low_bit, f.offset_bytes, f.words) for f in layout.value_fields),
+        "OFFSETS": (
+            layout.k_scale_offset,
+            layout.k_offset_offset,
+            layout.k_token_offset,
+            layout.v_scale_offset,
+            layout.v_offset_offset,
+            layout.v_channel_offset,
+        ),
+    }

@@ -1,0 +1,155 @@
+"""How many tokens and requests a byte budget holds. Integer arithmetic only; imports neither torch nor an engine.
+
+Both adapters size their memory with it, so what is announced, what is planned and what is allocated agree.
+"""
+
+from dataclasses import dataclass
+
+from kvarn.core.layout import TileLayout
+from kvarn.errors import CapacityError
+from kvarn.presets import Preset
+
+# Raw tails take at most this share of the budget when the user sets no request limit.
+_TAIL_BUDGET_DIVISOR = 10
+# More running requests than this are never the limit in practice; both engines default to the same order.
+_MAX_DEFAULT_REQUESTS = 4096
+# Distinct cached prompts that keep their sinks exact, for each running request.
+_SINK_SLOTS_PER_REQUEST = 8
+
+
+def ring_tokens(preset: Preset, tail_tokens: int, draft_tokens: int = 0) -> int:
+    """Return the rows of one request's tail ring: the open tile, the exact tail and one step's drafts."""
+    return preset.tile_tokens + tail_tokens + draft_tokens
+
+
+@dataclass(frozen=True, slots=True)
+class CacheShape:
+    """What one rank caches.
+
+    Args:
+        preset: the preset in use.
+        layers: layers that hold quantised tiles on this rank.
+        kv_heads: kv heads of one layer on this rank.
+        head_dim: channels of one head, for K and V alike.
+        raw_bytes: bytes of one raw number (2 for fp16 and bf16, 4 for float32).
+        tail_tokens: newest tokens that stay exact (R).
+        sink_tokens: first tokens that stay exact (S).
+        draft_tokens: most speculative tokens that one step writes.
+    """
+
+    preset: Preset
+    layers: int
+    kv_heads: int
+    head_dim: int
+    raw_bytes: int
+    tail_tokens: int
+    sink_tokens: int
+    draft_tokens: int = 0
+
+    @property
+    def layout(self) -> TileLayout:
+        """Layout of a record."""
+        return TileLayout.of(self.preset, self.head_dim)
+
+    @property
+    def page_bytes(self) -> int:
+        """Bytes of one page (one tile of every head and layer)."""
+        return self.layout.record_bytes * self.kv_heads * self.layers
+
+    @property
+    def bytes_per_token(self) -> int:
+        """Bytes of one sealed token over all heads and layers, rounded up."""
+        return -(-self.page_bytes // self.preset.tile_tokens)
+
+    @property
+    def raw_bytes_per_token(self) -> int:
+        """Bytes of one raw token (K and V) over all heads and layers: what the model dtype costs."""
+        return 2 * self.head_dim * self.raw_bytes * self.kv_heads * self.layers
+
+    @property
+    def ring_tokens(self) -> int:
+        """Rows of one request's tail ring."""
+        return ring_tokens(self.preset, self.tail_tokens, self.draft_tokens)
+
+    @property
+    def tail_bytes_per_request(self) -> int:
+        """Bytes of one request's tail ring over all heads and layers."""
+        return self.ring_tokens * self.raw_bytes_per_token
+
+    @property
+    def sink_bytes_per_slot(self) -> int:
+        """Bytes of one sink slot over all heads and layers."""
+        return self.sink_tokens * self.raw_bytes_per_token
+
+    def sink_slots(self, max_requests: int) -> int:
+        """Slots of the sink store: several cached prompts for every running request."""
+        return _SINK_SLOTS_PER_REQUEST * max_requests if self.sink_tokens else 0
+
+    def fixed_bytes(self, max_requests: int) -> int:
+        """Bytes that don't grow with the tokens: tails (one spare row for padding) and sinks."""
+        tails = (max_requests + 1) * self.tail_bytes_per_request
+        return tails + self.sink_slots(max_requests) * self.sink_bytes_per_slot
+
+    def default_max_requests(self, budget_bytes: int) -> int:
+        """Return the request limit at which tails and sinks take about a tenth of the budget; at least 1."""
+        marginal = self.fixed_bytes(1) - self.fixed_bytes(0)
+        return max(1, min(budget_bytes // _TAIL_BUDGET_DIVISOR // marginal, _MAX_DEFAULT_REQUESTS))
+
+    @property
+    def break_even_tokens(self) -> int:
+        """Tokens a request must hold before it is smaller than in the model dtype."""
+        saved = self.raw_bytes_per_token - self.bytes_per_token
+        return -(-self.tail_bytes_per_request // saved)
+
+
+@dataclass(frozen=True, slots=True)
+class CapacityPlan:
+    """What fits.
+
+    Args:
+        tokens: tokens of sealed cache, a multiple of the tile.
+        max_requests: requests that may run at once.
+        token_bytes: bytes of all records.
+        fixed_bytes: bytes of tails and sinks.
+        raw_tokens: tokens that the same budget holds in the model dtype.
+    """
+
+    tokens: int
+    max_requests: int
+    token_bytes: int
+    fixed_bytes: int
+    raw_tokens: int
+
+    @property
+    def ratio(self) -> float:
+        """Tokens over those of the model dtype, tails and sinks charged."""
+        return self.tokens / self.raw_tokens
+
+
+def plan_capacity(shape: CacheShape, budget_bytes: int, max_requests: int | None = None) -> CapacityPlan:
+    """Size a cache.
+
+    Args:
+        shape: what one rank caches.
+        budget_bytes: bytes for the whole cache on this rank.
+        max_requests: requests that may run at once; None derives the limit from the budget.
+
+    Raises:
+        CapacityError: tails and sinks leave no room for one page beside the padding page.
+    """
+    requests = shape.default_max_requests(budget_bytes) if max_requests is None else max_requests
+    fixed = shape.fixed_bytes(requests)
+    pages = (budget_bytes - fixed) // shape.page_bytes - 1
+    if pages < 1:
+        raise CapacityError(
+            f"The KV budget of {budget_bytes} bytes leaves no room for a page of {shape.page_bytes} bytes beside "
+            f"{fixed} bytes of exact tails and sinks for {requests} requests. "
+            "Lower the request limit or give the cache more memory."
+        )
+    return CapacityPlan(
+        tokens=pages * shape.preset.tile_tokens,
+        max_requests=requests,
+        token_bytes=(pages + 1) * shape.page_bytes,
+        fixed_bytes=fixed,
+        raw_tokens=max(1, budget_bytes // shape.raw_bytes_per_token),
+    )

@@ -1,0 +1,266 @@
+"""Attention over records, raw rows of the tail and the sinks, and the rows of this step: partial results by split.
+
+Operands are swapped: tokens (for K) or channels (for V) stand on the wide side of the MMA, query columns on the narrow
+one. A *column* is one query head of one query row, so that all heads of a kv head and several query rows share one
+unpacking of a tile. Scales stay outside the inner products: the K channel scale is folded into q, the K token scale
+into the scores, the V token scale into the weights, the V channel scale into the tile's output.
+"""
+
+import triton
+import triton.language as tl
+
+from kvarn.core.kernels.unpack import (
+    BIAS,
+    dot_steps,
+    lane_weights,
+    lane_width,
+    lane_words,
+    row_slices,
+    step_weight,
+    unpack_step,
+    used_lanes,
+)
+
+_NEVER = tl.constexpr(-1e30)  # a finite "minus infinity" for running maxima: no inf - inf, hence no NaN
+_LOG2E = tl.constexpr(1.4426950408889634)
+
+
+@triton.jit
+def _query_planes(q_cols, col_ok, q_unit, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """Load q once per dot step of a key field: a tuple of [lane_width, columns], float32, divided by q_unit."""
+    lanes = tl.arange(0, lane_width(WORDS))
+    planes = ()
+    for step in tl.static_range(dot_steps(BITS, WORDS)):
+        mask = (lanes < used_lanes(WORDS))[:, None] & col_ok[None, :]
+        q = tl.load(q_cols[None, :] + (step * used_lanes(WORDS) + lanes)[:, None], mask=mask, other=0.0)
+        planes = planes + (q / q_unit[None, :],)
+    return planes
+
+
+@triton.jit
+def _add_key_field(
+    x, record, planes, BITS: tl.constexpr, LOW_BIT: tl.constexpr, OFFSET: tl.constexpr, WORDS: tl.constexpr,
+    K_SCALE: tl.constexpr, K_OFFSET: tl.constexpr, G: tl.constexpr, USE_ASM: tl.constexpr,
+):  # fmt: skip
+    """Add one field's part of ``q . (code * scale + offset)`` to x, [G, columns]; also return the bias correction."""
+    tokens = tl.arange(0, G)
+    lanes = tl.arange(0, lane_width(WORDS))
+    lane_ok = lanes < used_lanes(WORDS)
+    halfs = record.to(tl.pointer_type(tl.float16))
+    word_ptrs = record.to(tl.pointer_type(tl.int16)) + OFFSET // 2 + tokens[:, None] * WORDS
+    word_ptrs += lane_words(WORDS)[None, :]
+    if lane_width(WORDS) == used_lanes(WORDS):
+        words = tl.load(word_ptrs)
+    else:
+        words = tl.load(word_ptrs, mask=lane_ok[None, :], other=0)
+    correction = tl.zeros((lane_width(WORDS), x.shape[1]), tl.float32)
+    for step in tl.static_range(dot_steps(BITS, WORDS)):
+        channel = step * used_lanes(WORDS) + lanes
+        scale = tl.load(halfs + K_SCALE // 2 + channel, mask=lane_ok, other=0.0).to(tl.float32)
+        scaled = (planes[step] * (scale * step_weight(BITS, LOW_BIT, WORDS, step))[:, None]).to(tl.float16)
+        x = tl.dot(unpack_step(words, step, BITS, WORDS, USE_ASM), scaled, x)
+        correction -= BIAS * scaled.to(tl.float32)
+        if LOW_BIT == 0:
+            offset = tl.load(halfs + K_OFFSET // 2 + channel, mask=lane_ok, other=0.0).to(tl.float32)
+            correction += planes[step] * offset[:, None]
+    return x, tl.sum(correction, axis=0)
+
+
+@triton.jit
+def _add_value_field(
+    o, record, weights, v_scale, BITS: tl.constexpr, LOW_BIT: tl.constexpr, OFFSET: tl.constexpr,
+    WORDS: tl.constexpr, D: tl.constexpr, G: tl.constexpr, USE_ASM: tl.constexpr,
+):  # fmt: skip
+    """Add one field's part of ``sum of weight * code * scale`` to o, [channels, columns]; also the bias correction."""
+    channels = tl.arange(0, o.shape[0])
+    word_ptrs = record.to(tl.pointer_type(tl.int16)) + OFFSET // 2 + channels[:, None] * WORDS
+    word_ptrs += lane_words(WORDS)[None, :]
+    if o.shape[0] == D:
+        words = tl.load(word_ptrs)
+    else:
+        words = tl.load(word_ptrs, mask=(channels < D)[:, None], other=0)
+    scaled = (weights * (v_scale * lane_weights(G, BITS, LOW_BIT, WORDS))[:, None]).to(tl.float16)
+    slices = row_slices(scaled, dot_steps(BITS, WORDS))
+    for step in tl.static_range(dot_steps(BITS, WORDS)):
+        o = tl.dot(unpack_step(words, step, BITS, WORDS, USE_ASM), slices[step], o)
+    return o, -BIAS * tl.sum(scaled.to(tl.float32), axis=0)
+
+
+@triton.jit
+def _cap(x, SOFTCAP: tl.constexpr):
+    """Apply ``c * tanh(x / c)`` to base-2 logits."""
+    if SOFTCAP > 0:
+        y = x / (SOFTCAP * _LOG2E)
+        x = (SOFTCAP * _LOG2E) * (1.0 - 2.0 / (tl.exp2(2.0 * _LOG2E * y) + 1.0))
+    return x
+
+
+@triton.jit
+def _attend_raw(
+    m, total, acc, q_high, q_low, q_scale, k_ptrs, v_ptrs, row_ok, ok, D: tl.constexpr, SOFTCAP: tl.constexpr
+):
+    """Fold a block of raw rows into the running softmax. k_ptrs, v_ptrs: [rows]; ok: [rows, columns].
+
+    q comes in two fp16 parts: where keys share a large constant part (a key bias), the rounding of a single part would
+    shift the logits of all raw rows against those of the records.
+    """
+    channels = tl.arange(0, acc.shape[0])
+    mask = row_ok[:, None] & (channels < D)[None, :]
+    k = tl.load(k_ptrs[:, None] + channels[None, :], mask=mask, other=0.0).to(tl.float32).to(tl.float16)
+    v = tl.load(v_ptrs[:, None] + channels[None, :], mask=mask, other=0.0).to(tl.float32).to(tl.float16)
+    x = _cap(tl.dot(k, q_low, tl.dot(k, q_high)) * q_scale[None, :], SOFTCAP)
+    x = tl.where(ok, x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, axis=0))
+    decay = tl.exp2(m - m_new)
+    weights = tl.exp2(x - m_new[None, :])
+    acc = acc * decay[None, :] + tl.dot(tl.trans(v), weights.to(tl.float16))
+    return m_new, total * decay + tl.sum(weights, axis=0), acc
+
+
+@triton.jit
+def _attend_tile(
+    m, total, acc, record, first_planes, second_planes, q_scale, token_ok, column_ok, K_FIELDS: tl.constexpr,
+    V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, D: tl.constexpr, G: tl.constexpr, SOFTCAP: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):  # fmt: skip
+    """Fold one record into the running softmax. token_ok: [G]; column_ok: [columns]."""
+    tokens = tl.arange(0, G)
+    channels = tl.arange(0, acc.shape[0])
+    halfs = record.to(tl.pointer_type(tl.float16))
+    x = tl.zeros((G, acc.shape[1]), tl.float32)
+    x, shift = _add_key_field(x, record, first_planes, K_FIELDS[0][0], K_FIELDS[0][1], K_FIELDS[0][2],
+                              K_FIELDS[0][3], OFFSETS[0], OFFSETS[1], G, USE_ASM)  # fmt: skip
+    if len(K_FIELDS) == 2:
+        x, more = _add_key_field(x, record, second_planes, K_FIELDS[1][0], K_FIELDS[1][1], K_FIELDS[1][2],
+                                 K_FIELDS[1][3], OFFSETS[0], OFFSETS[1], G, USE_ASM)  # fmt: skip
+        shift += more
+    k_token = tl.load(halfs + OFFSETS[2] // 2 + tokens).to(tl.float32)
+    x = _cap((x + shift[None, :]) * (k_token[:, None] * q_scale[None, :]), SOFTCAP)
+    x = tl.where(token_ok[:, None] & column_ok[None, :], x, float("-inf"))
+    m_new = tl.maximum(m, tl.max(x, axis=0))
+    decay = tl.exp2(m - m_new)
+    weights = tl.exp2(x - m_new[None, :])
+    v_scale = tl.load(halfs + OFFSETS[3] // 2 + tokens).to(tl.float32)
+    v_offset = tl.load(halfs + OFFSETS[4] // 2 + tokens).to(tl.float32)
+    v_channel = tl.load(halfs + OFFSETS[5] // 2 + channels, mask=channels < D, other=0.0).to(tl.float32)
+    shift = tl.sum(weights * v_offset[:, None], axis=0)
+    o = tl.zeros((acc.shape[0], acc.shape[1]), tl.float32)
+    for f in tl.static_range(len(V_FIELDS)):
+        o, more = _add_value_field(o, record, weights, v_scale, V_FIELDS[f][0], V_FIELDS[f][1], V_FIELDS[f][2],
+                                   V_FIELDS[f][3], D, G, USE_ASM)  # fmt: skip
+        shift += more
+    acc = acc * decay[None, :] + (o + shift[None, :]) * v_channel[:, None]
+    return m_new, total * decay + tl.sum(weights, axis=0), acc
+
+
+@triton.jit
+def attend_kernel(
+    q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
+    task_request_ptr, task_row_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr, query_start_ptr,
+    block_table_ptr, partial_ptr, partial_lse_ptr, scale,
+    num_tasks, q_heads, record_page_stride, record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride,
+    sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride, chunk_head_stride, block_table_stride,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, MIN_UNITS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TAIL: tl.constexpr, SINK: tl.constexpr,
+    K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, SOFTCAP: tl.constexpr,
+    ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr, RAW_BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    USE_ASM: tl.constexpr,
+):  # fmt: skip
+    """One program attends one split of the positions for the columns of one task and kv head.
+
+    Grid: (SPLITS, kv_heads, tasks). Positions come in units, split evenly: first the tiles that any column reads from
+    records, then blocks of RAW_BLOCK ring rows, then blocks of this step's own rows.
+    """
+    split = tl.program_id(0)
+    head = tl.program_id(1)
+    task = tl.program_id(2)
+    request = tl.load(task_request_ptr + task)
+    if request < 0:
+        return
+    first_row = tl.load(task_row_ptr + task)
+    query_start = tl.load(query_start_ptr + request)
+    query_rows = tl.load(query_start_ptr + request + 1) - query_start
+    prefix = tl.load(prefix_ptr + request)
+    length = tl.load(length_ptr + request)
+    own_start = tl.load(own_start_ptr + request)
+    sink_slot = tl.load(sink_slot_ptr + request).to(tl.int64)
+    ring_row = tl.load(rows_ptr + request).to(tl.int64)
+
+    column = tl.arange(0, COLUMNS)
+    row = first_row + column // GROUP
+    col_ok = (column < ROWS * GROUP) & (row < query_rows)
+    position = prefix + row
+    # the read rule: whole tiles below the committed length that ended TAIL tokens ago; never rows of other requests
+    committed = length if CANONICAL else prefix
+    sealed = tl.maximum(tl.minimum(committed, position - TAIL), 0) // G * G
+    record_end = tl.where(col_ok, tl.maximum(sealed, own_start), 0)
+    tiles = tl.max(record_end, axis=0) // G
+    raw_start = tl.min(tl.where(col_ok, record_end, 2147483647), axis=0)
+    last = tl.max(tl.where(col_ok, position, 0), axis=0)
+    ring_end = tl.minimum(length, last + 1) if ROWS_IN_RING else prefix
+    chunk_start = tl.maximum(raw_start, ring_end)
+    ring_units = tl.cdiv(tl.maximum(ring_end - raw_start, 0), RAW_BLOCK)
+    chunk_units = tl.cdiv(tl.maximum(last + 1 - chunk_start, 0), RAW_BLOCK)
+    units = tiles + ring_units + chunk_units
+    share = tl.maximum(tl.cdiv(units, SPLITS), MIN_UNITS)
+    begin = split * share
+    end = tl.minimum(begin + share, units)
+
+    q_cols = q_ptr + ((query_start + row).to(tl.int64) * q_heads + head * GROUP + column % GROUP) * D
+    channels = tl.arange(0, DP)
+    q_full = tl.load(q_cols[None, :] + channels[:, None], mask=(channels < D)[:, None] & col_ok[None, :], other=0.0)
+    # a power of two that brings every column below 1, so that q times a scale stays inside fp16
+    q_unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q_full), axis=0), 1e-30))))
+    q_scale = q_unit * (scale * _LOG2E)
+    m = tl.full((COLUMNS,), _NEVER, tl.float32)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    acc = tl.zeros((DP, COLUMNS), tl.float32)
+
+    sinks = SINK if sink_slot >= 0 else 0
+    tokens = tl.arange(0, G)
+    first_planes = _query_planes(q_cols, col_ok, q_unit, K_FIELDS[0][0], K_FIELDS[0][3])
+    second_planes = first_planes
+    if len(K_FIELDS) == 2:
+        second_planes = _query_planes(q_cols, col_ok, q_unit, K_FIELDS[1][0], K_FIELDS[1][3])
+    for tile in tl.range(begin, tl.minimum(end, tiles), num_stages=STAGES):
+        page = tl.load(block_table_ptr + request.to(tl.int64) * block_table_stride + tile).to(tl.int64)
+        record = records_ptr + page * record_page_stride + head * record_head_stride
+        m, total, acc = _attend_tile(
+            m, total, acc, record, first_planes, second_planes, q_scale, tile * G + tokens >= sinks,
+            (tile + 1) * G <= record_end, K_FIELDS, V_FIELDS, OFFSETS, D, G, SOFTCAP, USE_ASM,
+        )  # fmt: skip
+
+    q_full = q_full / q_unit[None, :]
+    q_high = q_full.to(tl.float16)
+    q_low = (q_full - q_high.to(tl.float32)).to(tl.float16)
+    block = tl.arange(0, RAW_BLOCK)
+    if (SINK > 0) & (begin <= tiles) & (tiles < end) & (tiles > 0) & (sink_slot >= 0):
+        base = sinks_ptr + sink_slot * sink_slot_stride + head * sink_head_stride + block * D
+        visible = (block < SINK)[:, None] & (record_end > 0)[None, :]
+        m, total, acc = _attend_raw(
+            m, total, acc, q_high, q_low, q_scale, base, base + sink_kv_stride, block < SINK, visible, D, SOFTCAP
+        )
+    for unit in range(tl.maximum(begin - tiles, 0), tl.minimum(end - tiles, ring_units)):
+        pos = raw_start + unit * RAW_BLOCK + block
+        base = tails_ptr + ring_row * tail_row_stride + head * tail_head_stride + (pos % RING) * D
+        visible = (pos[:, None] >= record_end[None, :]) & (pos[:, None] <= position[None, :])
+        m, total, acc = _attend_raw(
+            m, total, acc, q_high, q_low, q_scale, base, base + tail_kv_stride, pos < ring_end,
+            visible & (pos < ring_end)[:, None] & col_ok[None, :], D, SOFTCAP,
+        )  # fmt: skip
+    if not ROWS_IN_RING:
+        seen = tiles + ring_units
+        for unit in range(tl.maximum(begin - seen, 0), end - seen):
+            pos = chunk_start + unit * RAW_BLOCK + block
+            offset = (query_start + pos - prefix).to(tl.int64) * chunk_token_stride + head * chunk_head_stride
+            visible = (pos[:, None] >= record_end[None, :]) & (pos[:, None] <= position[None, :])
+            m, total, acc = _attend_raw(
+                m, total, acc, q_high, q_low, q_scale, chunk_k_ptr + offset, chunk_v_ptr + offset, pos < length,
+                visible & col_ok[None, :], D, SOFTCAP,
+            )  # fmt: skip
+
+    out_row = ((query_start + row).to(tl.int64) * q_heads + head * GROUP + column % GROUP) * SPLITS + split
+    lse = tl.where(total > 0, m + tl.log2(tl.maximum(total, 1e-37)), float("-inf"))
+    tl.store(partial_lse_ptr + out_row, lse, mask=col_ok)
+    mask = (channels < D)[:, None] & (col_ok & (total > 0))[None, :]
+    tl.store(partial_ptr + out_row[None, :] * D + channels[:, None], acc / tl.maximum(total, 1e-37)[None, :], mask=mask)

@@ -1,0 +1,33 @@
+"""Keep the map from a first page to its sink slot, on the device."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def update_sinks_kernel(
+    page_slot_ptr, free_slots_ptr, free_count_ptr, token_position_ptr, token_page_ptr, num_tokens,
+    G: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program. Pages that start as another page give their slot back; pages that start at position 0 take one."""
+    count = tl.load(free_count_ptr)
+    for start in range(0, num_tokens, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        ok = token < num_tokens
+        position = tl.load(token_position_ptr + token, mask=ok, other=1)
+        page = tl.load(token_page_ptr + token, mask=ok, other=0)
+        starts = ok & (position % G == 0) & (page > 0)
+        slot = tl.load(page_slot_ptr + page, mask=starts, other=-1)
+        gives = starts & (position > 0) & (slot >= 0)
+        rank = tl.cumsum(gives.to(tl.int32), axis=0) - 1
+        tl.store(free_slots_ptr + count + rank, slot, mask=gives)
+        tl.store(page_slot_ptr + page, -1, mask=gives)
+        count += tl.sum(gives.to(tl.int32), axis=0)
+        tl.debug_barrier()
+        takes = starts & (position == 0) & (slot < 0)
+        rank = tl.cumsum(takes.to(tl.int32), axis=0)
+        takes = takes & (rank <= count)
+        tl.store(page_slot_ptr + page, tl.load(free_slots_ptr + count - rank, mask=takes, other=-1), mask=takes)
+        count -= tl.sum(takes.to(tl.int32), axis=0)
+        tl.debug_barrier()
+    tl.store(free_count_ptr, count)

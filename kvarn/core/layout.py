@@ -1,0 +1,154 @@
+"""TileLayout: where every byte of a record stands. The only place that computes an offset.
+
+A *record* holds one tile (``tile_tokens`` tokens x ``head_dim`` channels of one kv head): K codes, three K
+vectors, V codes, three V vectors, in that order, padded to 128 bytes.
+
+Codes are **plane-packed 16-bit words**: bit plane j of a word belongs to a lane that stands j * words apart, so a
+reader masks a whole row of words and gets a contiguous slice of lanes, with no interleave.
+
+- K rows are tokens, lanes are channels: plane j of word c is channel ``j * words + c``.
+- V rows are channels, lanes are tokens: plane j of word w is token ``j * words + w``.
+
+Widths that don't divide 16 are split into *fields* that do: a 3-bit code is a 2-bit field (its low bits) followed
+by a 1-bit field (its high bit), each with words of its own.
+
+Values are restored as ``K[t, d] = (code * k_scale[d] + k_offset[d]) * k_token[t]`` and
+``V[t, d] = (code * v_scale[t] + v_offset[t]) * v_channel[d]``, all six vectors in fp16.
+"""
+
+from dataclasses import dataclass
+
+from kvarn.presets import Preset
+
+FORMAT_VERSION = 1
+HEAD_DIMS = (64, 96, 128, 192, 256, 512)
+
+_WORD_BITS = 16
+_WORD_BYTES = 2
+_SCALE_BYTES = 2
+_ALIGN_BYTES = 128
+_FIELDS_OF_WIDTH = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
+
+
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One power-of-two wide part of a code and where its words stand.
+
+    Args:
+        bits: width of the part.
+        low_bit: position of the part inside the code (its weight is ``2 ** low_bit``).
+        offset_bytes: first byte of its words inside the record.
+        words: 16-bit words of one row (token for K, channel for V).
+    """
+
+    bits: int
+    low_bit: int
+    offset_bytes: int
+    words: int
+
+    @property
+    def planes(self) -> int:
+        """Bit planes of one word."""
+        return _WORD_BITS // self.bits
+
+
+@dataclass(frozen=True, slots=True)
+class TileLayout:
+    """Byte layout of one record.
+
+    Args:
+        head_dim: channels of one head; one of HEAD_DIMS.
+        tile_tokens: tokens of a tile.
+        key_bits: bits of a key code.
+        value_bits: bits of a value code.
+    """
+
+    head_dim: int
+    tile_tokens: int
+    key_bits: int
+    value_bits: int
+
+    def __post_init__(self) -> None:
+        if self.head_dim not in HEAD_DIMS:
+            raise ValueError(f"head_dim {self.head_dim} has no layout; supported are {HEAD_DIMS}.")
+        if self.tile_tokens not in (64, 128):
+            raise ValueError(f"tile_tokens {self.tile_tokens} has no layout; supported are 64 and 128.")
+        for bits in (self.key_bits, self.value_bits):
+            if bits not in _FIELDS_OF_WIDTH:
+                raise ValueError(f"{bits}-bit codes have no layout; supported are {sorted(_FIELDS_OF_WIDTH)}.")
+
+    @classmethod
+    def of(cls, preset: Preset, head_dim: int) -> "TileLayout":
+        """Return the layout of a preset at a head width."""
+        return cls(head_dim, preset.tile_tokens, preset.key_bits, preset.value_bits)
+
+    @property
+    def key_fields(self) -> tuple[Field, ...]:
+        """Fields of a key code, low bits first."""
+        return self._fields(self.key_bits, self.head_dim, self.tile_tokens, 0)
+
+    @property
+    def value_fields(self) -> tuple[Field, ...]:
+        """Fields of a value code, low bits first."""
+        return self._fields(self.value_bits, self.tile_tokens, self.head_dim, self.value_codes_offset)
+
+    @property
+    def k_scale_offset(self) -> int:
+        """Byte of the K scale, one fp16 a channel."""
+        return self.head_dim * self.tile_tokens * self.key_bits // 8
+
+    @property
+    def k_offset_offset(self) -> int:
+        """Byte of the K offset, one fp16 a channel."""
+        return self.k_scale_offset + self.head_dim * _SCALE_BYTES
+
+    @property
+    def k_token_offset(self) -> int:
+        """Byte of the K token scale, one fp16 a token."""
+        return self.k_offset_offset + self.head_dim * _SCALE_BYTES
+
+    @property
+    def value_codes_offset(self) -> int:
+        """Byte of the first V word."""
+        return self.k_token_offset + self.tile_tokens * _SCALE_BYTES
+
+    @property
+    def v_scale_offset(self) -> int:
+        """Byte of the V scale, one fp16 a token."""
+        return self.value_codes_offset + self.head_dim * self.tile_tokens * self.value_bits // 8
+
+    @property
+    def v_offset_offset(self) -> int:
+        """Byte of the V offset, one fp16 a token."""
+        return self.v_scale_offset + self.tile_tokens * _SCALE_BYTES
+
+    @property
+    def v_channel_offset(self) -> int:
+        """Byte of the V channel scale, one fp16 a channel."""
+        return self.v_offset_offset + self.tile_tokens * _SCALE_BYTES
+
+    @property
+    def payload_bytes(self) -> int:
+        """Bytes of a record that carry information."""
+        return self.v_channel_offset + self.head_dim * _SCALE_BYTES
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record, a multiple of 128."""
+        return -(-self.payload_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+    @property
+    def identity(self) -> str:
+        """Name of format and geometry; part of every key that leaves the process."""
+        return f"kvarn{FORMAT_VERSION}-k{self.key_bits}v{self.value_bits}g{self.tile_tokens}d{self.head_dim}"
+
+    @staticmethod
+    def _fields(bits: int, lanes: int, rows: int, offset_bytes: int) -> tuple[Field, ...]:
+        fields = []
+        low_bit = 0
+        for width in _FIELDS_OF_WIDTH[bits]:
+            words = lanes * width // _WORD_BITS
+            fields.append(Field(width, low_bit, offset_bytes, words))
+            offset_bytes += rows * words * _WORD_BYTES
+            low_bit += width
+        return tuple(fields)

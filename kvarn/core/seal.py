@@ -1,0 +1,63 @@
+"""Seal: turn every tile that becomes full in a step into its record."""
+
+import torch
+
+from kvarn.core.append import RotatedRows
+from kvarn.core.cache import LayerCache, layout_constants, runs_triton
+from kvarn.core.reference import encode
+from kvarn.core.step import Step
+
+_TILE_ELEMENTS_PER_WARP = 2048
+
+
+def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
+    """Write the records of all tiles that are full after this step, in every kv head.
+
+    Rows below the committed length come from the ring, the step's own from `rotated` (or all from the ring, where the
+    step stores its rows first). Sealing a tile again gives the same bytes.
+
+    Args:
+        rotated: the step's rows.
+        layer: the layer's cache; its records are written.
+        step: the forward pass.
+
+    Determinism: a record depends on its tile's rows alone. Graph-safe: yes (fixed grid, tiles found on the device).
+    """
+    if not runs_triton(layer.records):
+        seal_reference(rotated, layer, step)
+        return
+    from kvarn.core.kernels.seal import seal_kernel
+
+    config, layout = layer.config, layer.config.layout
+    constants = layout_constants(layout)
+    seal_kernel[(step.seal_tile.shape[0], config.kv_heads, 2)](
+        layer.tails, rotated.k, rotated.v, layer.records, step.seal_request, step.seal_tile, step.rows,
+        step.prefix_lens, step.seq_lens, step.query_start, step.block_table, *layer.records.stride()[:2],
+        *layer.tails.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0), **constants,
+        RING=config.ring_tokens, KEY_BITS=layout.key_bits, VALUE_BITS=layout.value_bits,
+        KEY_CLIP=config.recipe.key_clip(layout.key_bits), VALUE_CLIP=config.recipe.value_clip(layout.value_bits),
+        ITERATIONS=config.recipe.iterations, LOG_SCALE_MIN=config.recipe.log_scale_min,
+        MARGIN=config.recipe.margin, SCALE_FREE=config.recipe.scale_free, ROWS_IN_RING=step.rows_in_ring,
+        num_warps=min(16, max(4, layout.tile_tokens * constants["DP"] // _TILE_ELEMENTS_PER_WARP)),
+    )  # fmt: skip
+
+
+def seal_reference(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
+    """Seal in plain torch, one page at a time, so that a record's bits can't depend on how many are sealed."""
+    tile_tokens = layer.config.tile_tokens
+    for request, tile in zip(step.seal_request.tolist(), step.seal_tile.tolist(), strict=True):
+        if tile < 0:
+            continue
+        rows = [_row(rotated, layer, step, request, tile * tile_tokens + i) for i in range(tile_tokens)]
+        k, v = torch.stack(rows, dim=2).unbind(0)  # [kv_heads, tile_tokens, head_dim] each
+        page = int(step.block_table[request, tile])
+        layer.records[page] = encode(k.float(), v.float(), layer.config.layout, layer.config.recipe)
+
+
+def _row(rotated: RotatedRows, layer: LayerCache, step: Step, request: int, position: int) -> torch.Tensor:
+    """Return the raw row of a position, [2, kv_heads, head_dim]."""
+    prefix = int(step.prefix_lens[request])
+    if position < prefix or step.rows_in_ring:
+        return layer.tails[int(step.rows[request]), :, :, position % layer.config.ring_tokens]
+    token = int(step.query_start[request]) + position - prefix
+    return torch.stack((rotated.k[token], rotated.v[token])).to(layer.tails.dtype)

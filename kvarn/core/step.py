@@ -1,0 +1,196 @@
+"""Step: what one forward pass does, as device tensors that all layers share. Built without a host sync."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvarn.core.cache import CacheConfig
+from kvarn.core.tail import TailState
+
+# Query columns of one program in a chunk; 8 is the narrow side of the MMA, which decode uses.
+_CHUNK_COLUMNS = 32
+_DECODE_COLUMNS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class Step:
+    """One forward pass over a batch. All tensors int32 on the device.
+
+    Args:
+        rows: [requests], rings of the requests.
+        block_table: [requests, pages], physical pages in order; entries past the end are never followed.
+        prefix_lens: [requests], tokens in the cache before the step: the committed length.
+        seq_lens: [requests], tokens after the step.
+        own_start: [requests], first position whose raw rows the request wrote itself.
+        sink_slots: [requests], sink slot of the first page or -1.
+        query_start: [requests + 1], first token of each request in this step's rows.
+        token_request: [tokens], request of every token.
+        token_position: [tokens], position of every token.
+        seal_request: [seal tasks], request of a tile that becomes full.
+        seal_tile: [seal tasks], its tile; -1 for none.
+        task_request: [tasks], request whose query rows an attention task serves; -1 for none.
+        task_row: [tasks], first query row of the task, counted inside the request.
+        rows_per_task: query rows of one task.
+        columns: query columns of one program, padding included.
+        rows_in_ring: this step's rows are stored before they are attended to (decode), or after (chunks, whose rows
+            would push out rows that their first queries still read).
+    """
+
+    rows: torch.Tensor
+    block_table: torch.Tensor
+    prefix_lens: torch.Tensor
+    seq_lens: torch.Tensor
+    own_start: torch.Tensor
+    sink_slots: torch.Tensor
+    query_start: torch.Tensor
+    token_request: torch.Tensor
+    token_position: torch.Tensor
+    seal_request: torch.Tensor
+    seal_tile: torch.Tensor
+    task_request: torch.Tensor
+    task_row: torch.Tensor
+    rows_per_task: int
+    columns: int
+    rows_in_ring: bool
+
+
+def decode_step(state: TailState, rows: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, group: int) -> Step:
+    """Describe a step that adds one token to every request.
+
+    Args:
+        state: ring owners and sinks.
+        rows: [requests], int32.
+        seq_lens: [requests], int32, the new token included.
+        block_table: [requests, pages], int32.
+        group: query heads of one kv head.
+
+    Graph-safe: yes; every shape follows from the number of requests.
+    """
+    tile_tokens = state.config.tile_tokens
+    prefix_lens = seq_lens - 1
+    own_start = state.begin_decode(rows, seq_lens, block_table)
+    index = torch.arange(rows.shape[0] + 1, dtype=torch.int32, device=rows.device)
+    request = index[:-1]
+    full = seq_lens % tile_tokens == 0
+    return Step(
+        rows=rows,
+        block_table=block_table,
+        prefix_lens=prefix_lens,
+        seq_lens=seq_lens,
+        own_start=own_start,
+        sink_slots=_sink_slots(state, request, prefix_lens, block_table),
+        query_start=index,
+        token_request=request,
+        token_position=prefix_lens,
+        seal_request=request,
+        seal_tile=torch.where(full, seq_lens // tile_tokens - 1, -1),
+        task_request=request,
+        task_row=torch.zeros_like(request),
+        rows_per_task=1,
+        columns=max(_DECODE_COLUMNS, _power_of_two(group)),
+        rows_in_ring=True,
+    )
+
+
+def chunk_step(
+    state: TailState,
+    rows: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    tags: torch.Tensor,
+    block_table: torch.Tensor,
+    group: int,
+    num_tokens: int,
+) -> tuple[Step, torch.Tensor]:
+    """Describe a step that adds any number of tokens to every request: prefill, chunks, mixed batches.
+
+    Args:
+        state: ring owners and sinks.
+        rows: [requests], int32.
+        prefix_lens: [requests], int32; any value for a request that continues, a tile boundary for a new one.
+        seq_lens: [requests], int32.
+        tags: [requests, 2], int64, `owner_tags`.
+        block_table: [requests, pages], int32.
+        group: query heads of one kv head.
+        num_tokens: tokens of the step, the sum of seq_lens - prefix_lens.
+
+    Returns:
+        The step, and which requests continue their ring, [requests], bool.
+
+    Graph-safe: no (owner tags come from the host).
+    """
+    tile_tokens = state.config.tile_tokens
+    requests = rows.shape[0]
+    own_start, continued = state.begin_chunk(rows, prefix_lens, seq_lens, tags, block_table)
+    query_lens = seq_lens - prefix_lens
+    query_start = torch.nn.functional.pad(query_lens.cumsum(0), (1, 0)).to(torch.int32)
+    token_request, token_index = _spread(query_lens, num_tokens)
+    token_request = token_request.clamp_min(0)
+    token_position = token_index + prefix_lens[token_request.long()]
+    sealed_before = prefix_lens // tile_tokens
+    seal_request, seal_index = _spread(seq_lens // tile_tokens - sealed_before, num_tokens // tile_tokens + requests)
+    first_tile = sealed_before[seal_request.clamp_min(0).long()]
+    columns = max(_CHUNK_COLUMNS, _power_of_two(group))
+    rows_per_task = columns // group
+    blocks = (query_lens + rows_per_task - 1) // rows_per_task
+    task_request, task_index = _spread(blocks, num_tokens // rows_per_task + requests)
+    step = Step(
+        rows=rows,
+        block_table=block_table,
+        prefix_lens=prefix_lens,
+        seq_lens=seq_lens,
+        own_start=own_start,
+        sink_slots=_sink_slots(state, token_request, token_position, block_table),
+        query_start=query_start,
+        token_request=token_request,
+        token_position=token_position,
+        seal_request=seal_request.clamp_min(0),
+        seal_tile=torch.where(seal_request >= 0, first_tile + seal_index, -1),
+        task_request=task_request,
+        task_row=task_index * rows_per_task,
+        rows_per_task=rows_per_task,
+        columns=columns,
+        rows_in_ring=False,
+    )
+    return step, continued
+
+
+def record_end(config: CacheConfig, step: Step, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+    """Apply the read rule: return the position up to which a query reads records. Later positions are read raw.
+
+    A tile comes from its record if it lies wholly below the committed length and ended at least tail_tokens before
+    the query, or if this request didn't write its rows (a prefix hit).
+
+    Args:
+        config: shared numbers.
+        step: the forward pass.
+        request: [queries], int64.
+        position: [queries], int32, position of each query.
+    """
+    committed = (step.seq_lens if config.canonical else step.prefix_lens)[request]
+    sealed = torch.minimum(committed, position - config.tail_tokens).clamp_min(0)
+    sealed = sealed // config.tile_tokens * config.tile_tokens
+    return torch.maximum(sealed, step.own_start[request])
+
+
+def _sink_slots(
+    state: TailState, token_request: torch.Tensor, token_position: torch.Tensor, block_table: torch.Tensor
+) -> torch.Tensor:
+    tile = token_position.long() // state.config.tile_tokens
+    state.update_sinks(token_position, block_table[token_request.long(), tile])
+    return state.page_slot[block_table[:, 0].long()]
+
+
+def _spread(counts: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay ragged counts out in a row: owner (-1 past the end) and index inside the owner, [capacity], int32."""
+    ends = counts.cumsum(0)
+    at = torch.arange(capacity, device=counts.device)
+    owner = torch.searchsorted(ends, at, right=True)
+    inside = owner < counts.shape[0]
+    owner = owner.clamp_max(counts.shape[0] - 1)
+    index = at - (ends - counts)[owner]
+    return torch.where(inside, owner, -1).to(torch.int32), torch.where(inside, index, 0).to(torch.int32)
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

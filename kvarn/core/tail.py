@@ -1,0 +1,145 @@
+"""Who owns which raw rows: the state of tail rings and sink slots, kept on the device.
+
+A ring belongs to a row of the engine's request table. Nothing tells us when a request ends, and nothing has to: a
+chunk either *continues* what its ring holds (same owner tag, same length, same physical page) or takes the ring over.
+Rows of an earlier owner are never read, because reads start at `own_start`, the first position that the present
+owner wrote itself.
+
+A sink slot belongs to a physical page, so that prefix hits find it. It is taken when the page is started at position
+0 and given back when the page is started at another position. When no slot is free, the first tile is read from its
+record like any other.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+
+from kvarn.core.cache import CacheConfig, runs_triton
+
+_SINK_BLOCK = 1024
+
+
+def owner_tags(request_ids: Sequence[str]) -> torch.Tensor:
+    """Return a 128-bit tag for every request id, [requests, 2], int64, on the CPU."""
+    digests = b"".join(hashlib.blake2b(rid.encode(), digest_size=16).digest() for rid in request_ids)
+    return torch.frombuffer(bytearray(digests), dtype=torch.int64).view(-1, 2)
+
+
+class TailState:
+    """Ring owners and the map from pages to sink slots. One for all layers.
+
+    Args:
+        config: shared numbers.
+        rows: rows of the engine's request table.
+        pages: pages of the cache; page 0 is the engine's padding page and never gets a sink slot.
+        sink_slots: slots of the sink store.
+        device: where the state lives.
+    """
+
+    def __init__(
+        self, config: CacheConfig, rows: int, pages: int, sink_slots: int, device: torch.device | str
+    ) -> None:
+        self.config = config
+        self.ring_end = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.ring_page = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        self.own_start = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.owner = torch.zeros(rows, 2, dtype=torch.int64, device=device)
+        self.faults = torch.zeros(1, dtype=torch.int32, device=device)
+        self.page_slot = torch.full((pages,), -1, dtype=torch.int32, device=device)
+        self.free_slots = torch.arange(sink_slots, dtype=torch.int32, device=device)
+        self.free_count = torch.full((1,), sink_slots, dtype=torch.int32, device=device)
+
+    def begin_chunk(
+        self,
+        rows: torch.Tensor,
+        prefix_lens: torch.Tensor,
+        seq_lens: torch.Tensor,
+        tags: torch.Tensor,
+        block_table: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Note that every request writes positions prefix_lens to seq_lens.
+
+        Args:
+            rows: [requests], the requests' rings.
+            prefix_lens: [requests], tokens that stand in the cache already.
+            seq_lens: [requests], tokens after this step.
+            tags: [requests, 2], `owner_tags`.
+            block_table: [requests, pages], physical pages in order.
+
+        Returns:
+            own_start [requests], int32: first position whose raw rows the request wrote itself; and
+            continued [requests], bool. A request that neither continues its ring nor starts on a tile boundary is
+            counted in `faults`: its open tile is lost.
+        """
+        at = rows.long()
+        continued = (self.owner[at] == tags).all(dim=-1) & (self.ring_end[at] == prefix_lens) & (prefix_lens > 0)
+        continued &= self.ring_page[at] == self._page_of(block_table, prefix_lens - 1)
+        own_start = torch.where(continued, self.own_start[at], prefix_lens)
+        self.faults += (own_start % self.config.tile_tokens != 0).sum().to(torch.int32)
+        self.own_start[at] = own_start
+        self.owner[at] = tags
+        self._end_at(at, seq_lens, block_table)
+        return own_start, continued
+
+    def begin_decode(self, rows: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
+        """Note that every request writes one row, at seq_lens - 1. Returns own_start. Graph-safe: yes."""
+        at = rows.long()
+        self._end_at(at, seq_lens, block_table)
+        return self.own_start[at]
+
+    def update_sinks(self, token_position: torch.Tensor, token_page: torch.Tensor) -> None:
+        """Give sink slots back and take new ones for the pages that this step starts.
+
+        Args:
+            token_position: [tokens], int32.
+            token_page: [tokens], int32, physical page of every token.
+
+        Determinism: slots are taken in token order. Graph-safe: yes.
+        """
+        if not self.config.sink_tokens:
+            return
+        if not runs_triton(self.page_slot):
+            for start in range(0, token_position.shape[0], _SINK_BLOCK):
+                end = start + _SINK_BLOCK
+                self._update_sinks_reference(token_position[start:end], token_page[start:end])
+            return
+        from kvarn.core.kernels.sinks import update_sinks_kernel
+
+        update_sinks_kernel[(1,)](
+            self.page_slot,
+            self.free_slots,
+            self.free_count,
+            token_position,
+            token_page,
+            token_position.shape[0],
+            G=self.config.tile_tokens,
+            BLOCK=_SINK_BLOCK,
+        )
+
+    def check_integrity(self) -> None:
+        """Raise RuntimeError unless every sink slot is either free or held by exactly one page. Syncs; for tests."""
+        free = self.free_slots[: int(self.free_count)].tolist()
+        held = self.page_slot[self.page_slot >= 0].tolist()
+        if sorted(free + held) != list(range(self.free_slots.shape[0])):
+            raise RuntimeError(f"Sink slots leaked or shared: free {sorted(free)}, held {sorted(held)}.")
+
+    def _end_at(self, at: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor) -> None:
+        self.ring_end[at] = seq_lens
+        self.ring_page[at] = self._page_of(block_table, seq_lens - 1)
+
+    def _page_of(self, block_table: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+        tile = position.clamp_min(0).long() // self.config.tile_tokens
+        return block_table.gather(1, tile[:, None]).squeeze(1)
+
+    def _update_sinks_reference(self, position: torch.Tensor, page: torch.Tensor) -> None:
+        starts = (position % self.config.tile_tokens == 0) & (page > 0)
+        for is_first, p in zip(position[starts].eq(0).tolist(), page[starts].tolist(), strict=True):
+            if not is_first and int(self.page_slot[p]) >= 0:
+                self.free_slots[int(self.free_count)] = self.page_slot[p]
+                self.free_count += 1
+                self.page_slot[p] = -1
+        for is_first, p in zip(position[starts].eq(0).tolist(), page[starts].tolist(), strict=True):
+            if is_first and int(self.page_slot[p]) < 0 and int(self.free_count) > 0:
+                self.free_count -= 1
+                self.page_slot[p] = self.free_slots[int(self.free_count)]

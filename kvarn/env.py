@@ -1,0 +1,69 @@
+"""Every environment variable that KVarN reads, with its type, default and meaning."""
+
+import os
+
+from kvarn.errors import KVarNError
+
+_TRUE = frozenset({"1", "true", "yes", "on"})
+_FALSE = frozenset({"", "0", "false", "no", "off"})
+_SGLANG_HOOKS = "KVARN_SGLANG_HOOKS"
+
+
+def _flag(name: str) -> bool:
+    value = os.environ.get(name, "").strip().lower()
+    if value in _TRUE:
+        return True
+    if value in _FALSE:
+        return False
+    raise KVarNError(f"{name}={value!r} is not a switch; set it to 1 or 0.")
+
+
+def _optional_count(name: str) -> int | None:
+    value = os.environ.get(name, "").strip()
+    if not value:
+        return None
+    if not value.isdigit():
+        raise KVarNError(f"{name}={value!r} is not a number of tokens; set it to 0 or more.")
+    return int(value)
+
+
+def canonical() -> bool:
+    """KVARN_CANONICAL (0): no exact tail, no sinks, and a chunk reads its own full tiles from records.
+
+    Hits, misses, chunkings and schedules then see the same values bit for bit. For tests and debugging.
+    """
+    return _flag("KVARN_CANONICAL")
+
+
+def tail_tokens() -> int | None:
+    """KVARN_TAIL_TOKENS (unset: the preset's): newest tokens that are always read exact."""
+    return _optional_count("KVARN_TAIL_TOKENS")
+
+
+def scrub() -> bool:
+    """KVARN_SCRUB (0): overwrite a request's raw tail rows with zeros when the next request takes its slot."""
+    return _flag("KVARN_SCRUB")
+
+
+def force_triton() -> bool:
+    """KVARN_FORCE_TRITON (0): run the Triton kernels on CPU tensors too (needs TRITON_INTERPRET=1). For tests."""
+    return _flag("KVARN_FORCE_TRITON")
+
+
+def allow_untested_engine() -> bool:
+    """KVARN_ALLOW_UNTESTED_ENGINE (0): accept an engine version outside the tested table if its signatures match."""
+    return _flag("KVARN_ALLOW_UNTESTED_ENGINE")
+
+
+def sglang_hooks() -> bool:
+    """KVARN_SGLANG_HOOKS (0; KVarN sets it itself): a kvarn dtype was asked for in the process that launched SGLang.
+
+    Schedulers inherit it and only then install the hooks that touch memory pools, so that runs without a kvarn
+    dtype are left alone.
+    """
+    return _flag(_SGLANG_HOOKS)
+
+
+def request_sglang_hooks() -> None:
+    """Set KVARN_SGLANG_HOOKS for the processes that this one starts."""
+    os.environ[_SGLANG_HOOKS] = "1"

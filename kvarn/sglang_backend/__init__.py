@@ -1,0 +1,1 @@
+"""KVarN inside SGLang. Importing it loads neither torch nor SGLang."""

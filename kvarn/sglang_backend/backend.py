@@ -1,0 +1,108 @@
+"""TileAttentionBackend: SGLang's attention over the tile cache. Every method hands over to the core."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
+
+from kvarn.core.attention import attention
+from kvarn.core.step import Step
+from kvarn.sglang_backend import compat
+from kvarn.sglang_backend.metadata import StepBuilder
+from kvarn.sglang_backend.pool import TilePool
+
+if TYPE_CHECKING:
+    from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
+    from sglang.srt.model_executor.model_runner import ModelRunner
+
+class TileAttentionBackend(AttentionBackend):
+    """Attention over records, exact tails and sinks.
+
+    Args:
+        runner: SGLang's model runner, its pools in place.
+
+    Raises:
+        EngineIncompatible: a hook of the plugin didn't take.
+    """
+
+    needs_cpu_seq_lens = False
+
+    def __init__(self, runner: ModelRunner) -> None:
+        super().__init__()
+        compat.verify_active(runner)
+        self.req_to_token_pool = runner.req_to_token_pool
+        self.token_to_kv_pool: TilePool = runner.token_to_kv_pool
+        self.max_context_len = runner.model_config.context_len
+        pool = self.token_to_kv_pool
+        q_heads = compat.query_heads(runner)
+        self._builder = StepBuilder(
+            pool.state, pool.layers, runner.req_to_token_pool.req_to_token, q_heads // pool.head_num
+        )
+        self.forward_metadata: Step | None = None
+
+    def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
+        """Describe a chunk. A decode step is described inside the graph."""
+        if not forward_batch.forward_mode.is_decode_or_idle():
+            self.forward_metadata = self._builder.chunk(forward_batch)
+
+    def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
+        """Describe a decode step. Graph-safe: yes."""
+        if forward_batch.forward_mode.is_decode():
+            self.forward_metadata = self._builder.decode(forward_batch)
+
+    def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
+        """Do nothing: a captured decode step makes its tensors inside the graph."""
+
+    def get_cuda_graph_seq_len_fill_value(self) -> int:
+        """Return the length of padding rows: one token, on the padding page."""
+        return 1
+
+    def forward_decode(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend one row a request. Graph-safe: yes."""
+        return self._forward(q, k, v, layer, save_kv_cache, kwargs)
+
+    def forward_extend(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        layer: RadixAttention,
+        forward_batch: ForwardBatch,
+        save_kv_cache: bool = True,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Attend a chunk, or a mixed batch of chunks and single rows."""
+        return self._forward(q, k, v, layer, save_kv_cache, kwargs)
+
+    def _forward(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor | None,
+        v: torch.Tensor | None,
+        layer: RadixAttention,
+        save_kv_cache: bool,
+        extras: dict[str, Any],
+    ) -> torch.Tensor:
+        compat.require_plain_attention(layer, k, save_kv_cache, extras)
+        out = attention(
+            q.view(-1, layer.tp_q_head_num, layer.head_dim),
+            k.view(-1, layer.tp_k_head_num, layer.head_dim),
+            v.view(-1, layer.tp_v_head_num, layer.head_dim),
+            self.token_to_kv_pool.layer(layer.layer_id),
+            self.forward_metadata,
+            layer.scaling,
+            layer.logit_cap,
+        )
+        return out.view(-1, layer.tp_q_head_num * layer.head_dim)

@@ -1,0 +1,216 @@
+"""Whether this SGLang is one that KVarN fits, and the proof that KVarN became active in it.
+
+Private SGLang symbols stand in the ``compat`` modules and nowhere else.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import logging
+import pkgutil
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any, Protocol
+
+import kvarn
+from kvarn import env
+from kvarn.errors import EngineIncompatible
+from kvarn.presets import is_preset_name
+from kvarn.sglang_backend import compat_tables as tables
+from kvarn.sglang_backend.compat_facts import Configurator, limits_of_schedule, shape_of
+from kvarn.sglang_backend.settings import BACKEND_NAME, PoolSettings, pool_settings
+
+if TYPE_CHECKING:
+    import torch
+
+logger = logging.getLogger(__name__)
+
+
+class Runner(Protocol):
+    """ModelRunner: only what the proof reads."""
+
+    kv_cache_configurator: Configurator
+    model_config: Any
+    kv_cache_dtype: torch.dtype
+    page_size: int
+    max_running_requests: int
+    max_total_num_tokens: int
+    req_to_token_pool: Any
+    token_to_kv_pool: Any
+    token_to_kv_pool_allocator: Any
+
+
+def engine_version() -> str:
+    """Return the version of the SGLang that this process imports."""
+    from sglang.version import __version__
+
+    return str(__version__)
+
+
+def signature_differences() -> list[str]:
+    """Compare SGLang with the table; one phrase for each difference. Imports SGLang's memory and model modules."""
+    found = (_difference(target, names) for target, names in tables.SIGNATURES.items())
+    return [difference for difference in (*found, _field_difference()) if difference is not None]
+
+
+def require_tested_version() -> None:
+    """Refuse a version outside the table. Cheap: imports no more than SGLang's version.
+
+    Raises:
+        EngineIncompatible: names the installed and the tested versions, and what to do.
+    """
+    version = engine_version()
+    if version.partition("+")[0] in tables.TESTED_VERSIONS:
+        return
+    if not env.allow_untested_engine():
+        raise _incompatible(
+            f"SGLang {version} is not among them.",
+            "or set KVARN_ALLOW_UNTESTED_ENGINE=1 to accept any version whose signatures match",
+        )
+    logger.warning("KVarN %s was not tested with SGLang %s; accepted on request.", kvarn.__version__, version)
+
+
+def require_compatible() -> None:
+    """Refuse an SGLang that differs from what the hooks rely on.
+
+    Raises:
+        EngineIncompatible: names the versions, what differs, and what to do.
+    """
+    require_tested_version()
+    differences = signature_differences()
+    if differences:
+        listed = "; ".join(differences)
+        raise _incompatible(f"This SGLang {engine_version()} differs from them: {listed}.", "or a newer KVarN")
+
+
+def verify_active(runner: Runner) -> None:
+    """Prove that every hook took; to be called when the attention backend is made, all pools in place.
+
+    Raises:
+        EngineIncompatible: lists everything that is not as it must be.
+    """
+    problems = [*_unapplied_hooks(), *_mismatches(runner)]
+    if problems:
+        raise _incompatible(
+            f"KVarN did not become active in this SGLang {engine_version()}: {'; '.join(problems)}.",
+            "and look for other plugins that hook the same functions (SGLANG_PLUGINS=kvarn loads only this one)",
+        )
+
+
+def banner(runner: Runner) -> str:
+    """Return the line that tells an operator what is being served."""
+    shape = shape_of(runner.kv_cache_configurator)
+    raw = str(runner.kv_cache_configurator.model_dtype).removeprefix("torch.")
+    ratio = shape.raw_bytes_per_token / shape.bytes_per_token
+    return (
+        f"KVarN {kvarn.__version__} in SGLang {engine_version()}: {shape.preset.name} "
+        f"(format {shape.layout.identity}), {shape.bytes_per_token} bytes a token ({ratio:.2f}x smaller than {raw}), "
+        f"{runner.max_total_num_tokens} tokens, at most {runner.max_running_requests} requests; kept in {raw}: "
+        f"the open tile and newest {shape.tail_tokens} tokens of each running request, "
+        f"the first {shape.sink_tokens} tokens of a prompt."
+    )
+
+
+def query_heads(runner: Runner) -> int:
+    """Return the query heads of one rank."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return int(runner.model_config.num_attention_heads) // int(get_parallel().attn_tp_size)
+
+
+def require_plain_attention(layer: Any, k: object, save_kv_cache: bool, extras: dict[str, Any]) -> None:
+    """Refuse a layer that asks for more than causal self-attention over the whole context.
+
+    Raises:
+        NotImplementedError: names what the layer asks for.
+    """
+    asked = [name for name, value in extras.items() if value is not None]
+    asked += ["shared keys and values"] * (k is None or not save_kv_cache)
+    asked += ["a sliding window"] * (layer.sliding_window_size > 0)
+    asked += ["cross-attention"] * bool(layer.is_cross_attention)
+    asked += [f"attention of type {layer.attn_type.value}"] * (layer.attn_type.value != "decoder")
+    asked += ["a logit cap by method"] * (getattr(layer, "logit_capping_method", "tanh") not in (None, "tanh"))
+    if asked:
+        raise NotImplementedError(
+            f"Layer {layer.layer_id} asks for {', '.join(asked)}, which KVarN can't serve yet. "
+            "Serve this model without a kvarn cache dtype."
+        )
+
+
+def is_first_rank() -> bool:
+    """Tell whether this process speaks for its tensor-parallel group."""
+    from sglang.srt.runtime_context import get_parallel
+
+    return bool(get_parallel().tp_rank == 0)
+
+
+def _incompatible(what: str, otherwise: str) -> EngineIncompatible:
+    tested = " and ".join(tables.TESTED_VERSIONS)
+    return EngineIncompatible(
+        f"KVarN {kvarn.__version__} is tested with SGLang {tested}. {what} "
+        f"Install a tested version (pip install sglang=={tables.RECOMMENDED_VERSION}), {otherwise}."
+    )
+
+
+def _difference(target: str, names: Iterable[str]) -> str | None:
+    try:
+        function = pkgutil.resolve_name(target)
+    except (AttributeError, ImportError, ValueError):
+        return f"{target} does not exist"
+    parameters = inspect.signature(function).parameters
+    missing = [name for name in names if name not in parameters]
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    added = [
+        name
+        for name, parameter in parameters.items()
+        if name not in names and parameter.default is inspect.Parameter.empty and parameter.kind not in optional
+    ]
+    if not missing and not added:
+        return None
+    takes = [f"no longer takes {', '.join(missing)}"] if missing else []
+    demands = [f"also demands {', '.join(added)}"] if added else []
+    return f"{target} {' and '.join((*takes, *demands))}"
+
+
+def _field_difference() -> str | None:
+    target = tables.BUILD_POOL.rpartition(".")[0]
+    try:
+        fields = {field.name for field in dataclasses.fields(pkgutil.resolve_name(target))}
+    except (AttributeError, ImportError, TypeError):
+        return f"{target} is not a dataclass"
+    missing = [name for name in tables.CONFIGURATOR_FIELDS if name not in fields]
+    return f"{target} has no {', '.join(missing)}" if missing else None
+
+
+def _unapplied_hooks() -> list[str]:
+    from sglang.srt.plugins.hook_registry import HookRegistry
+
+    missing = (target for target in tables.ENGINE_TARGETS if target not in HookRegistry._patched)
+    return [f"the hook on {target} was not applied" for target in missing]
+
+
+def _mismatches(runner: Runner) -> list[str]:
+    """Compare what the pools are with what they must be, one phrase for each difference."""
+    from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
+    from sglang.srt.runtime_context import get_exec
+
+    configurator = runner.kv_cache_configurator
+    if not is_preset_name(configurator.kv_cache_dtype_str):
+        return [f"the cache dtype is {configurator.kv_cache_dtype_str!r}"]
+    shape = shape_of(configurator)
+    pool = runner.token_to_kv_pool
+    rows = runner.req_to_token_pool.req_to_token.shape[0]
+    settings = getattr(type(pool), "settings", None)
+    expected = pool_settings(shape, rows, configurator.model_dtype)
+    tile = shape.preset.tile_tokens
+    facts = (
+        ("attention backend", BACKEND_NAME, get_exec().kernel.attention_backend),
+        ("pool settings", expected, settings if isinstance(settings, PoolSettings) else type(pool).__name__),
+        ("page sizes", (tile,) * 3, (runner.page_size, pool.page_size, runner.token_to_kv_pool_allocator.page_size)),
+        ("storage dtype", "torch.uint8", str(runner.kv_cache_dtype)),
+        ("bytes a token", shape.bytes_per_token, create_memory_pool_configurator(configurator)._cell_size),
+        ("tokens", runner.max_total_num_tokens, pool.size),
+        ("rows of req_to_token", runner.max_running_requests + 1, rows),
+        ("request limit that was charged", True, (limits_of_schedule()[0] or 0) >= runner.max_running_requests),
+    )
+    return [f"{name}: {found!r} and not {wanted!r}" for name, wanted, found in facts if found != wanted]

@@ -1,0 +1,165 @@
+"""What KVarN reads from SGLang's private objects, as plain values of its own."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Protocol
+
+from kvarn.core.capacity import CacheShape
+from kvarn.core.support import DeviceFacts, ModelFacts
+from kvarn.presets import get_preset, is_preset_name
+from kvarn.sglang_backend.compat_tables import UNSUPPORTED_ENVIRONMENT
+from kvarn.sglang_backend.settings import cache_shape
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+
+class DeviceFlags(Protocol):
+    """The flags that name the device."""
+
+    device: str
+    base_gpu_id: int
+
+
+class LayerInfo(Protocol):
+    """The layers of one rank."""
+
+    num_effective_layers: int
+
+
+class Named(Protocol):
+    """A member of an enumeration."""
+
+    name: str
+
+
+class ModelConfig(Protocol):
+    """SGLang's description of a model; only what is read here."""
+
+    hf_config: PretrainedConfig
+    hf_text_config: PretrainedConfig
+    attention_arch: Named
+    dtype: torch.dtype
+    head_dim: int
+    v_head_dim: int
+    is_encoder_decoder: bool
+    is_hybrid_swa: bool
+    is_local_attention_model: bool
+    is_generation: bool
+
+    def get_num_kv_heads(self, tensor_parallel_size: int) -> int:
+        """Return the kv heads of one rank."""
+
+
+class Configurator(Protocol):
+    """KVCacheConfigurator: sizes and builds the pools of one model runner."""
+
+    model_config: ModelConfig
+    model_dtype: torch.dtype
+    kv_cache_dtype: torch.dtype
+    kv_cache_dtype_str: str | None
+    sliding_window_size: int | None
+    layer_info: LayerInfo
+    is_draft_worker: bool
+    is_hybrid_swa: bool
+
+
+def holds_tiles(configurator: Configurator) -> bool:
+    """Tell whether the pool of this runner is ours: a kvarn dtype, and not a draft model's."""
+    return is_preset_name(configurator.kv_cache_dtype_str) and not configurator.is_draft_worker
+
+
+def shape_of(configurator: Configurator) -> CacheShape:
+    """Return what this rank caches."""
+    from sglang.srt.runtime_context import get_parallel
+
+    config = configurator.model_config
+    return cache_shape(
+        get_preset(str(configurator.kv_cache_dtype_str)),
+        layers=configurator.layer_info.num_effective_layers,
+        kv_heads=config.get_num_kv_heads(get_parallel().attn_tp_size),
+        head_dim=config.head_dim,
+        raw_bytes=configurator.model_dtype.itemsize,
+    )
+
+
+def limits_of_schedule() -> tuple[int | None, int | None]:
+    """Return the request limit and the token limit that SGLang works with; None where there is none."""
+    from sglang.srt.runtime_context import get_schedule
+
+    schedule = get_schedule()
+    return schedule.max_running_requests, schedule.max_total_tokens
+
+
+def model_facts(server_args: object) -> ModelFacts:
+    """Return what decides whether the model that was asked for can be served."""
+    return facts_of_config(_model_config(server_args))
+
+
+def facts_of_config(config: ModelConfig) -> ModelFacts:
+    """Return the facts that a model config tells."""
+    from sglang.srt.configs.hybrid_arch import mambaish_config
+    from sglang.srt.configs.model_config import is_deepseek_dsa, is_deepseek_v4, is_minimax_sparse
+
+    hf_config = config.hf_config
+    attention = config.attention_arch.name
+    layer_types = getattr(config.hf_text_config, "layer_types", None) or ()
+    return ModelFacts(
+        architecture=(hf_config.architectures or ["of unknown class"])[0],
+        dtype=str(config.dtype).removeprefix("torch."),
+        head_dim=config.head_dim,
+        v_head_dim=config.v_head_dim,
+        latent_attention=attention == "MLA",
+        encoder_decoder=config.is_encoder_decoder,
+        windowed=(
+            config.is_hybrid_swa
+            or config.is_local_attention_model
+            or any(kind in ("sliding_attention", "chunked_attention") for kind in layer_types)
+        ),
+        recurrent=attention == "SSM" or mambaish_config(config) is not None,
+        sparse_index=any(check(hf_config) for check in (is_deepseek_dsa, is_deepseek_v4, is_minimax_sparse)),
+        learned_sinks=bool(getattr(config, "has_attention_sinks", False)),
+        alibi=bool(getattr(config, "use_alibi", False)),
+        generates=config.is_generation,
+    )
+
+
+def device_facts(view: DeviceFlags) -> DeviceFacts:
+    """Return what decides whether the device that was asked for can be used.
+
+    Args:
+        view: the flags, ``device`` resolved.
+    """
+    kind = view.device
+    if kind != "cuda":
+        return DeviceFacts(kind)
+    import torch
+
+    if torch.version.hip is not None:
+        return DeviceFacts("rocm")
+    if not torch.cuda.is_available():
+        # SGLang says so itself, and better.
+        return DeviceFacts(kind)
+    return DeviceFacts(kind, torch.cuda.get_device_capability(view.base_gpu_id))
+
+
+def environment_reasons() -> list[str]:
+    """Return why SGLang's own environment variables can't be served, one sentence each."""
+    from sglang.srt.environ import envs
+
+    return [
+        f"{name}=1 can't be used, because {why}; unset it."
+        for name, why in UNSUPPORTED_ENVIRONMENT.items()
+        if getattr(envs, name, None) is not None and getattr(envs, name).get()
+    ]
+
+
+def _model_config(server_args: object) -> ModelConfig:
+    if hasattr(server_args, "get_model_config"):
+        config: ModelConfig = server_args.get_model_config()
+        return config
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    found: ModelConfig = model_config_of(server_args)
+    return found

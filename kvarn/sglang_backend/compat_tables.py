@@ -1,0 +1,83 @@
+"""The SGLang versions that KVarN was tested with, and the private names and signatures that it relies on.
+
+One row serves every tested version: a function must take every parameter listed, and may take others only if they
+have a default. ``compat.signature_differences`` compares the rows with the installed SGLang.
+"""
+
+from types import MappingProxyType
+from typing import Final
+
+TESTED_VERSIONS: Final = ("0.5.17", "0.5.23")
+RECOMMENDED_VERSION: Final = "0.5.23"
+
+# --- hooked in every process that loads plugins; the modules are small and loaded anyway
+ADD_CLI_ARGS: Final = "sglang.srt.server_args.ServerArgs.add_cli_args"
+FROM_CLI_ARGS: Final = "sglang.srt.server_args.ServerArgs.from_cli_args"
+
+# --- steps of argument resolution: before CUDA graphs, memory and backends are decided, and the last one
+EARLY_STEP: Final = "handle_cuda_graph_config"
+LATE_STEP: Final = "validate_deepep_v2_dispatch_token_budget"
+# Before 0.5.18 the steps are methods, reached by ordinary hooks.
+EARLY_METHOD: Final = "sglang.srt.server_args.ServerArgs._handle_cuda_graph_config"
+LATE_METHOD: Final = "sglang.srt.server_args.ServerArgs._handle_model_capability_adjustments"
+
+# --- hooked only where a kvarn dtype was asked for
+CONFIGURE_DTYPE: Final = "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype"
+PROFILE_BYTES: Final = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes"
+BUILD_POOL: Final = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
+CELL_SIZE: Final = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
+ENGINE_TARGETS: Final = (CONFIGURE_DTYPE, PROFILE_BYTES, BUILD_POOL, CELL_SIZE)
+
+# A process that has loaded this runs a model, or launches one that does; hooks cost it no import that it could avoid.
+ENGINE_MODULE: Final = "sglang.srt.managers.scheduler"
+
+_CONFIGURATOR = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator"
+_POOLS = "sglang.srt.mem_cache.memory_pool"
+_ATTENTION = "sglang.srt.layers.attention.base_attn_backend.AttentionBackend"
+_ATTEND = ("self", "q", "k", "v", "layer", "forward_batch", "save_kv_cache")
+
+SIGNATURES: Final = MappingProxyType(
+    {
+        CONFIGURE_DTYPE: (
+            *("server_args_kv_cache_dtype", "model", "model_dtype", "is_draft_worker", "is_dflash"),
+            "speculative_draft_attention_backend",
+        ),
+        PROFILE_BYTES: ("self", "pre_model_load_memory"),
+        BUILD_POOL: ("self", "sizes", "is_dsa_model", "is_dsv4_model", "req_to_token_pool"),
+        CELL_SIZE: ("self", "kvc", "num_layers"),
+        f"{_CONFIGURATOR}._build_mha_kv_pool": ("self", "max_total_num_tokens", "mha_pool_class", "quant_method"),
+        f"{_CONFIGURATOR}._resolve_memory_pool_config": ("self", "pre_model_load_memory"),
+        f"{_CONFIGURATOR}.resolve_max_num_reqs": ("self", "token_capacity"),
+        "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator": ("kvc",),
+        "sglang.srt.runtime_context.RuntimeContext.override": ("self", "source", "fields"),
+        f"{_POOLS}.ReqToTokenPool.__init__": ("self", "size", "max_context_len", "device", "enable_memory_saver"),
+        f"{_POOLS}.MHATokenToKVPool.__init__": (
+            *("self", "size", "page_size", "dtype", "head_num", "head_dim", "layer_num", "device"),
+            *("enable_memory_saver", "v_head_dim", "start_layer", "end_layer", "enable_alt_stream"),
+            *("enable_kv_cache_copy", "quant_method", "post_capture_active"),
+        ),
+        f"{_POOLS}.MHATokenToKVPool._create_buffers": ("self",),
+        f"{_POOLS}.MHATokenToKVPool.get_kv_size_bytes": ("self",),
+        f"{_ATTENTION}.init_forward_metadata": ("self", "forward_batch"),
+        f"{_ATTENTION}.init_forward_metadata_out_graph": ("self", "forward_batch", "in_capture"),
+        f"{_ATTENTION}.init_forward_metadata_in_graph": ("self", "forward_batch"),
+        f"{_ATTENTION}.init_cuda_graph_state": ("self", "max_bs", "max_num_tokens"),
+        f"{_ATTENTION}.get_cuda_graph_seq_len_fill_value": ("self",),
+        f"{_ATTENTION}.forward_decode": _ATTEND,
+        f"{_ATTENTION}.forward_extend": _ATTEND,
+    }
+)
+
+# Attributes of KVCacheConfigurator, a dataclass, that the hooks read.
+CONFIGURATOR_FIELDS: Final = (
+    *("device", "model_config", "model_dtype", "kv_cache_dtype", "kv_cache_dtype_str", "page_size"),
+    *("is_draft_worker", "is_hybrid_swa", "use_mla_backend", "sliding_window_size", "layer_info", "mambaish_config"),
+)
+
+# Switches of SGLang's own environment that change how a pool is laid out or sized.
+UNSUPPORTED_ENVIRONMENT: Final = MappingProxyType(
+    {
+        "SGLANG_ENABLE_POST_CAPTURE_KV_SIZING": "it resizes the cache after its tails and sinks were sized",
+        "SGLANG_USE_HND_KVCACHE": "it arranges the cache by head and token, and records are neither",
+    }
+)

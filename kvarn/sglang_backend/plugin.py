@@ -1,0 +1,230 @@
+"""SGLang's entry point of KVarN.
+
+``register`` runs in every process that loads SGLang's plugins. It adds our names to the choices and two steps to the
+resolution of flags; nothing else, unless a kvarn dtype was asked for. Then the step sets an environment variable, and
+the schedulers, which inherit it, install the hooks on memory pools.
+"""
+
+import argparse
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+from kvarn import env
+from kvarn.core.support import unsupported_reasons
+from kvarn.errors import EngineIncompatible, UnsupportedConfig
+from kvarn.presets import PRESETS, Preset, get_preset, is_preset_name
+from kvarn.sglang_backend import compat, compat_facts, compat_hooks, resolution
+from kvarn.sglang_backend import compat_tables as tables
+from kvarn.sglang_backend.settings import BACKEND_NAME, PoolSettings, divide_budget, pool_settings
+
+logger = logging.getLogger(__name__)
+
+
+def register() -> None:
+    """Register KVarN with SGLang. Cheap, and may be called again.
+
+    Raises:
+        EngineIncompatible: this SGLang resolves its flags in a way that is not known here. SGLang logs it; a server
+            that is asked for a kvarn dtype stops all the same.
+    """
+    compat_hooks.add_backend_choice()
+    compat_hooks.add_hook(tables.ADD_CLI_ARGS, accept_names, "after")
+    compat_hooks.add_hook(tables.FROM_CLI_ARGS, check_command_line, "before")
+    if compat_hooks.has_resolution_steps():
+        compat_hooks.add_step(tables.EARLY_STEP, early_step)
+        compat_hooks.add_step(tables.LATE_STEP, late_step)
+    else:
+        compat_hooks.add_hook(tables.EARLY_METHOD, early_method, "before")
+        compat_hooks.add_hook(tables.LATE_METHOD, late_method, "after")
+    if env.sglang_hooks() and compat_hooks.runs_models():
+        add_engine_hooks()
+
+
+def add_engine_hooks() -> None:
+    """Register what changes memory pools and attention; only for processes that run a model. May be called again."""
+    compat_hooks.add_backend(create_backend)
+    compat_hooks.add_hook(tables.CONFIGURE_DTYPE, storage_dtype, "around")
+    compat_hooks.add_hook(tables.PROFILE_BYTES, charge_exact_rows, "after")
+    compat_hooks.add_hook(tables.CELL_SIZE, record_bytes, "after")
+    compat_hooks.add_hook(tables.BUILD_POOL, build_pool, "around")
+
+
+# --- command line and flags, in the process that launches SGLang
+
+
+def accept_names(_result: None, parser: argparse.ArgumentParser) -> None:
+    """After ``ServerArgs.add_cli_args``: let every kvarn name pass argparse."""
+    compat_hooks.add_dtype_choices(parser)
+
+
+def check_command_line(_cls: type, args: argparse.Namespace) -> None:
+    """Before ``ServerArgs.from_cli_args``: answer a wrong name or version before anything is downloaded.
+
+    Raises:
+        UnknownPreset: the name is not a preset.
+        EngineIncompatible: this SGLang is not one that KVarN was tested with.
+    """
+    _asked_preset(getattr(args, "kv_cache_dtype", None))
+
+
+def early_step(server_args: object, previous: Callable[[object], None]) -> None:
+    """Around the first step that reads a flag of ours (0.5.18 on)."""
+    decide_flags(server_args)
+    previous(server_args)
+
+
+def late_step(server_args: object, previous: Callable[[object], None]) -> None:
+    """Around the last step (0.5.18 on)."""
+    previous(server_args)
+    confirm_flags(server_args)
+
+
+def early_method(server_args: object) -> None:
+    """Before the first method that reads a flag of ours (0.5.17)."""
+    decide_flags(server_args)
+
+
+def late_method(_result: None, server_args: object) -> None:
+    """After the last method (0.5.17)."""
+    confirm_flags(server_args)
+
+
+def decide_flags(server_args: object) -> None:
+    """Refuse what can't be served and decide what follows from the dtype; nothing for any other dtype.
+
+    Raises:
+        UnknownPreset: the name is not a preset.
+        UnsupportedConfig: lists every reason.
+        EngineIncompatible: this SGLang is not one that KVarN was tested with.
+    """
+    preset = _asked_preset(getattr(server_args, "kv_cache_dtype", None))
+    if preset is None:
+        if resolution.asks_for_backend(server_args):
+            names = ", ".join(PRESETS)
+            raise UnsupportedConfig(
+                [f"The attention backend {BACKEND_NAME!r} reads records only; pass --kv-cache-dtype, one of {names}."]
+            )
+        return
+    view = compat_hooks.flags_of(server_args)
+    reasons = [
+        *resolution.flag_reasons(view, preset),
+        *compat_facts.environment_reasons(),
+        *unsupported_reasons(compat_facts.model_facts(server_args), preset, compat_facts.device_facts(view)),
+    ]
+    if reasons:
+        raise UnsupportedConfig(reasons)
+    compat.require_compatible()
+    compat_hooks.declare_flags(server_args, resolution.declared_flags(preset))
+    env.request_sglang_hooks()
+    # This process may run the model itself, and has loaded its plugins already.
+    add_engine_hooks()
+    compat_hooks.apply_hooks()
+
+
+def confirm_flags(server_args: Any) -> None:
+    """Check at the end of resolution that a model's own defaults have not undone ours.
+
+    Raises:
+        UnsupportedConfig: lists every reason.
+    """
+    name = server_args.kv_cache_dtype
+    if not is_preset_name(name):
+        return
+    reasons = resolution.final_reasons(compat_hooks.flags_of(server_args), get_preset(name))
+    if reasons:
+        raise UnsupportedConfig(reasons)
+
+
+# --- memory pools and attention, in processes that run the model
+
+
+def storage_dtype(original: Callable[..., Any], **arguments: Any) -> Any:
+    """Around ``configure_kv_cache_dtype``: records are bytes; a draft model keeps its own dtype.
+
+    Raises:
+        EngineIncompatible: this SGLang differs from what the other hooks rely on.
+    """
+    if not is_preset_name(arguments["server_args_kv_cache_dtype"]):
+        return original(**arguments)
+    if arguments["is_draft_worker"]:
+        return "auto", arguments["model_dtype"]
+    import torch
+
+    compat.require_compatible()
+    return None, torch.uint8
+
+
+def charge_exact_rows(budget_bytes: int, configurator: Any, *_args: Any, **_kwargs: Any) -> int | None:
+    """After ``_profile_available_bytes``: charge tails and sinks, and derive the request limit if none was typed.
+
+    Raises:
+        UnsupportedConfig: the loaded model has layers that the flags did not tell of.
+        CapacityError: tails and sinks leave no room for a page.
+    """
+    if not compat_facts.holds_tiles(configurator):
+        return None
+    _check_loaded_model(configurator)
+    shape = compat_facts.shape_of(configurator)
+    requested, token_cap = compat_facts.limits_of_schedule()
+    plan = divide_budget(shape, budget_bytes, requested, token_cap)
+    if requested is None:
+        compat_hooks.publish_request_limit(plan.max_requests)
+    return plan.tokens * shape.bytes_per_token
+
+
+def record_bytes(_cell_size: int, _self: Any, configurator: Any, *_args: Any, **_kwargs: Any) -> int | None:
+    """After ``_compute_cell_size``: what a token costs as part of a record."""
+    if not compat_facts.holds_tiles(configurator):
+        return None
+    return compat_facts.shape_of(configurator).bytes_per_token
+
+
+def build_pool(original: Callable[..., Any], configurator: Any, **arguments: Any) -> Any:
+    """Around ``_build_token_to_kv_pool``: build a TilePool for the rows that ``req_to_token`` really has."""
+    if not compat_facts.holds_tiles(configurator):
+        return original(configurator, **arguments)
+    rows = arguments["req_to_token_pool"].req_to_token.shape[0]
+    sizes = arguments["sizes"]
+    if rows != sizes.max_running_requests + 1:
+        raise EngineIncompatible(
+            f"SGLang made {rows} request rows for {sizes.max_running_requests} requests, but tails were charged for "
+            "one spare row only. Leave out the flags that reserve request rows."
+        )
+    settings = pool_settings(compat_facts.shape_of(configurator), rows, configurator.model_dtype)
+    return compat_hooks.build_tile_pool(configurator, _pool_class(settings), sizes.max_total_num_tokens)
+
+
+def create_backend(runner: Any) -> Any:
+    """Create the attention backend of a model runner, and say once what is being served."""
+    from kvarn.sglang_backend.backend import TileAttentionBackend
+
+    backend = TileAttentionBackend(runner)
+    if compat.is_first_rank():
+        logger.info("%s", compat.banner(runner))
+    return backend
+
+
+def _asked_preset(name: object) -> Preset | None:
+    if not isinstance(name, str) or not is_preset_name(name):
+        return None
+    preset = get_preset(name)
+    compat.require_tested_version()
+    return preset
+
+
+def _check_loaded_model(configurator: Any) -> None:
+    facts = compat_facts.facts_of_config(configurator.model_config)
+    windowed = facts.windowed or (configurator.sliding_window_size or -1) > 0
+    device = compat_facts.DeviceFacts(configurator.device)
+    preset = get_preset(configurator.kv_cache_dtype_str)
+    reasons = unsupported_reasons(replace(facts, windowed=windowed), preset, device)
+    if reasons:
+        raise UnsupportedConfig(reasons)
+
+
+def _pool_class(settings: PoolSettings) -> type:
+    from kvarn.sglang_backend.pool import TilePool
+
+    return type(TilePool.__name__, (TilePool,), {"__module__": TilePool.__module__, "settings": settings})

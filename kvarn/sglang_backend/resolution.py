@@ -1,0 +1,179 @@
+"""What a kvarn dtype decides for SGLang's other flags, and which flags it refuses.
+
+Works on any object that has the flags as attributes, so that it needs no SGLang.
+"""
+
+from dataclasses import dataclass
+
+from kvarn.presets import Preset
+from kvarn.sglang_backend.settings import BACKEND_NAME
+
+_BACKEND_FLAGS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
+_DISABLED = "disabled"
+_NOT_TESTED = "it has not been tested with tiles"
+_HOST_COPIES = "it copies K and V by token, and a record holds a whole tile of tokens"
+_SPLIT_CACHE = "it spreads one request's cache over ranks, and its exact tail stands on one"
+_OTHER_POOL = "it brings a cache layout of its own"
+_RAW_ROWS = "it reads raw K and V rows, and the cache holds records"
+_IDLE_RANKS = "idle ranks run batches without requests, which has not been tested with tiles"
+_DRAFTS = "drafted tokens are not kept apart from accepted ones yet"
+_BATCH_DEPENDENT = "results still depend on how a batch is put together"
+_NEWEST_TOKENS = "a request's newest tokens stand in its tail, which no transfer carries"
+
+
+@dataclass(frozen=True, slots=True)
+class FlagLimit:
+    """One flag that must keep its default.
+
+    Args:
+        flag: attribute of ServerArgs; the option is the same with dashes.
+        default: the value that is served, beside None and False.
+        why: why no other value is.
+    """
+
+    flag: str
+    default: object
+    why: str
+
+    def reason(self, view: object) -> str | None:
+        """Return the sentence for a user who set the flag; None if it is unset or this SGLang doesn't have it."""
+        value = getattr(view, self.flag, None)
+        if value is None or value is False or value == self.default:
+            return None
+        option = self.flag.replace("_", "-")
+        typed = f"--{option}" if value is True else f"--{option} {value}"
+        return f"{typed} can't be used, because {self.why}; leave it out or serve with --kv-cache-dtype auto."
+
+
+FLAG_LIMITS = (
+    FlagLimit("enable_hierarchical_cache", None, _HOST_COPIES),
+    FlagLimit("enable_lmcache", None, _HOST_COPIES),
+    FlagLimit("enable_flexkv", None, _HOST_COPIES),
+    FlagLimit("enable_unified_cache_external_linker", None, _HOST_COPIES),
+    FlagLimit("radix_cache_backend", None, _NOT_TESTED),
+    FlagLimit("disaggregation_mode", "null", _NEWEST_TOKENS),
+    FlagLimit("enable_pd_role_switch", None, _NEWEST_TOKENS),
+    FlagLimit("enable_unified_memory", None, _OTHER_POOL),
+    FlagLimit("enable_page_major_kv_layout", None, _OTHER_POOL),
+    FlagLimit("prefill_only_disable_kv_cache", None, "it leaves out the cache that tiles stand in"),
+    FlagLimit("enable_hisparse", None, _OTHER_POOL),
+    FlagLimit("enable_kv_cache_sharding", None, _SPLIT_CACHE),
+    FlagLimit("dcp_size", 1, _SPLIT_CACHE),
+    FlagLimit("attn_cp_size", 1, _SPLIT_CACHE),
+    FlagLimit("enable_prefill_cp", None, _SPLIT_CACHE),
+    FlagLimit("enable_prefill_context_parallel", None, _SPLIT_CACHE),
+    FlagLimit("enable_dsa_prefill_context_parallel", None, _SPLIT_CACHE),
+    FlagLimit("pp_size", 1, "stages would size their caches apart from each other (tensor parallelism works)"),
+    FlagLimit("attn_dp_size", 1, _IDLE_RANKS),
+    FlagLimit("enable_dp_attention", None, _IDLE_RANKS),
+    FlagLimit("enable_two_batch_overlap", None, "two half batches would write the same tails at once"),
+    FlagLimit("enable_pdmux", None, "prefill and decode would write tails on two streams at once"),
+    FlagLimit("dllm_algorithm", None, "a diffusion model rewrites tokens that a sealed tile holds already"),
+    FlagLimit("enable_streaming_session", None, _NOT_TESTED),
+    FlagLimit("enable_session_radix_cache", None, _NOT_TESTED),
+    FlagLimit("speculative_algorithm", None, _DRAFTS),
+    FlagLimit("uno_lora_path", None, _DRAFTS),
+    FlagLimit("decoupled_spec_role", "null", _DRAFTS),
+    FlagLimit("enable_deterministic_inference", None, _BATCH_DEPENDENT),
+    FlagLimit("rl_on_policy_target", None, _BATCH_DEPENDENT),
+    FlagLimit("kv_canary", "none", _RAW_ROWS),
+    FlagLimit("enable_mis", None, "it needs the attention mask of the flashinfer backend"),
+    FlagLimit("enable_nvidia_megakernel", None, _RAW_ROWS),
+    FlagLimit("enable_amd_monokernel", None, _RAW_ROWS),
+    FlagLimit("enable_memory_saver", None, "paused memory comes back with arbitrary contents, tails included"),
+    FlagLimit("use_ray", None, "its workers don't inherit what the launching process decided"),
+)
+
+
+def declared_flags(preset: Preset) -> dict[str, object]:
+    """Return the flags that follow from the preset."""
+    return {
+        "attention_backend": BACKEND_NAME,
+        "page_size": preset.tile_tokens,
+        "disable_prefill_cuda_graph": True,
+    }
+
+
+def asks_for_backend(view: object) -> bool:
+    """Tell whether a flag names our attention backend, whatever the cache dtype is."""
+    return any(getattr(view, flag, None) == BACKEND_NAME for flag in _BACKEND_FLAGS)
+
+
+def flag_reasons(view: object, preset: Preset) -> list[str]:
+    """Return why the flags can't be served with the preset, one sentence each; empty if they can.
+
+    Args:
+        view: the flags as a user typed them, or as SGLang resolved them.
+        preset: the preset asked for.
+    """
+    limits = (limit.reason(view) for limit in FLAG_LIMITS)
+    return [
+        *_backend_reasons(view, preset),
+        *_page_reasons(view, preset),
+        *(reason for reason in limits if reason is not None),
+    ]
+
+
+def final_reasons(view: object, preset: Preset) -> list[str]:
+    """Return why the flags as SGLang resolved them can't be served: those above, and decisions of ours that were lost.
+
+    Args:
+        view: the flags at the end of SGLang's resolution.
+        preset: the preset asked for.
+    """
+    reasons = flag_reasons(view, preset)
+    expected = {"kv_cache_dtype": preset.name, **declared_flags(preset)}
+    for flag, value in expected.items():
+        found = getattr(view, flag, None)
+        reported = flag in ("attention_backend", "page_size") and found is not None
+        if found != value and not reported:
+            reasons.append(
+                f"SGLang resolved {flag} to {found!r}, but {preset.name} needs {value!r}; leave out the flags that "
+                "decide it or, if the model does, serve it with --kv-cache-dtype auto."
+            )
+    prefill = getattr(getattr(view, "cuda_graph_config", None), "prefill", None)
+    if prefill is not None and prefill.backend != _DISABLED:
+        reasons.append(
+            f"--cuda-graph-config sets the prefill backend {prefill.backend!r}, but prefill of tiles is not captured "
+            f"yet; leave it out or set it to {_DISABLED!r} (decode graphs stay on)."
+        )
+    return reasons
+
+
+def _backend_reasons(view: object, preset: Preset) -> list[str]:
+    reasons = []
+    for flag in _BACKEND_FLAGS:
+        value = getattr(view, flag, None)
+        if value not in (None, BACKEND_NAME):
+            reasons.append(
+                f"--{flag.replace('_', '-')} {value} can't read the records of {preset.name}, only the backend "
+                f"{BACKEND_NAME!r} can; leave the flag out."
+            )
+    graphs = getattr(view, "cuda_graph_backend_prefill", None)
+    if graphs not in (None, _DISABLED):
+        reasons.append(
+            f"--cuda-graph-backend-prefill {graphs} can't be used, because prefill of tiles is not captured yet; "
+            "leave it out (decode graphs stay on)."
+        )
+    return reasons
+
+
+def _page_reasons(view: object, preset: Preset) -> list[str]:
+    reasons = []
+    tile = preset.tile_tokens
+    page_size = getattr(view, "page_size", None)
+    if page_size not in (None, tile):
+        reasons.append(
+            f"--page-size {page_size} does not fit {preset.name}, whose page is its tile of {tile} tokens; "
+            "leave the flag out."
+        )
+    chunk = getattr(view, "chunked_prefill_size", None)
+    if chunk is not None and chunk > 0 and chunk % tile:
+        reasons.append(
+            f"--chunked-prefill-size {chunk} is not a multiple of the page of {tile} tokens, at which prompts are "
+            f"cut; use {max(tile, chunk // tile * tile)}."
+        )
+    tokens = getattr(view, "max_total_tokens", None)
+    if tokens is not None and tokens < tile:
+        reasons.append(f"--max-total-tokens {tokens} holds no page of {tile} tokens; use {tile} or more.")
+    return reasons

@@ -1,0 +1,93 @@
+"""What the halves of the SGLang adapter share: names, the pool's settings, and how the budget is divided.
+
+The arithmetic is that of :mod:`kvarn.core.capacity`; SGLang is told its results, never a formula of our own.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from kvarn import env
+from kvarn.core.capacity import CacheShape, CapacityPlan, plan_capacity
+from kvarn.errors import CapacityError
+from kvarn.presets import Preset
+
+if TYPE_CHECKING:
+    import torch
+
+BACKEND_NAME = "kvarn"
+
+
+@dataclass(frozen=True, slots=True)
+class PoolSettings:
+    """What a TilePool can't read from SGLang's own constructor arguments.
+
+    Args:
+        preset: the preset in use.
+        tail_tokens: newest tokens that stay exact (R).
+        sink_tokens: first tokens that stay exact (S).
+        num_rows: rows of ``req_to_token``, the padding row included; one tail ring each.
+        sink_slots: slots of the sink store.
+        raw_dtype: dtype of the model, in which tails and sinks are kept.
+    """
+
+    preset: Preset
+    tail_tokens: int
+    sink_tokens: int
+    num_rows: int
+    sink_slots: int
+    raw_dtype: torch.dtype
+
+
+def exact_tokens(preset: Preset) -> tuple[int, int]:
+    """Return how many newest and how many first tokens stay exact: the preset's, unless the environment says else."""
+    if env.canonical():
+        return 0, 0
+    tail_tokens = env.tail_tokens()
+    return (preset.tail_tokens if tail_tokens is None else tail_tokens), preset.sink_tokens
+
+
+def cache_shape(preset: Preset, *, layers: int, kv_heads: int, head_dim: int, raw_bytes: int) -> CacheShape:
+    """Return what one rank caches, exact tokens taken from preset and environment."""
+    tail_tokens, sink_tokens = exact_tokens(preset)
+    return CacheShape(preset, layers, kv_heads, head_dim, raw_bytes, tail_tokens, sink_tokens)
+
+
+def pool_settings(shape: CacheShape, num_rows: int, raw_dtype: torch.dtype) -> PoolSettings:
+    """Return the settings of a pool whose ``req_to_token`` has that many rows, the padding row included."""
+    return PoolSettings(
+        preset=shape.preset,
+        tail_tokens=shape.tail_tokens,
+        sink_tokens=shape.sink_tokens,
+        num_rows=num_rows,
+        sink_slots=shape.sink_slots(num_rows - 1),
+        raw_dtype=raw_dtype,
+    )
+
+
+def divide_budget(shape: CacheShape, budget_bytes: int, requested: int | None, token_cap: int | None) -> CapacityPlan:
+    """Divide the bytes that SGLang gives the cache into tails, sinks and tiles.
+
+    Args:
+        shape: what this rank caches.
+        budget_bytes: bytes that SGLang profiled for the cache.
+        requested: ``--max-running-requests``; None derives the limit from the budget.
+        token_cap: ``--max-total-tokens``, which SGLang applies afterwards; None if there is none.
+
+    Raises:
+        CapacityError: tails and sinks leave no room for a page.
+    """
+    try:
+        plan = plan_capacity(shape, budget_bytes, requested)
+        if requested is not None:
+            return plan
+        # A running request needs a page of its own, so more tail rings than pages could never be in use.
+        tokens = plan.tokens if token_cap is None else min(plan.tokens, token_cap)
+        pages = max(1, tokens // shape.preset.tile_tokens)
+        return plan if plan.max_requests <= pages else plan_capacity(shape, budget_bytes, pages)
+    except CapacityError as error:
+        raise CapacityError(
+            f"{error} In SGLang these are --max-running-requests and --mem-fraction-static; "
+            "KVARN_TAIL_TOKENS=0 makes the tails smaller."
+        ) from error

@@ -1,0 +1,139 @@
+"""Ragged batches over a small cache, brought to life by the torch references, for kernels to be compared on."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvarn.core.append import RotatedRows, rotate_rows_reference, store_tail_reference
+from kvarn.core.cache import CacheConfig, LayerCache
+from kvarn.core.layout import TileLayout
+from kvarn.core.seal import seal_reference
+from kvarn.core.step import Step, chunk_step, decode_step
+from kvarn.core.tail import TailState, owner_tags
+from kvarn.presets import get_preset
+
+NAN = float("nan")
+
+
+@dataclass
+class Case:
+    """A layer's cache in mid-life and the next step over it, its rows rotated but not stored."""
+
+    layer: LayerCache
+    state: TailState
+    step: Step
+    rotated: RotatedRows
+    q: torch.Tensor
+    k: torch.Tensor
+    v: torch.Tensor
+
+
+def poisoned_layer(
+    config: CacheConfig, pages: int, rows: int, slots: int, dtype: torch.dtype, device: str, pad: int
+) -> LayerCache:
+    """Allocate a cache full of NaN, with padding between records, pages, heads and ring rows of requests."""
+    layout, heads = config.layout, config.kv_heads
+    records = torch.full((pages, heads + pad, layout.record_bytes + 128 * pad), 0xFF, dtype=torch.uint8, device=device)
+    tails = torch.full((rows, 2, heads + pad, config.ring_tokens, layout.head_dim), NAN, dtype=dtype, device=device)
+    sinks = torch.full((slots, 2, heads + pad, config.sink_tokens, layout.head_dim), NAN, dtype=dtype, device=device)
+    return LayerCache(config, records[:, :heads, : layout.record_bytes], tails[:, :, :heads], sinks[:, :, :heads])
+
+
+def make_case(
+    lengths: list[int],
+    new: list[int],
+    *,
+    preset: str = "kvarn_k4v2_g128",
+    head_dim: int = 64,
+    kv_heads: int = 2,
+    group: int = 4,
+    dtype: torch.dtype = torch.float16,
+    device: str = "cpu",
+    tail: int = 128,
+    sink: int = 4,
+    hits: list[int] | None = None,
+    canonical: bool = False,
+    pad: int = 1,
+    seed: int = 0,
+    slots: int = 2,
+    outliers: bool = False,
+) -> Case:
+    """Grow requests to `lengths` (by one chunk each, after `hits` tokens of prefix hit), then make a step of `new` rows.
+
+    A step of one row for everybody is a decode step, any other is a chunk. With fewer slots than requests, some
+    requests have no exact sinks.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    layout = TileLayout.of(get_preset(preset), head_dim)
+    ring = layout.tile_tokens + tail
+    config = CacheConfig(layout, kv_heads, tail, sink, ring, canonical)
+    hits = hits or [0] * len(lengths)
+    pages_each = [-(-(a + b) // layout.tile_tokens) for a, b in zip(lengths, new, strict=True)]
+    total = sum(pages_each) + 1
+    order = (torch.randperm(total - 1, generator=generator) + 1).to(torch.int32)
+    table = torch.zeros(len(lengths), max(pages_each) + 1, dtype=torch.int32)
+    used = 0
+    for i, count in enumerate(pages_each):
+        table[i, :count] = order[used : used + count]
+        used += count
+    table[table == 0] = total - 1  # entries past the end point at a live page, as stale entries do
+    layer = poisoned_layer(config, total, len(lengths) + 2, slots, dtype, "cpu", pad)
+    state = TailState(config, len(lengths) + 2, total, slots, "cpu")
+
+    def rows(count: int, heads: int) -> torch.Tensor:
+        x = torch.randn(count, heads, head_dim, generator=generator)
+        if outliers and heads == kv_heads:
+            x[..., :3] += torch.tensor([300.0, -80.0, 40.0])
+        return x.to(dtype)
+
+    request_rows = torch.arange(1, len(lengths) + 1, dtype=torch.int32).flip(0)
+    tags = owner_tags([f"request-{i}" for i in range(len(lengths))])
+    zero = [0] * len(lengths)
+    for begin, end, names in ((zero, hits, tags.flip(0)), (hits, lengths, tags)):
+        if begin == end:
+            continue
+        past, _ = chunk_step(
+            state, request_rows, _ints(begin), _ints(end), names, table, group, sum(end) - sum(begin)
+        )
+        count = sum(end) - sum(begin)
+        rotated = rotate_rows_reference(rows(count, kv_heads * group), rows(count, kv_heads), rows(count, kv_heads))
+        seal_reference(rotated, layer, past)
+        store_tail_reference(rotated, layer, past)
+    ends = [a + b for a, b in zip(lengths, new, strict=True)]
+    if all(n == 1 for n in new):
+        step = decode_step(state, request_rows, _ints(ends), table, group)
+    else:
+        step, _ = chunk_step(state, request_rows, _ints(lengths), _ints(ends), tags, table, group, sum(new))
+    assert int(state.faults) == 0
+    q, k, v = rows(sum(new), kv_heads * group), rows(sum(new), kv_heads), rows(sum(new), kv_heads)
+    case = Case(layer, state, step, rotate_rows_reference(q, k, v), q, k, v)
+    return case if device == "cpu" else to_device(case, device)
+
+
+def store_and_seal(case: Case) -> None:
+    """Do by the references what comes before attention in a step."""
+    if case.step.rows_in_ring:
+        store_tail_reference(case.rotated, case.layer, case.step)
+    seal_reference(case.rotated, case.layer, case.step)
+
+
+def to_device(case: Case, device: str) -> Case:
+    """Copy a case to another device, strides kept."""
+
+    def move(x: object) -> object:
+        return x.to(device) if isinstance(x, torch.Tensor) else x
+
+    layer = LayerCache(case.layer.config, *(_padded_to(x, device) for x in (case.layer.records, case.layer.tails, case.layer.sinks)))
+    step = Step(**{name: move(getattr(case.step, name)) for name in Step.__dataclass_fields__})
+    rotated = RotatedRows(*(x.to(device) for x in (case.rotated.q, case.rotated.k, case.rotated.v)))
+    return Case(layer, case.state, step, rotated, case.q.to(device), case.k.to(device), case.v.to(device))
+
+
+def _padded_to(x: torch.Tensor, device: str) -> torch.Tensor:
+    whole = torch.empty_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), dtype=x.dtype, device=device)
+    whole.copy_(torch.as_strided(x, whole.shape, (1,), 0))
+    return torch.as_strided(whole, x.shape, x.stride(), x.storage_offset())
+
+
+def _ints(values: list[int]) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)

@@ -1,0 +1,90 @@
+"""Attention kernels against the float64 reference over the same records, in poisoned memory, on odd shapes."""
+
+import pytest
+import torch
+from cases import Case, make_case, store_and_seal, to_device
+from tolerance import ATTEND_MAX, ATTEND_RMS, LSE, LSE_RELATIVE, relative_max, relative_rms
+
+from kvarn.core import attend as attend_module
+from kvarn.core.append import RotatedRows
+from kvarn.core.attend import attend, attend_reference
+from kvarn.presets import PRESETS
+
+SCALE = 0.09
+
+
+def check(case: Case, device: str, logit_cap: float = 0.0) -> None:
+    store_and_seal(case)
+    exact = RotatedRows(case.rotated.q.double(), case.rotated.k, case.rotated.v)
+    want, want_lse = attend_reference(exact, case.layer, case.step, SCALE, logit_cap)
+    on_device = to_device(case, device)
+    got, lse = attend(on_device.rotated, on_device.layer, on_device.step, SCALE, logit_cap)
+    assert torch.isfinite(got).all()
+    assert relative_rms(got, want) < ATTEND_RMS[got.dtype]
+    assert relative_max(got, want) < ATTEND_MAX[got.dtype]
+    assert torch.allclose(lse.cpu().double(), want_lse, atol=LSE, rtol=LSE_RELATIVE)
+
+
+@pytest.mark.parametrize("length", [1, 63, 127, 128, 129, 255, 256, 384, 1000])
+def test_decode_matches_reference_at_every_kind_of_length(length, device, dtype):
+    check(make_case([length], [1], dtype=dtype), device)
+
+
+@pytest.mark.parametrize("group", [1, 4, 5, 7, 8, 16])
+def test_decode_matches_reference_for_every_gqa_group(group, device):
+    check(make_case([300, 5], [1, 1], group=group), device)
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("head_dim", [64, 96, 128])
+def test_decode_matches_reference_for_every_preset(preset, head_dim, device, dtype):
+    check(make_case([400, 131], [1, 1], preset=preset, head_dim=head_dim, dtype=dtype, tail=64), device)
+
+
+@pytest.mark.parametrize("head_dim", [192, 256, 512])
+def test_decode_matches_reference_for_wide_heads(head_dim, device):
+    check(make_case([400], [1], preset="kvarn_k4v2_g64", head_dim=head_dim, kv_heads=1, tail=64), device)
+
+
+@pytest.mark.parametrize("splits", [1, 2, 8])
+def test_result_does_not_depend_on_splits(splits, device, monkeypatch):
+    monkeypatch.setattr(attend_module, "num_splits", lambda *args: splits)
+    check(make_case([700, 3, 128], [1, 1, 1]), device)
+
+
+def test_prefix_hit_reads_records_for_rows_it_did_not_write(device):
+    check(make_case([300, 400], [1, 1], hits=[256, 128]), device)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new"),
+    [([0], [1000]), ([128, 0], [129, 64]), ([383], [100]), ([300, 127, 0], [1, 300, 33]), ([511, 640], [1, 70])],
+)
+def test_chunk_matches_reference_with_any_prefix(lengths, new, device, dtype):
+    check(make_case(lengths, new, dtype=dtype), device)
+
+
+@pytest.mark.parametrize("group", [1, 5, 8])
+def test_chunk_after_prefix_hit_matches_reference(group, device):
+    check(make_case([256, 200], [100, 60], hits=[256, 128], group=group), device)
+
+
+def test_canonical_chunk_reads_its_own_tiles_from_records(device):
+    check(make_case([100, 256], [300, 130], tail=0, sink=0, canonical=True), device)
+
+
+@pytest.mark.parametrize("new", [[1, 1], [50, 1]])
+def test_logit_cap(new, device):
+    check(make_case([300, 200], new), device, logit_cap=3.0)
+
+
+def test_outlier_channels(device, dtype):
+    check(make_case([600], [1], dtype=dtype, outliers=True, head_dim=128), device)
+
+
+def test_without_sinks_and_without_tail(device):
+    check(make_case([300, 128, 129], [1, 1, 1], tail=0, sink=0), device)
+
+
+def test_sinks_wider_than_a_few_rows(device):
+    check(make_case([400, 300], [1, 1], sink=16, slots=1), device)

@@ -1,0 +1,23 @@
+"""What kernels may differ by, in one place, with the reason."""
+
+import torch
+
+# Relative RMS against float64 over the same records: codes are exact in the MMA, the weights are fp16.
+ATTEND_RMS = {torch.float16: 1.0e-3, torch.bfloat16: 2.5e-3}
+# Largest error of one element over the RMS of the output: bf16 output keeps 8 bits.
+ATTEND_MAX = {torch.float16: 2.0e-2, torch.bfloat16: 4.0e-2}
+# Log-sum-exp in nats: q times a channel scale is rounded to fp16, so large logits lose in proportion.
+LSE = 5.0e-3
+LSE_RELATIVE = 2.0e-4
+
+
+def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Return ||got - want|| / ||want|| in float64."""
+    got, want = got.double().cpu(), want.double().cpu()
+    return float((got - want).norm() / want.norm())
+
+
+def relative_max(got: torch.Tensor, want: torch.Tensor) -> float:
+    """Return the largest difference over the RMS of what is wanted."""
+    got, want = got.double().cpu(), want.double().cpu()
+    return float((got - want).abs().max() / want.square().mean().sqrt())

