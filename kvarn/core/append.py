@@ -11,6 +11,8 @@ from kvarn.core.step import Step
 
 # Rows of one program. One value everywhere: a row must get the same bits by decode and by any chunk.
 _BLOCK_TOKENS = 16
+# Channels whose part of the rotation matrix is in shared memory at a time.
+_CHUNK_CHANNELS = 128
 _RAW_MAX = 65280.0
 
 
@@ -65,13 +67,14 @@ def rotate_rows(
         torch.empty(v.shape, dtype=layer.tails.dtype, device=v.device),
     )
     grid = (-(-tokens // _BLOCK_TOKENS), q_heads + 2 * kv_heads)
+    padded = 1 << (head_dim - 1).bit_length()
     rotate_kernel[grid](
         q, k, v, device_signs(head_dim, q.dtype, q.device, False), rotated.q, rotated.k, rotated.v,
         layer.tails, layer.sinks, step.token_request, step.token_position, step.rows, step.sink_slots, tokens,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
-        Q_HEADS=q_heads, KV_HEADS=kv_heads, D=head_dim, DP=1 << (head_dim - 1).bit_length(),
+        Q_HEADS=q_heads, KV_HEADS=kv_heads, D=head_dim, DP=padded,
         NORM=layer.config.rotation_norm, RING=layer.config.ring_tokens, SINK=layer.config.sink_tokens, STORE=store,
-        BLOCK=_BLOCK_TOKENS, num_warps=4,
+        BLOCK=_BLOCK_TOKENS, CHUNK=min(padded, _CHUNK_CHANNELS), num_warps=4,
     )  # fmt: skip
     return rotated
 

@@ -12,22 +12,30 @@ _DECODE_RAW_BLOCK = 32
 _CHUNK_RAW_BLOCK = 64
 _DECODE_PROGRAMS_PER_SM = 8
 _CHUNK_PROGRAMS_PER_SM = 2
-_MAX_SPLITS = 32
-_MIN_UNITS_PER_SPLIT = 2
-_SPLIT_BLOCK_ELEMENTS = 8192
-_COMBINE_ROWS = 4
+_MAX_SPLITS = 128
+_COMBINE_ELEMENTS = 8192
+_COMBINE_ROWS = 16
+_FEW_ROWS = 512
+# A rotation matrix wider than this doesn't fit into shared memory.
+_WIDEST_DOT = 256
 _RECORD, _SINK, _RAW = range(3)
 
 
-def num_splits(tasks: int, kv_heads: int, max_positions: int, unit_tokens: int, decode: bool, sm_count: int) -> int:
+def num_splits(tasks: int, kv_heads: int, units: int, decode: bool, sm_count: int) -> int:
     """Return into how many parts a task's positions are split: enough programs to fill the GPU, a power of two.
 
     It follows from shapes alone, so that a captured graph keeps it.
+
+    Args:
+        tasks: attention tasks of the step.
+        kv_heads: kv heads.
+        units: most tiles and raw blocks that a task can have.
+        decode: whether the step is a decode step.
+        sm_count: multiprocessors of the GPU.
     """
     per_sm = _DECODE_PROGRAMS_PER_SM if decode else _CHUNK_PROGRAMS_PER_SM
     wanted = max(1, sm_count * per_sm // max(1, tasks * kv_heads))
-    useful = max(1, -(-max_positions // unit_tokens) // _MIN_UNITS_PER_SPLIT)
-    splits = min(wanted, useful, _MAX_SPLITS)
+    splits = min(wanted, units, _MAX_SPLITS)
     return 1 << (splits.bit_length() - 1)
 
 
@@ -59,10 +67,9 @@ def attend(
     device = rotated.q.device
     group = q_heads // config.kv_heads
     tasks = step.task_request.shape[0]
-    max_positions = step.block_table.shape[1] * layout.tile_tokens
-    splits = num_splits(
-        tasks, config.kv_heads, max_positions, layout.tile_tokens, step.rows_in_ring, _sm_count(device)
-    )
+    raw_block = _DECODE_RAW_BLOCK if step.rows_in_ring else _CHUNK_RAW_BLOCK
+    units = step.block_table.shape[1] + config.ring_tokens // raw_block
+    splits = num_splits(tasks, config.kv_heads, units, step.rows_in_ring, _sm_count(device))
     partial = torch.empty(tokens * q_heads, splits, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(tokens * q_heads, splits, dtype=torch.float32, device=device)
     attend_kernel[(splits, config.kv_heads, tasks)](
@@ -71,10 +78,10 @@ def attend(
         step.block_table, partial, partial_lse, scale, tasks, q_heads, *layer.records.stride()[:2],
         *layer.tails.stride()[:3], *layer.sinks.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
         **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns, SPLITS=splits,
-        MIN_UNITS=_MIN_UNITS_PER_SPLIT, RING=config.ring_tokens, TAIL=config.tail_tokens, SINK=config.sink_tokens,
+        RING=config.ring_tokens, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
-        RAW_BLOCK=_DECODE_RAW_BLOCK if step.rows_in_ring else _CHUNK_RAW_BLOCK, USE_ASM=_has_lop3(device),
-        STAGES=3 if step.columns <= 16 else 2, num_warps=2 if step.columns <= 16 else 8,
+        RAW_BLOCK=raw_block, USE_ASM=_has_lop3(device),
+        **_launch_shape(head_dim, step.columns),
     )  # fmt: skip
     return combine(partial, partial_lse, layer, (tokens, q_heads, head_dim))
 
@@ -97,10 +104,12 @@ def combine(
     out = torch.empty(shape, dtype=layer.tails.dtype, device=partial.device)
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
     padded = 1 << (head_dim - 1).bit_length()
-    combine_kernel[(-(-rows // _COMBINE_ROWS),)](
+    block_rows = 1 if rows <= _FEW_ROWS or padded > _WIDEST_DOT else _COMBINE_ROWS
+    combine_kernel[(-(-rows // block_rows),)](
         partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse, rows,
-        SPLITS=splits, SPLIT_BLOCK=min(splits, max(1, _SPLIT_BLOCK_ELEMENTS // (16 * padded))), ROWS=_COMBINE_ROWS,
-        D=head_dim, DP=padded, NORM=layer.config.rotation_norm, num_warps=4,
+        SPLITS=splits, SPLIT_BLOCK=min(splits, max(1, _COMBINE_ELEMENTS // (block_rows * padded))), ROWS=block_rows,
+        D=head_dim, DP=padded, NORM=layer.config.rotation_norm,
+        num_warps=16 if padded > _WIDEST_DOT else 4,
     )  # fmt: skip
     return out, lse
 
@@ -153,6 +162,13 @@ def _readable_rows(
     source = torch.cat([torch.full(at.shape, kind, device=device) for _, _, at, kind in parts])
     at = torch.cat([at for _, _, at, _ in parts]).to(device)
     return torch.cat([k.float() for k, *_ in parts]), torch.cat([v.float() for _, v, *_ in parts]), at, source
+
+
+def _launch_shape(head_dim: int, columns: int) -> dict[str, int]:
+    """Return warps and pipeline stages: two warps suit the narrow side of a decode step, wide tiles need registers."""
+    if columns <= 16 and head_dim <= 128:
+        return {"num_warps": 2, "STAGES": 3}
+    return {"num_warps": 4 if columns <= 16 and head_dim <= 256 else 8, "STAGES": 2}
 
 
 def _sm_count(device: torch.device) -> int:

@@ -160,7 +160,7 @@ def attend_kernel(
     block_table_ptr, partial_ptr, partial_lse_ptr, scale,
     num_tasks, q_heads, record_page_stride, record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride,
     sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride, chunk_head_stride, block_table_stride,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr, MIN_UNITS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TAIL: tl.constexpr, SINK: tl.constexpr,
     K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr, RAW_BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -202,7 +202,7 @@ def attend_kernel(
     ring_units = tl.cdiv(tl.maximum(ring_end - raw_start, 0), RAW_BLOCK)
     chunk_units = tl.cdiv(tl.maximum(last + 1 - chunk_start, 0), RAW_BLOCK)
     units = tiles + ring_units + chunk_units
-    share = tl.maximum(tl.cdiv(units, SPLITS), MIN_UNITS)
+    share = tl.cdiv(units, SPLITS)
     begin = split * share
     end = tl.minimum(begin + share, units)
 
@@ -240,7 +240,7 @@ def attend_kernel(
         m, total, acc = _attend_raw(
             m, total, acc, q_high, q_low, q_scale, base, base + sink_kv_stride, block < SINK, visible, D, SOFTCAP
         )
-    for unit in range(tl.maximum(begin - tiles, 0), tl.minimum(end - tiles, ring_units)):
+    for unit in tl.range(tl.maximum(begin - tiles, 0), tl.minimum(end - tiles, ring_units), num_stages=2):
         pos = raw_start + unit * RAW_BLOCK + block
         base = tails_ptr + ring_row * tail_row_stride + head * tail_head_stride + (pos % RING) * D
         visible = (pos[:, None] >= record_end[None, :]) & (pos[:, None] <= position[None, :])
@@ -250,7 +250,7 @@ def attend_kernel(
         )  # fmt: skip
     if not ROWS_IN_RING:
         seen = tiles + ring_units
-        for unit in range(tl.maximum(begin - seen, 0), end - seen):
+        for unit in tl.range(tl.maximum(begin - seen, 0), end - seen, num_stages=2):
             pos = chunk_start + unit * RAW_BLOCK + block
             offset = (query_start + pos - prefix).to(tl.int64) * chunk_token_stride + head * chunk_head_stride
             visible = (pos[:, None] >= record_end[None, :]) & (pos[:, None] <= position[None, :])

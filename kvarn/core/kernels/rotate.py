@@ -14,7 +14,7 @@ def rotate_kernel(
     q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
     tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr,
-    RING: tl.constexpr, SINK: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr,
+    RING: tl.constexpr, SINK: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of tokens, q heads + 2 kv heads). Outputs are contiguous [tokens, heads, D]."""
     head = tl.program_id(1)
@@ -30,11 +30,16 @@ def rotate_kernel(
         in_ptrs = k_ptr + wide * k_token_stride + (head - Q_HEADS) * k_head_stride
     else:
         in_ptrs = v_ptr + wide * v_token_stride + (head - Q_HEADS - KV_HEADS) * v_head_stride
-    x = tl.load(in_ptrs[:, None] + channels[None, :], mask=mask, other=0.0)  # [BLOCK, DP]
-    signs = tl.load(
-        signs_ptr + channels[:, None] * D + channels[None, :], mask=channel_ok[:, None] & channel_ok[None, :], other=0.0
-    )
-    y = tl.dot(x, signs) * NORM
+    y = tl.zeros((BLOCK, DP), tl.float32)
+    for start in tl.static_range(0, DP, CHUNK):
+        part = start + tl.arange(0, CHUNK)
+        part_ok = part < D
+        x = tl.load(in_ptrs[:, None] + part[None, :], mask=token_ok[:, None] & part_ok[None, :], other=0.0)
+        signs = tl.load(
+            signs_ptr + part[:, None] * D + channels[None, :], mask=part_ok[:, None] & channel_ok[None, :], other=0.0
+        )
+        y = tl.dot(x, signs, y)
+    y *= NORM
     if head < Q_HEADS:
         q_ptrs = q_out_ptr + (wide * Q_HEADS + head) * D
         tl.store(q_ptrs[:, None] + channels[None, :], y, mask=mask)

@@ -1,0 +1,1 @@
+"""Benchmarks: every published figure is made by a command in here."""

@@ -1,0 +1,54 @@
+"""Result files: provenance and rows, one flat object a row, units in the key names."""
+
+from __future__ import annotations
+
+import datetime
+import importlib.metadata
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+
+def provenance(engine: str | None = None) -> dict[str, str]:
+    """Return where and how figures were made. KVARN_COMMIT names the commit where there is no git."""
+    import torch
+
+    on_gpu = torch.cuda.is_available()
+    return {
+        "commit": os.environ.get("KVARN_COMMIT") or _output("git", "rev-parse", "HEAD"),
+        "date": datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d"),
+        "gpu": torch.cuda.get_device_name() if on_gpu else "none",
+        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "none",
+        "torch": torch.__version__,
+        "triton": _version("triton"),
+        "engine": f"{engine} {_version(engine)}" if engine else "none",
+        "command": f"python -m {_module()} {' '.join(sys.argv[1:])}".strip(),
+    }
+
+
+def write(path: Path, rows: list[dict[str, Any]], engine: str | None = None) -> None:
+    """Write a result file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"provenance": provenance(engine), "rows": rows}, indent=1) + "\n")
+
+
+def _module() -> str:
+    spec = sys.modules["__main__"].__spec__
+    return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "none"
+
+
+def _output(*command: str) -> str:
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return "unknown"

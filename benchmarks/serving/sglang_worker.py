@@ -1,0 +1,88 @@
+"""One SGLang engine, measured: `python -m benchmarks.serving.sglang_worker JOB.json` writes JOB's result file.
+
+A process of its own, because an engine keeps the memory that it was given.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+_WARM_TOKENS = 16
+
+
+def main() -> None:
+    """Start the engine that a job describes, run its measurements, write their results."""
+    import sglang
+
+    job = json.loads(Path(sys.argv[1]).read_text())
+    engine = sglang.Engine(**job["engine"])
+    result: dict[str, Any] = {"kv_tokens": engine.get_server_info()["max_total_num_tokens"]}
+    if "greedy" in job:
+        result["greedy"] = greedy(engine, job["greedy"]["prompts"], job["greedy"]["new_tokens"])
+    if "prefill" in job:
+        generate(engine, [job["prefill"]["ids"]], 1)
+    if "decode" in job:
+        result["decode"] = [decode_speed(engine, **case) for case in job["decode"]]
+    engine.shutdown()
+    Path(job["result"]).write_text(json.dumps(result))
+
+
+def generate(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Generate greedily, exactly that many tokens a prompt."""
+    sampling = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
+    return [out["output_ids"] for out in engine.generate(input_ids=prompts, sampling_params=sampling)]
+
+
+def greedy(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    """Generate for all prompts at once, after the cache was flushed."""
+    engine.flush_cache()
+    return generate(engine, prompts, new_tokens)
+
+
+def decode_speed(engine: Any, batch: int, context: int, new_tokens: int, repeats: int, vocab: int) -> dict[str, Any]:
+    """Measure decode tokens a second over cached contexts.
+
+    The contexts are prefilled once; then two generations of different length hit the cache, and their difference is
+    decode alone.
+
+    Args:
+        engine: an sglang.Engine.
+        batch: requests at once.
+        context: tokens of each request before the first measured one.
+        new_tokens: tokens measured.
+        repeats: measurements; the median, lowest and highest are reported.
+        vocab: ids are drawn below this.
+    """
+    engine.flush_cache()
+    prompts = [
+        [(i * 7919 + j * 104729 + j * j * 31) % (vocab - 100) + 50 for j in range(context)] for i in range(batch)
+    ]
+    began = time.perf_counter()
+    generate(engine, prompts, 1)
+    prefill_s = time.perf_counter() - began
+    generate(engine, prompts, _WARM_TOKENS)
+    rates = []
+    for _ in range(repeats):
+        seconds = []
+        for count in (_WARM_TOKENS, _WARM_TOKENS + new_tokens):
+            began = time.perf_counter()
+            generate(engine, prompts, count)
+            seconds.append(time.perf_counter() - began)
+        rates.append(batch * new_tokens / (seconds[1] - seconds[0]))
+    rates.sort()
+    return {
+        "batch": batch,
+        "context": context,
+        "prefill_s": prefill_s,
+        "decode_tok_s": rates[len(rates) // 2],
+        "decode_tok_s_low": rates[0],
+        "decode_tok_s_high": rates[-1],
+    }
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,130 @@
+"""Run a driver, or SGLang's own launcher, in a process of its own, with an environment that is known."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import instruments
+from plan import Answer, Chunk, Results, Step, write_plan
+
+_HERE = Path(__file__).parent
+_STAND_INS = _HERE.parents[1] / "tools" / "sglang_cpu"
+_TIMEOUT_S = 280
+# What would change the engine under test: our own switches, those of the kernel tests, and those of other engines.
+_FOREIGN = ("KVARN_", "SGLANG_", "ENGINE_TEST_", "TRITON_INTERPRET", "PYTEST_")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSetup:
+    """An engine and the environment that it runs in.
+
+    Args:
+        model: folder of the model.
+        options: arguments of ``sglang.Engine`` beside those that all engines here share.
+        variables: environment variables beside those that all engines here share.
+        overlay: folder with another SGLang, found before the installed one.
+    """
+
+    model: Path
+    options: dict[str, Any] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
+    overlay: Path | None = None
+
+    @property
+    def engine(self) -> dict[str, Any]:
+        """Arguments of ``sglang.Engine``."""
+        shared = {
+            "model_path": str(self.model),
+            "device": "cpu",
+            "dtype": "float32",
+            "kv_cache_dtype": "kvarn_k4v2_g128",
+            "context_length": 2048,
+            "max_total_tokens": 2048,
+            "chunked_prefill_size": 128,
+            "log_level": "info",
+            "skip_server_warmup": True,
+        }
+        return shared | self.options
+
+
+def environment(overlay: Path | None = None, **variables: str) -> dict[str, str]:
+    """Return the environment of an engine process: this one's, without what would change the engine."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
+    paths = [_STAND_INS, *([overlay] if overlay else [])]
+    return kept | {
+        "PYTHONPATH": os.pathsep.join(map(str, paths)),
+        "SGLANG_USE_CPU_ENGINE": "1",
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+        # SGLang's own audits: pages that are free and in use at once, or neither, stop the scheduler.
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_IDLE": "1",
+        "SGLANG_ENABLE_STRICT_MEM_CHECK_DURING_BUSY": "1",
+        "SGLANG_CHECK_KV_PAGE_INVARIANTS": "1",
+        **variables,
+    }
+
+
+def run_plan(setup: EngineSetup, steps: list[Step], folder: Path) -> Results:
+    """Carry out a plan on a fresh engine.
+
+    Args:
+        setup: the engine.
+        steps: the plan.
+        folder: an empty folder for what passes between the processes.
+
+    Raises:
+        RuntimeError: the driver failed; ends with the engine's last lines.
+    """
+    plan, results, trace, log = (folder / name for name in ("plan.json", "results.json", "trace.jsonl", "log.txt"))
+    write_plan(plan, setup.engine, steps)
+    variables = {instruments.TRACE: str(trace), **setup.variables}
+    command = [sys.executable, str(_HERE / "driver.py"), str(plan), str(results)]
+    code = _run(command, environment(setup.overlay, **variables), log)
+    if not results.exists():
+        tail = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
+        raise RuntimeError(f"The driver ended with {code} and no results:\n{tail}")
+    found = json.loads(results.read_text())
+    lines = trace.read_text().splitlines() if trace.exists() else []
+    return Results(
+        answers={name: Answer(**answer) for name, answer in found["answers"].items()},
+        flushed=found["flushed"],
+        chunks=[Chunk(**json.loads(line)) for line in lines],
+        log=log.read_text(errors="replace"),
+    )
+
+
+def launch_server(arguments: list[str], folder: Path) -> tuple[int, str]:
+    """Run ``python -m sglang.launch_server``; returns its exit code and everything it said."""
+    log = folder / "log.txt"
+    command = [sys.executable, "-m", "sglang.launch_server", *arguments]
+    return _run(command, environment(), log), log.read_text(errors="replace")
+
+
+def _run(command: list[str], variables: dict[str, str], log: Path) -> int:
+    """Run to the end, or end it and everything that it started; returns the exit code."""
+    with log.open("w") as output:
+        process = subprocess.Popen(
+            command, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+        try:
+            return process.wait(_TIMEOUT_S)
+        except subprocess.TimeoutExpired:
+            return -signal.SIGKILL
+        finally:
+            _end_group(process.pid)
+            process.wait()
+
+
+def _end_group(leader: int) -> None:
+    """End the processes of a session that we started; none may be left."""
+    try:
+        os.killpg(leader, signal.SIGKILL)
+    except ProcessLookupError:
+        return

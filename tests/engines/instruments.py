@@ -1,0 +1,103 @@
+"""What tests change inside SGLang's scheduler. SGLang spawns it, and spawning imports the driver, which installs these.
+
+Two switches, set in the environment of the driver:
+
+* ``ENGINE_TEST_TRACE=FILE`` writes one JSON line for each chunked forward pass and checks KVarN's own state in every
+  pass: no sink slot leaked or shared, no chunk that lost its open tile.
+* ``ENGINE_TEST_ROWWISE=1`` computes every matrix product and every query row by itself. A CPU's matrix kernels round
+  differently for different numbers of rows, so that without this a token that was decoded and the same token
+  prefilled differ in the last bit. With it a difference can only come from which rows were read, and from where.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+if TYPE_CHECKING:
+    from kvarn.core.step import Step
+    from kvarn.sglang_backend.metadata import StepBuilder
+
+TRACE = "ENGINE_TEST_TRACE"
+ROWWISE = "ENGINE_TEST_ROWWISE"
+
+
+def install() -> None:
+    """Install what the environment asks for."""
+    if os.environ.get(ROWWISE) == "1":
+        _compute_row_by_row()
+    trace = os.environ.get(TRACE)
+    if trace:
+        _trace_steps(Path(trace))
+
+
+def _compute_row_by_row() -> None:
+    from kvarn.core import attend
+
+    linear, matmul, attention = torch.nn.functional.linear, torch.matmul, attend.softmax_attention
+
+    def linear_by_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+        rows = x.reshape(-1, x.shape[-1])
+        out = torch.cat([linear(row, weight, bias) for row in rows.split(1)])
+        return out.reshape(*x.shape[:-1], -1)
+
+    def matmul_by_row(a: torch.Tensor, b: torch.Tensor, **options: Any) -> torch.Tensor:
+        if a.dim() == 2 and b.dim() == 2 and a.shape[0] > 1 and not options:
+            return torch.cat([matmul(row, b) for row in a.split(1)])
+        return matmul(a, b, **options)
+
+    def attention_by_row(
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        visible: torch.Tensor,
+        scale: float,
+        logit_cap: float = 0.0,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        parts = []
+        for row, seen in zip(q.split(1), visible, strict=True):
+            parts.append(attention(row, k[seen], v[seen], seen[seen][None], scale, logit_cap))
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs), torch.cat(lses)
+
+    torch.nn.functional.linear = linear_by_row
+    torch.matmul = matmul_by_row
+    attend.softmax_attention = attention_by_row
+
+
+def _trace_steps(path: Path) -> None:
+    from kvarn.sglang_backend import metadata
+
+    chunk, decode = metadata.StepBuilder.chunk, metadata.StepBuilder.decode
+
+    def check(builder: StepBuilder) -> None:
+        state = builder._state
+        state.check_integrity()
+        if int(state.faults):
+            raise RuntimeError(f"{int(state.faults)} chunks lost their open tile")
+
+    def traced_chunk(self: StepBuilder, batch: Any) -> Step:
+        step = chunk(self, batch)
+        check(self)
+        line = {
+            "prefix_lens": step.prefix_lens.tolist(),
+            "seq_lens": step.seq_lens.tolist(),
+            "own_start": step.own_start.tolist(),
+            "rows": step.rows.tolist(),
+            "rids": list(batch.rids or ()),
+        }
+        with path.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        return step
+
+    def traced_decode(self: StepBuilder, batch: Any) -> Step:
+        step = decode(self, batch)
+        check(self)
+        return step
+
+    metadata.StepBuilder.chunk = traced_chunk
+    metadata.StepBuilder.decode = traced_decode

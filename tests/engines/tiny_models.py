@@ -1,0 +1,110 @@
+"""Tiny random models with a byte-level tokenizer, saved as Hugging Face folders. Seeded, so that runs can be repeated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+VOCABULARY = 512
+EOS_TOKEN = 2
+HEAD_DIM = 64
+LAYERS = 2
+KV_HEADS = 2
+MAX_POSITIONS = 4096
+# Wide enough that attention decides which token wins; at the usual 0.02 the last token alone does.
+_INITIALIZER_RANGE = 0.08
+
+
+@dataclass(frozen=True, slots=True)
+class TinyModel:
+    """A model of one architecture.
+
+    Args:
+        name: folder name.
+        qwen3: Qwen3, which normalises Q and K in every head, and not Llama.
+        group: query heads of one kv head.
+    """
+
+    name: str
+    qwen3: bool
+    group: int
+
+
+LLAMA_GROUP_3 = TinyModel("llama-group-3", qwen3=False, group=3)
+QWEN3_GROUP_2 = TinyModel("qwen3-group-2", qwen3=True, group=2)
+
+
+def prompt(length: int, seed: int = 0) -> list[int]:
+    """Return random tokens, none of them special. Prompts of one seed are prefixes of each other."""
+    generator = torch.Generator().manual_seed(1000 + seed)
+    tokens: list[int] = torch.randint(3, VOCABULARY, (MAX_POSITIONS,), generator=generator)[:length].tolist()
+    return tokens
+
+
+def save(model: TinyModel, folder: Path) -> Path:
+    """Save the model and its tokenizer; returns the folder."""
+    path = folder / model.name
+    build(model).save_pretrained(path)
+    _save_tokenizer(path)
+    return path
+
+
+def build(model: TinyModel) -> PreTrainedModel:
+    """Build the model in float32."""
+    from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
+
+    heads = KV_HEADS * model.group
+    config_class, model_class = (Qwen3Config, Qwen3ForCausalLM) if model.qwen3 else (LlamaConfig, LlamaForCausalLM)
+    config = config_class(
+        vocab_size=VOCABULARY,
+        hidden_size=heads * HEAD_DIM,
+        intermediate_size=512,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=heads,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=_INITIALIZER_RANGE,
+        tie_word_embeddings=False,
+        bos_token_id=1,
+        eos_token_id=EOS_TOKEN,
+    )
+    torch.manual_seed(0)
+    return model_class(config).to(torch.float32)
+
+
+def greedy_tokens(model: PreTrainedModel, tokens: list[int], new_tokens: int) -> list[int]:
+    """Return what transformers' own generation appends, greedily and past any end token."""
+    ids = torch.tensor([tokens])
+    with torch.no_grad():
+        out = model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            do_sample=False,
+            min_new_tokens=new_tokens,
+            max_new_tokens=new_tokens,
+            eos_token_id=None,
+            pad_token_id=0,
+        )
+    generated: list[int] = out[0, len(tokens) :].tolist()
+    return generated
+
+
+def _save_tokenizer(path: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    pieces = ["<unk>", "<s>", "</s>", *sorted(pre_tokenizers.ByteLevel.alphabet())]
+    pieces += [f"<x{index}>" for index in range(len(pieces), VOCABULARY)]
+    vocabulary = {piece: index for index, piece in enumerate(pieces)}
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
+    fast.save_pretrained(path)

@@ -1,0 +1,144 @@
+"""The SGLang plugin inside the installed SGLang, without a server: hooks, signatures, resolution of real flags.
+
+Everything runs in one other process, because importing SGLang takes seconds and hooks can't be taken back.
+"""
+
+import importlib.util
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+if importlib.util.find_spec("sglang") is None:
+    pytest.skip("needs SGLang", allow_module_level=True)
+
+REPOSITORY = Path(__file__).parents[2]
+DENSE = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "dtype": "bfloat16",
+    "hidden_size": 256,
+    "intermediate_size": 512,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "vocab_size": 1024,
+    "max_position_embeddings": 4096,
+}
+WINDOWED = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 64, "sliding_window": 512}
+MODELS = {
+    "dense": DENSE,
+    "odd-head": {**DENSE, "head_dim": 80},
+    "windowed": {**DENSE, **WINDOWED},
+}
+KVARN = ("--kv-cache-dtype", "kvarn_k4v2_g128")
+BAD_FLAGS = ("--page-size", "64", "--enable-hierarchical-cache", "--speculative-algorithm", "NGRAM", "--pp-size", "2")
+CASES = {
+    "auto": ("dense", ()),
+    "unknown": ("dense", ("--kv-cache-dtype", "kvarn_k4v9_g128")),
+    "bad flags": ("dense", (*KVARN, *BAD_FLAGS)),
+    "bad flags and model": ("odd-head", (*KVARN, "--pp-size", "2")),
+    "windowed": ("windowed", KVARN),
+    "kvarn": ("dense", KVARN),
+    "as decided": ("dense", (*KVARN, "--page-size", "128", "--attention-backend", "kvarn")),
+}
+SCRIPT = """
+import json, sys
+from kvarn.sglang_backend import compat, compat_hooks, plugin
+from sglang.srt.plugins.hook_registry import HookRegistry
+from sglang.srt.server_args import prepare_server_args
+plugin.register(); plugin.register(); HookRegistry.apply_hooks()
+def resolve(folder, typed):
+    try:
+        args = prepare_server_args(["--model-path", folder, "--device", "cpu", "--skip-tokenizer-init", *typed])
+        getattr(args, "resolve_once", lambda: None)()
+    except Exception as error:
+        return {"error": type(error).__name__, "message": str(error)}
+    view = compat_hooks.flags_of(args)
+    names = ("kv_cache_dtype", "attention_backend", "page_size", "disable_prefill_cuda_graph", "chunked_prefill_size")
+    return {**{name: getattr(view, name) for name in names}, "prefill": view.cuda_graph_config.prefill.backend}
+def state():
+    hooks = {target: len(found) for target, found in HookRegistry._hooks.items()}
+    return {"unapplied": len(compat._unapplied_hooks()), "hooks": hooks}
+answers = {"installed": state()}
+for name, (folder, typed) in json.loads(sys.argv[1]).items():
+    answers[name] = resolve(folder, typed)
+    answers[name]["state"] = state()
+answers["differences"] = compat.signature_differences()
+print("ANSWERS" + json.dumps(answers))
+"""
+
+
+@pytest.fixture(scope="module")
+def answers(tmp_path_factory):
+    folders = {}
+    for name, config in MODELS.items():
+        folder = tmp_path_factory.mktemp(name)
+        (folder / "config.json").write_text(json.dumps(config))
+        folders[name] = str(folder)
+    cases = {name: (folders[model], typed) for name, (model, typed) in CASES.items()}
+    path = os.pathsep.join((str(REPOSITORY / "tools/sglang_cpu"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")))
+    environment = {**os.environ, "PYTHONPATH": path, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", SCRIPT, json.dumps(cases)], env=environment, capture_output=True, text=True, timeout=300
+    )
+    lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS")]
+    assert lines, done.stderr[-3000:]
+    return json.loads(lines[0].removeprefix("ANSWERS"))
+
+
+def test_installed_sglang_has_the_signatures_of_the_table(answers):
+    assert answers["differences"] == []
+
+
+def test_registering_twice_hooks_once(answers):
+    assert set(answers["installed"]["hooks"].values()) == {1}
+    assert set(answers["kvarn"]["state"]["hooks"].values()) == {1}
+
+
+def test_without_a_kvarn_dtype_no_memory_pool_is_hooked_and_no_flag_changes(answers):
+    assert answers["installed"]["unapplied"] == answers["auto"]["state"]["unapplied"] == 4
+    assert not any("mem_cache" in target or "model_executor" in target for target in answers["auto"]["state"]["hooks"])
+    assert answers["auto"]["attention_backend"] != "kvarn"
+    assert answers["auto"]["page_size"] == 1
+
+
+def test_refused_flags_hook_no_memory_pool(answers):
+    assert answers["windowed"]["state"]["unapplied"] == 4
+
+
+@pytest.mark.parametrize("case", ["kvarn", "as decided"])
+def test_everything_follows_from_the_dtype(answers, case):
+    decided = answers[case]
+    assert decided["attention_backend"] == "kvarn"
+    assert decided["page_size"] == 128
+    assert decided["prefill"] == "disabled"
+    assert decided["chunked_prefill_size"] % 128 == 0
+    assert decided["state"]["unapplied"] == 0
+
+
+def test_unknown_name_is_answered_by_kvarn_and_not_by_argparse(answers):
+    assert answers["unknown"]["error"] == "UnknownPreset"
+    assert "kvarn_k4v4_g128" in answers["unknown"]["message"]
+
+
+def test_flags_of_the_real_parser_are_refused_all_at_once(answers):
+    assert answers["bad flags"]["error"] == "UnsupportedConfig"
+    message = answers["bad flags"]["message"]
+    assert message.count("\n  - ") == 4
+    for flag in BAD_FLAGS:
+        assert flag in message
+
+
+def test_flags_and_model_are_refused_in_one_message(answers):
+    message = answers["bad flags and model"]["message"]
+    assert "--pp-size 2" in message
+    assert "head_dim 80" in message
+
+
+def test_model_with_sliding_windows_is_refused(answers):
+    assert answers["windowed"]["error"] == "UnsupportedConfig"
+    assert "sliding-window" in answers["windowed"]["message"]

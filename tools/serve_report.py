@@ -1,0 +1,106 @@
+"""Ask a server that runs with KVarN something, and say what its KV cache costs."""
+
+from __future__ import annotations
+
+import json
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from kvarn.core.capacity import CacheShape
+from kvarn.presets import Preset
+from kvarn.sglang_backend.settings import cache_shape
+
+# Long enough that most of it is read from records when the answer is written.
+PASSAGE = Path(__file__).with_name("serve_passage.txt")
+QUESTION = "What is the name of the lighthouse keeper?"
+ANSWER_TOKENS = 48
+GIB = 1 << 30
+
+
+class ServeError(Exception):
+    """What went wrong, why and what to do, in one sentence for the user."""
+
+
+def call(url: str, body: dict[str, object] | None = None) -> Any:
+    """Send a request and return the JSON of the answer."""
+    data = None if body is None else json.dumps(body).encode()
+    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=600) as response:
+            return json.load(response)
+    except urllib.error.HTTPError as error:
+        said = error.read().decode(errors="replace")
+        raise ServeError(f"{url} answered {error.code}: {said}; the server's log has the cause.") from error
+    except OSError as error:
+        raise ServeError(f"{url} gave no answer ({error}); the server's log has the cause.") from error
+
+
+def report(url: str, model: str, preset: Preset | None) -> None:
+    """Ask the server, and print question, answer and what the cache costs.
+
+    Args:
+        url: address of the server.
+        model: folder or hub name of the model.
+        preset: the preset in use; None for a cache dtype of SGLang's own.
+    """
+    info = call(f"{url}/server_info")
+    messages = [{"role": "user", "content": f"{PASSAGE.read_text()}\n{QUESTION}"}]
+    began = time.monotonic()
+    request = {"model": "default", "messages": messages, "max_tokens": ANSWER_TOKENS, "temperature": 0}
+    answer = call(f"{url}/v1/chat/completions", request)
+    seconds = time.monotonic() - began
+    text, usage = (answer["choices"][0]["message"]["content"] or "").strip(), answer["usage"]
+    if not text:
+        raise ServeError("The server's answer is empty, so that something is wrong; see its log.")
+    print(f"\nquestion   {QUESTION} (about the text in tools/{PASSAGE.name})")
+    print(f"answer     {text}")
+    print(f"           {usage['completion_tokens']} tokens in {seconds:.1f} s, SGLang {info['version']}")
+    for line in cache_lines(info, model, preset, usage["prompt_tokens"]):
+        print(line)
+    example = json.dumps({"model": "default", "messages": [{"role": "user", "content": "Hello!"}]})
+    print(f"\nserver     {url}, an OpenAI endpoint:")
+    print(f"           curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{example}'", flush=True)
+
+
+def cache_lines(info: dict[str, Any], model: str, preset: Preset | None, prompt_tokens: int) -> Iterator[str]:
+    """Yield what the server reports of its cache, beside what kvarn.core.capacity plans for the model."""
+    tokens, state = info["max_total_num_tokens"], info["internal_states"][0]
+    requests = state["effective_max_running_requests_per_dp"]
+    if preset is None:
+        yield f"KV cache   {tokens:,} tokens, dtype {info['kv_cache_dtype']}, at most {requests} requests"
+        return
+    shape = shape_of(preset, model, info)
+    tile, token_bytes = preset.tile_tokens, shape.bytes_per_token
+    fp16_bytes = 2 * shape.raw_bytes_per_token // shape.raw_bytes
+    records, exact = (tokens // tile + 1) * shape.page_bytes, shape.fixed_bytes(requests)
+    planned, fp16 = records + exact, tokens * fp16_bytes
+    sealed = max(0, prompt_tokens - shape.tail_tokens) // tile * tile
+    yield f"           {sealed} of the {prompt_tokens} prompt tokens were read from {preset.name} records meanwhile"
+    yield f"KV cache   {tokens:,} tokens in records, {token_bytes:,} bytes a token"
+    yield f"           fp16 takes {fp16_bytes:,} bytes a token, {fp16_bytes / token_bytes:.2f} times as many"
+    yield f"memory     {state['memory_usage']['kvcache']:.2f} GiB says the server, {planned / GIB:.2f} GiB the plan:"
+    yield f"           {records / GIB:.2f} of records, {exact / GIB:.2f} of exact rows for {requests} requests at once"
+    yield f"           fp16 takes {fp16 / GIB:.2f} GiB for as many tokens, {fp16 / planned:.2f} times the plan"
+
+
+def shape_of(preset: Preset, model: str, info: dict[str, Any]) -> CacheShape:
+    """Return what one rank caches, from the model's config.json."""
+    path = Path(model) / "config.json"
+    if not path.is_file():
+        from huggingface_hub import hf_hub_download
+
+        path = Path(hf_hub_download(model, "config.json"))
+    config = json.loads(path.read_text())
+    config = config.get("text_config", config)
+    heads = config["num_attention_heads"]
+    return cache_shape(
+        preset,
+        layers=config["num_hidden_layers"],
+        kv_heads=max(1, (config.get("num_key_value_heads") or heads) // info["tp_size"]),
+        head_dim=config.get("head_dim") or config["hidden_size"] // heads,
+        raw_bytes=4 if info["dtype"] == "float32" else 2,
+    )
