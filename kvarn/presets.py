@@ -53,6 +53,4 @@ def get_preset(name: str) -> Preset:
     if name in PRESETS:
         return PRESETS[name]
     nearest = difflib.get_close_matches(name, PRESETS, n=1, cutoff=0.0)[0]
-    raise UnknownPreset(
-        f"Unknown KV cache dtype {name!r}: KVarN has {', '.join(PRESETS)}. Did you mean {nearest!r}?"
-    )
+    raise UnknownPreset(f"Unknown KV cache dtype {name!r}: KVarN has {', '.join(PRESETS)}. Did you mean {nearest!r}?")

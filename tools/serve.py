@@ -23,10 +23,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from serve_report import ServeError, report
-
 from kvarn.errors import KVarNError
 from kvarn.presets import PRESETS, get_preset, is_preset_name
+from serve_report import ServeError, report
 
 TOOLS = Path(__file__).resolve().parent
 LOGS = TOOLS.parent / "build"
@@ -94,6 +93,8 @@ def server_environment(cuda: bool, model: str) -> dict[str, str]:
         paths = (str(TOOLS / "sglang_cpu"), environment.get("PYTHONPATH"))
         environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
         environment["SGLANG_USE_CPU_ENGINE"] = "1"
+        # One core stays free for the other processes; threads of torch that wait for a core slow it down by far more.
+        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
     return environment
 
 

@@ -75,9 +75,9 @@ def attend(
     attend_kernel[(splits, config.kv_heads, tasks)](
         rotated.q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
         step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
-        step.block_table, partial, partial_lse, scale, tasks, q_heads, *layer.records.stride()[:2],
+        step.block_table, partial, partial_lse, scale, q_heads, *layer.records.stride()[:2],
         *layer.tails.stride()[:3], *layer.sinks.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
-        **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns, SPLITS=splits,
+        **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
         RING=config.ring_tokens, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
         RAW_BLOCK=raw_block, USE_ASM=_has_lop3(device),
@@ -107,7 +107,7 @@ def combine(
     block_rows = 1 if rows <= _FEW_ROWS or padded > _WIDEST_DOT else _COMBINE_ROWS
     combine_kernel[(-(-rows // block_rows),)](
         partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse, rows,
-        SPLITS=splits, SPLIT_BLOCK=min(splits, max(1, _COMBINE_ELEMENTS // (block_rows * padded))), ROWS=block_rows,
+        splits, SPLIT_BLOCK=max(1, _COMBINE_ELEMENTS // (block_rows * padded)), ROWS=block_rows,
         D=head_dim, DP=padded, NORM=layer.config.rotation_norm,
         num_warps=16 if padded > _WIDEST_DOT else 4,
     )  # fmt: skip
@@ -117,7 +117,7 @@ def combine(
 def attend_reference(
     rotated: RotatedRows, layer: LayerCache, step: Step, scale: float, logit_cap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend in plain torch, request by request; computes and returns the dtype of rotated.q (float64 for an oracle)."""
+    """Attend in plain torch, request by request, in the dtype of rotated.q (float64 for an oracle)."""
     outs, lses = [], []
     starts = step.query_start.tolist()
     for request, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):

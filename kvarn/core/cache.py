@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -95,7 +96,7 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or env.force_triton()
 
 
-def layout_constants(layout: TileLayout) -> dict[str, object]:
+def layout_constants(layout: TileLayout) -> dict[str, Any]:
     """Return the compile-time constants by which kernels find their way in a record."""
     return {
         "D": layout.head_dim,

@@ -114,7 +114,7 @@ def quantise_oriented(x: torch.Tensor, bits: int, clip: float, recipe: Recipe) -
     """Quantise an oriented tile: one scale and offset a row, one scale a column.
 
     Codes are computed with the rounded fp16 vectors, so that a reader restores exactly what was rounded. The tile's
-    standard deviation is split evenly between the row and the column vectors, so that neither leaves fp16.
+    amplitude is split evenly between the row and the column vectors, so that neither leaves fp16.
 
     Args:
         x: [..., rows, cols], float32, already rotated. Keys: rows are channels. Values: rows are tokens.
@@ -127,10 +127,13 @@ def quantise_oriented(x: torch.Tensor, bits: int, clip: float, recipe: Recipe) -
         std = x.flatten(-2).std(dim=-1)[..., None, None]
         sigma = torch.where(std > 0, std, sigma)
     x = x / sigma
-    row, col = normalise(x, recipe)
-    half = torch.sqrt(sigma)
-    across = (torch.exp(col) * half).clamp_max(_FP16_MAX).half()
-    rows = x * sigma / _no_zero(across.float())
+    _, col = normalise(x, recipe)
+    x = x * sigma
+    column = torch.exp(col)
+    peak = (x / column).abs().amax(dim=(-2, -1), keepdim=True)
+    balance = torch.sqrt(peak / column.amax(dim=-1, keepdim=True))
+    across = (column * torch.where(peak > 0, balance, torch.ones_like(peak))).clamp_max(_FP16_MAX).half()
+    rows = x / _no_zero(across.float())
     low, high = rows.amin(dim=-1), rows.amax(dim=-1)
     middle, reach = (low + high) * 0.5, (high - low) * (0.5 * clip)
     levels = 2**bits - 1
@@ -199,7 +202,7 @@ def unpack_codes(record: torch.Tensor, fields: tuple[Field, ...], rows: int) -> 
     for field in fields:
         end = field.offset_bytes + rows * field.words * 2
         words = record[..., field.offset_bytes : end].contiguous().view(torch.int16).to(torch.int32) & 0xFFFF
-        words = words.unflatten(-1, (rows, 1, field.words))
+        words = words.reshape(*words.shape[:-1], rows, 1, field.words)
         shifts = torch.arange(field.planes, device=record.device, dtype=torch.int32) * field.bits
         part = (words >> shifts[:, None]) & (2**field.bits - 1)
         codes = codes + (part.flatten(-2) << field.low_bit)

@@ -54,7 +54,9 @@ class Step:
     rows_in_ring: bool
 
 
-def decode_step(state: TailState, rows: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, group: int) -> Step:
+def decode_step(
+    state: TailState, rows: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, group: int
+) -> Step:
     """Describe a step that adds one token to every request.
 
     Args:
@@ -119,21 +121,18 @@ def chunk_step(
 
     Graph-safe: no (owner tags come from the host).
     """
-    tile_tokens = state.config.tile_tokens
-    requests = rows.shape[0]
+    tile_tokens, requests = state.config.tile_tokens, rows.shape[0]
     own_start, continued = state.begin_chunk(rows, prefix_lens, seq_lens, tags, block_table)
     query_lens = seq_lens - prefix_lens
     query_start = torch.nn.functional.pad(query_lens.cumsum(0), (1, 0)).to(torch.int32)
     token_request, token_index = _spread(query_lens, num_tokens)
     token_request = token_request.clamp_min(0)
     token_position = token_index + prefix_lens[token_request.long()]
-    sealed_before = prefix_lens // tile_tokens
-    seal_request, seal_index = _spread(seq_lens // tile_tokens - sealed_before, num_tokens // tile_tokens + requests)
-    first_tile = sealed_before[seal_request.clamp_min(0).long()]
+    seal_request, seal_tile = _full_tiles(prefix_lens, seq_lens, tile_tokens, num_tokens // tile_tokens + requests)
     columns = max(_CHUNK_COLUMNS, _power_of_two(group))
     rows_per_task = columns // group
-    blocks = (query_lens + rows_per_task - 1) // rows_per_task
-    task_request, task_index = _spread(blocks, num_tokens // rows_per_task + requests)
+    tasks = (query_lens + rows_per_task - 1) // rows_per_task
+    task_request, task_index = _spread(tasks, num_tokens // rows_per_task + requests)
     step = Step(
         rows=rows,
         block_table=block_table,
@@ -144,8 +143,8 @@ def chunk_step(
         query_start=query_start,
         token_request=token_request,
         token_position=token_position,
-        seal_request=seal_request.clamp_min(0),
-        seal_tile=torch.where(seal_request >= 0, first_tile + seal_index, -1),
+        seal_request=seal_request,
+        seal_tile=seal_tile,
         task_request=task_request,
         task_row=task_index * rows_per_task,
         rows_per_task=rows_per_task,
@@ -179,6 +178,16 @@ def _sink_slots(
     tile = token_position.long() // state.config.tile_tokens
     state.update_sinks(token_position, block_table[token_request.long(), tile])
     return state.page_slot[block_table[:, 0].long()]
+
+
+def _full_tiles(
+    prefix_lens: torch.Tensor, seq_lens: torch.Tensor, tile_tokens: int, capacity: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Lay out the tiles that become full in a step: request (0 past the end) and tile (-1 past the end), [capacity]."""
+    full_before = prefix_lens // tile_tokens
+    request, index = _spread(seq_lens // tile_tokens - full_before, capacity)
+    inside, request = request >= 0, request.clamp_min(0)
+    return request, torch.where(inside, full_before[request.long()] + index, -1)
 
 
 def _spread(counts: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:

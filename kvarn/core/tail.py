@@ -37,9 +37,7 @@ class TailState:
         device: where the state lives.
     """
 
-    def __init__(
-        self, config: CacheConfig, rows: int, pages: int, sink_slots: int, device: torch.device | str
-    ) -> None:
+    def __init__(self, config: CacheConfig, rows: int, pages: int, sink_slots: int, device: torch.device | str) -> None:
         self.config = config
         self.ring_end = torch.zeros(rows, dtype=torch.int32, device=device)
         self.ring_page = torch.full((rows,), -1, dtype=torch.int32, device=device)

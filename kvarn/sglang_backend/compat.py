@@ -17,7 +17,7 @@ from kvarn import env
 from kvarn.errors import EngineIncompatible
 from kvarn.presets import is_preset_name
 from kvarn.sglang_backend import compat_tables as tables
-from kvarn.sglang_backend.compat_facts import Configurator, limits_of_schedule, shape_of
+from kvarn.sglang_backend.compat_facts import Configurator, charged_request_limit, shape_of
 from kvarn.sglang_backend.settings import BACKEND_NAME, PoolSettings, pool_settings
 
 if TYPE_CHECKING:
@@ -203,6 +203,7 @@ def _mismatches(runner: Runner) -> list[str]:
     settings = getattr(type(pool), "settings", None)
     expected = pool_settings(shape, rows, configurator.model_dtype)
     tile = shape.preset.tile_tokens
+    charged = charged_request_limit() or 0
     facts = (
         ("attention backend", BACKEND_NAME, get_exec().kernel.attention_backend),
         ("pool settings", expected, settings if isinstance(settings, PoolSettings) else type(pool).__name__),
@@ -211,6 +212,6 @@ def _mismatches(runner: Runner) -> list[str]:
         ("bytes a token", shape.bytes_per_token, create_memory_pool_configurator(configurator)._cell_size),
         ("tokens", runner.max_total_num_tokens, pool.size),
         ("rows of req_to_token", runner.max_running_requests + 1, rows),
-        ("request limit that was charged", True, (limits_of_schedule()[0] or 0) >= runner.max_running_requests),
+        (f"tails charged for {runner.max_running_requests} requests", True, charged >= runner.max_running_requests),
     )
     return [f"{name}: {found!r} and not {wanted!r}" for name, wanted, found in facts if found != wanted]

@@ -8,7 +8,7 @@ from kvarn.core.capacity import CacheShape
 from kvarn.core.support import DeviceFacts, ModelFacts
 from kvarn.presets import get_preset, is_preset_name
 from kvarn.sglang_backend.compat_tables import UNSUPPORTED_ENVIRONMENT
-from kvarn.sglang_backend.settings import cache_shape
+from kvarn.sglang_backend.settings import BACKEND_NAME, cache_shape
 
 if TYPE_CHECKING:
     import torch
@@ -90,6 +90,14 @@ def limits_of_schedule() -> tuple[int | None, int | None]:
 
     schedule = get_schedule()
     return schedule.max_running_requests, schedule.max_total_tokens
+
+
+def charged_request_limit() -> int | None:
+    """Return the request limit whose tails were charged to the budget in this process; None if none were."""
+    from sglang.srt.runtime_context import get_context
+
+    ours = (fields for source, fields in reversed(get_context().overrides_log()) if source == BACKEND_NAME)
+    return next((fields["max_running_requests"] for fields in ours), None)
 
 
 def model_facts(server_args: object) -> ModelFacts:

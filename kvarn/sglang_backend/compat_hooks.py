@@ -117,7 +117,10 @@ def declare_flags(server_args: object, flags: Mapping[str, object]) -> None:
 
 
 def publish_request_limit(requests: int) -> None:
-    """Set SGLang's request limit for this process, as if ``--max-running-requests`` had been typed."""
+    """Set SGLang's request limit for this process, as if ``--max-running-requests`` had been typed.
+
+    SGLang logs who set it, and the log proves later that the tails of these requests were charged.
+    """
     from sglang.srt.runtime_context import get_context
 
     get_context().override(BACKEND_NAME, max_running_requests=requests)

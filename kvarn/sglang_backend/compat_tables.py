@@ -50,6 +50,7 @@ SIGNATURES: Final = MappingProxyType(
         f"{_CONFIGURATOR}.resolve_max_num_reqs": ("self", "token_capacity"),
         "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator": ("kvc",),
         "sglang.srt.runtime_context.RuntimeContext.override": ("self", "source", "fields"),
+        "sglang.srt.runtime_context.RuntimeContext.overrides_log": ("self",),
         f"{_POOLS}.ReqToTokenPool.__init__": ("self", "size", "max_context_len", "device", "enable_memory_saver"),
         f"{_POOLS}.MHATokenToKVPool.__init__": (
             *("self", "size", "page_size", "dtype", "head_num", "head_dim", "layer_num", "device"),

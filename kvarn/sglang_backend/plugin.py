@@ -169,8 +169,7 @@ def charge_exact_rows(budget_bytes: int, configurator: Any, *_args: Any, **_kwar
     shape = compat_facts.shape_of(configurator)
     requested, token_cap = compat_facts.limits_of_schedule()
     plan = divide_budget(shape, budget_bytes, requested, token_cap)
-    if requested is None:
-        compat_hooks.publish_request_limit(plan.max_requests)
+    compat_hooks.publish_request_limit(plan.max_requests)
     return plan.tokens * shape.bytes_per_token
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+import time
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,10 @@ import instruments
 from plan import Answer, Request, read_plan
 
 instruments.install()
+
+# SGLang leaves a request that it can never admit in its queue for good.
+_STEP_TIMEOUT_S = 100
+_FLUSH_TRIALS = 50
 
 
 class Group:
@@ -36,7 +41,8 @@ class Group:
 
     async def run(self) -> None:
         """Run all requests to their end."""
-        await asyncio.gather(*(self._serve(request) for request in self._requests))
+        served = asyncio.gather(*(self._serve(request) for request in self._requests))
+        await asyncio.wait_for(served, _STEP_TIMEOUT_S)
 
     async def _serve(self, request: Request) -> None:
         if request.starts_after is not None:
@@ -47,16 +53,19 @@ class Group:
         parts = await self._engine.async_generate(
             input_ids=prompt,
             sampling_params={"temperature": 0, "max_new_tokens": request.new_tokens, "ignore_eos": True},
-            return_logprob=True,
+            return_logprob=request.logprobs,
             stream=True,
             rid=request.name,
         )
         timer = asyncio.create_task(self._abort_later(request))
         last: dict[str, Any] = {}
         async for last in parts:
-            await self._note(request, len(last["output_ids"]))
+            await self._note(request, len(last.get("output_ids") or ()))
         timer.cancel()
-        self._answers[request.name] = _answer(prompt, last)
+        answer = _answer(prompt, last)
+        if answer.finish == "length" and len(answer.output_ids) != request.new_tokens:
+            raise RuntimeError(f"{request.name} got {len(answer.output_ids)} tokens of {request.new_tokens}")
+        self._answers[request.name] = answer
 
     async def _note(self, request: Request, tokens: int) -> None:
         async with self._progress:
@@ -83,12 +92,22 @@ def _answer(prompt: list[int], last: dict[str, Any]) -> Answer:
     finish = (meta["finish_reason"] or {}).get("type", "none")
     return Answer(
         prompt=prompt,
-        output_ids=list(last["output_ids"]),
+        output_ids=list(last.get("output_ids") or ()),
         logprobs=logprobs,
-        cached_tokens=meta["cached_tokens"],
+        # A request that is aborted before its first pass has none.
+        cached_tokens=meta.get("cached_tokens", 0),
         finish=finish,
         retractions=meta.get("num_retractions", 0),
     )
+
+
+def _flush(engine: Any) -> bool:
+    """Empty the cache; a scheduler that overlaps steps holds a finished request for a moment."""
+    for _ in range(_FLUSH_TRIALS):
+        if engine.flush_cache().success:
+            return True
+        time.sleep(0.1)
+    return False
 
 
 def main(plan_path: Path, results_path: Path) -> None:
@@ -103,7 +122,7 @@ def main(plan_path: Path, results_path: Path) -> None:
         if step.requests:
             engine.loop.run_until_complete(Group(engine, answers, step.requests).run())
         else:
-            flushed.append(bool(engine.flush_cache().success))
+            flushed.append(_flush(engine))
     # Written before the shutdown, which ends this process's children by force.
     found = {"answers": {name: asdict(answer) for name, answer in answers.items()}, "flushed": flushed}
     results_path.write_text(json.dumps(found))

@@ -100,6 +100,16 @@ def run_plan(setup: EngineSetup, steps: list[Step], folder: Path) -> Results:
     )
 
 
+def make_models(folder: Path) -> dict[str, list[list[int]]]:
+    """Save the tiny models into a folder; returns what transformers answers, by model name."""
+    reference, log = folder / "reference.json", folder / "log.txt"
+    command = [sys.executable, str(_HERE / "tiny_models.py"), str(folder), str(reference)]
+    if _run(command, environment(), log):
+        raise RuntimeError(f"The models could not be made:\n{log.read_text(errors='replace')}")
+    answers: dict[str, list[list[int]]] = json.loads(reference.read_text())
+    return answers
+
+
 def launch_server(arguments: list[str], folder: Path) -> tuple[int, str]:
     """Run ``python -m sglang.launch_server``; returns its exit code and everything it said."""
     log = folder / "log.txt"

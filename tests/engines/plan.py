@@ -20,6 +20,7 @@ class Request:
         starts_after: name of a request of the same group and how many tokens it must have before this one is sent.
         abort_at_token: abort once that many tokens have come back.
         abort_after_s: abort that many seconds after it was sent.
+        logprobs: ask for log probabilities; SGLang mixes no decode rows into a chunk if any request of the two does.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Request:
     starts_after: tuple[str, int] | None = None
     abort_at_token: int | None = None
     abort_after_s: float | None = None
+    logprobs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class Answer:
     Args:
         prompt: the whole prompt.
         output_ids: generated tokens.
-        logprobs: log probability of each.
+        logprobs: log probability of each; empty if they were not asked for.
         cached_tokens: tokens of the prompt that came from the cache.
         finish: SGLang's reason, "length" or "abort".
         retractions: how often the request lost its pages and began again.

@@ -1,7 +1,13 @@
-"""Tiny random models with a byte-level tokenizer, saved as Hugging Face folders. Seeded, so that runs can be repeated."""
+"""Tiny random models with a byte-level tokenizer, saved as Hugging Face folders, and what transformers answers with them.
+
+``python tiny_models.py FOLDER REFERENCE``: a process of its own, because transformers imports torchvision, which needs
+the stand-ins of ``tools/sglang_cpu`` beside a CPU build of torch. Seeded, so that runs can be repeated.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -38,6 +44,11 @@ class TinyModel:
 
 LLAMA_GROUP_3 = TinyModel("llama-group-3", qwen3=False, group=3)
 QWEN3_GROUP_2 = TinyModel("qwen3-group-2", qwen3=True, group=2)
+MODELS = (LLAMA_GROUP_3, QWEN3_GROUP_2)
+
+# Prompts, one seed each, whose answers by transformers are kept.
+REFERENCE_LENGTHS = (5, 127, 128, 300, 530)
+REFERENCE_TOKENS = 24
 
 
 def prompt(length: int, seed: int = 0) -> list[int]:
@@ -47,16 +58,19 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return tokens
 
 
-def save(model: TinyModel, folder: Path) -> Path:
-    """Save the model and its tokenizer; returns the folder."""
-    path = folder / model.name
-    build(model).save_pretrained(path)
-    _save_tokenizer(path)
-    return path
+def main(folder: Path, reference: Path) -> None:
+    """Save all models, and the greedy answers of transformers by model name, in the order of `REFERENCE_LENGTHS`."""
+    answers = {}
+    for model in MODELS:
+        built = _build(model)
+        built.save_pretrained(folder / model.name)
+        _save_tokenizer(folder / model.name)
+        prompts = (prompt(length, seed=length) for length in REFERENCE_LENGTHS)
+        answers[model.name] = [_greedy_tokens(built, tokens, REFERENCE_TOKENS) for tokens in prompts]
+    reference.write_text(json.dumps(answers))
 
 
-def build(model: TinyModel) -> PreTrainedModel:
-    """Build the model in float32."""
+def _build(model: TinyModel) -> PreTrainedModel:
     from transformers import LlamaConfig, LlamaForCausalLM, Qwen3Config, Qwen3ForCausalLM
 
     heads = KV_HEADS * model.group
@@ -79,8 +93,7 @@ def build(model: TinyModel) -> PreTrainedModel:
     return model_class(config).to(torch.float32)
 
 
-def greedy_tokens(model: PreTrainedModel, tokens: list[int], new_tokens: int) -> list[int]:
-    """Return what transformers' own generation appends, greedily and past any end token."""
+def _greedy_tokens(model: PreTrainedModel, tokens: list[int], new_tokens: int) -> list[int]:
     ids = torch.tensor([tokens])
     with torch.no_grad():
         out = model.generate(
@@ -108,3 +121,7 @@ def _save_tokenizer(path: Path) -> None:
     tokenizer.decoder = decoders.ByteLevel()
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>", unk_token="<unk>")
     fast.save_pretrained(path)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))

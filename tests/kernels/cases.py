@@ -58,7 +58,7 @@ def make_case(
     slots: int = 2,
     outliers: bool = False,
 ) -> Case:
-    """Grow requests to `lengths` (by one chunk each, after `hits` tokens of prefix hit), then make a step of `new` rows.
+    """Grow requests to `lengths` (one chunk each, after `hits` tokens of prefix hit), then make a step of `new` rows.
 
     A step of one row for everybody is a decode step, any other is a chunk. With fewer slots than requests, some
     requests have no exact sinks.
@@ -70,13 +70,7 @@ def make_case(
     hits = hits or [0] * len(lengths)
     pages_each = [-(-(a + b) // layout.tile_tokens) for a, b in zip(lengths, new, strict=True)]
     total = sum(pages_each) + 1
-    order = (torch.randperm(total - 1, generator=generator) + 1).to(torch.int32)
-    table = torch.zeros(len(lengths), max(pages_each) + 1, dtype=torch.int32)
-    used = 0
-    for i, count in enumerate(pages_each):
-        table[i, :count] = order[used : used + count]
-        used += count
-    table[table == 0] = total - 1  # entries past the end point at a live page, as stale entries do
+    table = shuffled_table(pages_each, generator)
     layer = poisoned_layer(config, total, len(lengths) + 2, slots, dtype, "cpu", pad)
     state = TailState(config, len(lengths) + 2, total, slots, "cpu")
 
@@ -88,13 +82,10 @@ def make_case(
 
     request_rows = torch.arange(1, len(lengths) + 1, dtype=torch.int32).flip(0)
     tags = owner_tags([f"request-{i}" for i in range(len(lengths))])
-    zero = [0] * len(lengths)
-    for begin, end, names in ((zero, hits, tags.flip(0)), (hits, lengths, tags)):
+    for begin, end, names in (([0] * len(hits), hits, tags.flip(0)), (hits, lengths, tags)):
         if begin == end:
             continue
-        past, _ = chunk_step(
-            state, request_rows, _ints(begin), _ints(end), names, table, group, sum(end) - sum(begin)
-        )
+        past, _ = chunk_step(state, request_rows, _ints(begin), _ints(end), names, table, group, sum(end) - sum(begin))
         count = sum(end) - sum(begin)
         rotated = rotate_rows_reference(rows(count, kv_heads * group), rows(count, kv_heads), rows(count, kv_heads))
         seal_reference(rotated, layer, past)
@@ -110,6 +101,15 @@ def make_case(
     return case if device == "cpu" else to_device(case, device)
 
 
+def shuffled_table(pages_each: list[int], generator: torch.Generator) -> torch.Tensor:
+    """Give every request pages in random order; entries past its end point at a live page, as stale entries do."""
+    order = (torch.randperm(sum(pages_each), generator=generator) + 1).to(torch.int32)
+    table = torch.full((len(pages_each), max(pages_each) + 1), sum(pages_each), dtype=torch.int32)
+    for row, pages in zip(table, order.split(pages_each), strict=True):
+        row[: len(pages)] = pages
+    return table
+
+
 def store_and_seal(case: Case) -> None:
     """Do by the references what comes before attention in a step."""
     if case.step.rows_in_ring:
@@ -123,7 +123,9 @@ def to_device(case: Case, device: str) -> Case:
     def move(x: object) -> object:
         return x.to(device) if isinstance(x, torch.Tensor) else x
 
-    layer = LayerCache(case.layer.config, *(_padded_to(x, device) for x in (case.layer.records, case.layer.tails, case.layer.sinks)))
+    layer = LayerCache(
+        case.layer.config, *(_padded_to(x, device) for x in (case.layer.records, case.layer.tails, case.layer.sinks))
+    )
     step = Step(**{name: move(getattr(case.step, name)) for name in Step.__dataclass_fields__})
     rotated = RotatedRows(*(x.to(device) for x in (case.rotated.q, case.rotated.k, case.rotated.v)))
     return Case(layer, case.state, step, rotated, case.q.to(device), case.k.to(device), case.v.to(device))

@@ -10,15 +10,14 @@ from kvarn.core.append import RotatedRows
 from kvarn.core.attend import attend, attend_reference
 from kvarn.presets import PRESETS
 
-SCALE = 0.09
-
 
 def check(case: Case, device: str, logit_cap: float = 0.0) -> None:
     store_and_seal(case)
+    scale = case.layer.config.rotation_norm  # 1 / sqrt(head_dim)
     exact = RotatedRows(case.rotated.q.double(), case.rotated.k, case.rotated.v)
-    want, want_lse = attend_reference(exact, case.layer, case.step, SCALE, logit_cap)
+    want, want_lse = attend_reference(exact, case.layer, case.step, scale, logit_cap)
     on_device = to_device(case, device)
-    got, lse = attend(on_device.rotated, on_device.layer, on_device.step, SCALE, logit_cap)
+    got, lse = attend(on_device.rotated, on_device.layer, on_device.step, scale, logit_cap)
     assert torch.isfinite(got).all()
     assert relative_rms(got, want) < ATTEND_RMS[got.dtype]
     assert relative_max(got, want) < ATTEND_MAX[got.dtype]

@@ -133,7 +133,9 @@ def test_sealing_in_a_batch_gives_the_bytes_of_sealing_alone(device, dtype):
         alone = batch.step.seal_tile.clone()
         alone[[j for j in range(len(alone)) if j != i]] = -1
         batch.layer.records.fill_(0)
-        step = type(batch.step)(**{**{f: getattr(batch.step, f) for f in batch.step.__dataclass_fields__}, "seal_tile": alone})
+        step = type(batch.step)(
+            **{**{f: getattr(batch.step, f) for f in batch.step.__dataclass_fields__}, "seal_tile": alone}
+        )
         seal(batch.rotated, batch.layer, step)
         page = int(batch.step.block_table[int(batch.step.seal_request[i]), int(batch.step.seal_tile[i])])
         assert torch.equal(batch.layer.records[page], want[page])

@@ -22,11 +22,11 @@ class Driver:
         """Act until the world made that many forward passes."""
         goal = self.world.steps + steps
         passes, events = (self._decode, self._chunk, self._mixed), (
-            self._finish, self._continue, self._abort, self._retract, self._evict, self._flush)  # fmt: skip
+            self._finish, self._continue, self._take_over_id, self._abort, self._retract, self._evict, self._flush)  # fmt: skip
         while self.world.steps < goal:
             self._feed()
             if self.random.random() < 0.12:
-                self.random.choices(events, (30, 30, 15, 15, 10, 1))[0]()
+                self.random.choices(events, (30, 30, 15, 15, 15, 10, 1))[0]()
                 self.world.check()
                 continue
             before = self.world.steps
@@ -92,12 +92,28 @@ class Driver:
 
     def _continue(self) -> None:
         """End a request at a tile edge and go on with its tokens in a new one, which gets the same row."""
-        at_edge = [r for r in self.world.decoding if r.computed % TILE == 0 and r.computed < self.world.engine.max_tokens]
+        at_edge = self._at_edge()
         if at_edge:
             past = self.random.choice(at_edge)
             tokens = past.tokens[: past.computed]
+            self._finished.append(Request(past.rid, tokens))
             self.world.finish(past)
             self.world.admit(self._submit(tokens + [5] * self.random.choice([1, 1, 2, 40])))
+
+    def _take_over_id(self) -> None:
+        """Abort a request at a tile edge and send another, published sequence under its id to the same row."""
+        for past in self._at_edge():
+            others = [r.tokens[: past.computed] for r in self._finished[-8:] if len(r.tokens) >= past.computed]
+            others = [tokens for tokens in others if tokens != past.tokens[: past.computed]]
+            if others:
+                self.world.abort(past)
+                self.world.engine.counts["ids taken over"] += 1
+                self.world.admit(self.world.engine.submit(past.rid, self.random.choice(others) + [6]))
+                return
+
+    def _at_edge(self) -> list[Request]:
+        running, limit = self.world.prefilling + self.world.decoding, self.world.engine.max_tokens
+        return [r for r in running if r.computed % TILE == 0 and 0 < r.computed < limit]
 
     def _abort(self) -> None:
         requests = [*self.world.engine.waiting, *self.world.prefilling, *self.world.decoding]

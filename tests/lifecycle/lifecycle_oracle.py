@@ -8,11 +8,11 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from lifecycle_engine import Engine, Request
 
+from kvarn.core import step as step_module
 from kvarn.core.cache import CacheConfig
-from kvarn.core.step import Step, record_end
+from kvarn.core.step import Step
 from kvarn.core.tail import TailState
 
 
@@ -166,7 +166,7 @@ class Oracle:
 
     def _check_reads(self, view: View) -> None:
         owner, position = view.step.token_request.long(), view.step.token_position
-        ends = record_end(self.config, view.step, owner, position).tolist()
+        ends = step_module.record_end(self.config, view.step, owner, position).tolist()
         for i, (request, count) in enumerate(view.batch):
             checked = -1
             for p, end in zip(range(request.computed, request.computed + count), ends[view.start[i] :], strict=False):

@@ -17,10 +17,11 @@ from kvarn.presets import get_preset
 
 TILE = 64
 MAX_TILES = 6
+GROUP = 4  # query heads of a kv head
 EVENTS = (
     "hits", "retractions", "aborts", "seals", "row reuse", "page reuse", "sink exhaustion", "sink reads", "mixed batches",
     "continuations in the same row", "deduplications", "evictions", "flushes", "padding rows", "overruns",
-    "reused ids", "chunk ends inside a tile", "decode steps", "chunk steps",
+    "reused ids", "ids taken over", "chunk ends inside a tile", "decode steps", "chunk steps",
 )  # fmt: skip
 
 
@@ -54,12 +55,13 @@ SETTINGS = {
 class World:
     """Moves an engine by forward passes; each is described by the real code and checked by the oracle."""
 
-    def __init__(self, setting: Setting, config: CacheConfig | None = None) -> None:
+    def __init__(self, setting: Setting, config: CacheConfig | None = None, device: str = "cpu") -> None:
         self.config = config or setting.config
+        self.device = device
         self.engine = Engine(
             TILE, setting.rows, setting.pages, MAX_TILES, newest_page_first=setting.newest_page_first
         )
-        self.state = TailState(self.config, setting.rows, setting.pages, setting.sink_slots, "cpu")
+        self.state = TailState(self.config, setting.rows, setting.pages, setting.sink_slots, device)
         self.oracle = Oracle(self.config, self.state, self.engine)
         self.ending: dict[Request, int] = {}
         self.steps = 0
@@ -90,7 +92,8 @@ class World:
         if batch:
             seq_lens = [r.computed + 1 for r in batch] + [1] * padding
             rows = [r.row for r in batch] + [0] * padding
-            step = step_module.decode_step(self.state, _ints(rows), _ints(seq_lens), self._table(rows, MAX_TILES), 4)
+            table = self._table(rows, MAX_TILES)
+            step = step_module.decode_step(self.state, self._ints(rows), self._ints(seq_lens), table, GROUP)
             self._run(step, [(r, 1) for r in batch], padding)
             self.engine.counts["decode steps"] += 1
             self.engine.counts["padding rows"] += padding
@@ -108,12 +111,12 @@ class World:
         rows = [r.row for r in requests]
         step, _ = step_module.chunk_step(
             self.state,
-            _ints(rows),
-            _ints([r.computed for r in requests]),
-            _ints(seq_lens),
-            owner_tags([r.rid for r in requests]),
+            self._ints(rows),
+            self._ints([r.computed for r in requests]),
+            self._ints(seq_lens),
+            owner_tags([r.rid for r in requests]).to(self.device),
             self._table(rows, -(-max(seq_lens) // TILE)),
-            4,
+            GROUP,
             sum(n for _, n in batch),
         )
         single = {r.decodes for r in requests}
@@ -169,7 +172,10 @@ class World:
         return count > 0 and self.engine.reserve(request, count)
 
     def _table(self, rows: Sequence[int], width: int) -> torch.Tensor:
-        return torch.tensor([self.engine.table[row][:width] for row in rows], dtype=torch.int32)
+        return torch.tensor([self.engine.table[row][:width] for row in rows], dtype=torch.int32, device=self.device)
+
+    def _ints(self, values: Sequence[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=self.device)
 
     def _run(self, step: Step, batch: Sequence[tuple[Request, int]], padding: int) -> None:
         self.oracle.run(step, batch, padding)
@@ -178,10 +184,6 @@ class World:
             request.computed += count
             if request.computed == len(request.tokens):
                 request.sample(self.steps & 3)
-
-
-def _ints(values: Sequence[int]) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)
 
 
 def prompt(family: int, branch_at: int, branch: int, length: int) -> list[int]:

@@ -188,11 +188,11 @@ class TestPoolHooks:
         assert left // cell // 128 * 128 == plan.tokens
         assert configurator.published == [plan.max_requests]
 
-    def test_typed_request_limit_is_charged_and_not_replaced(self, configurator, monkeypatch):
+    def test_typed_request_limit_is_charged_and_kept(self, configurator, monkeypatch):
         monkeypatch.setattr(compat_facts, "limits_of_schedule", lambda: (7, None))
         left = plugin.charge_exact_rows(10 * GIB, configurator, 0)
         assert left == plan_capacity(SHAPE, 10 * GIB, 7).tokens * SHAPE.bytes_per_token
-        assert configurator.published == []
+        assert configurator.published == [7]
 
     def test_window_that_only_the_loaded_model_tells_of_is_refused(self, configurator):
         configurator.sliding_window_size = 4096

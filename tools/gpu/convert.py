@@ -43,6 +43,7 @@ LAYER = {
 
 
 def join(pieces: Path, path: Path) -> None:
+    """Join the pieces to a GGUF file, after checking them; what they leave out becomes a hole."""
     data = b"".join(piece.read_bytes() for piece in sorted(pieces.glob("w[0-9][0-9].part")))
     if (found := hashlib.sha256(data).hexdigest()) != SHA256:
         raise SystemExit(f"the joined pieces ({len(data)} bytes) have sha256 {found}, not {SHA256}")
@@ -61,6 +62,7 @@ def new_name(name: str) -> str | None:
 
 
 def encode(values: npt.NDArray[np.float32], dtype: str) -> bytes:
+    """Return the bytes of the values in float16 or, rounded to nearest even, in bfloat16."""
     if dtype == "float16":
         return values.astype(np.float16).tobytes()
     bits = values.view(np.uint32)
@@ -117,6 +119,7 @@ def describe(path: Path, out: Path, dtype: str) -> None:
 
 
 def main() -> None:
+    """Run the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pieces", type=Path)
     parser.add_argument("out", type=Path)

@@ -23,6 +23,9 @@ from kvarn.core.kernels.unpack import (
 
 _NEVER = tl.constexpr(-1e30)  # a finite "minus infinity" for running maxima: no inf - inf, hence no NaN
 _LOG2E = tl.constexpr(1.4426950408889634)
+# Weights are exp2(x - max + 10): where one token holds nearly all the mass, the others must not fall out of fp16.
+_WEIGHT_SHIFT = tl.constexpr(10.0)
+_QUERY_SHIFT = tl.constexpr(6.0)
 
 
 @triton.jit
@@ -112,7 +115,7 @@ def _attend_raw(
     x = tl.where(ok, x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, axis=0))
     decay = tl.exp2(m - m_new)
-    weights = tl.exp2(x - m_new[None, :])
+    weights = tl.exp2(x - m_new[None, :] + _WEIGHT_SHIFT)
     acc = acc * decay[None, :] + tl.dot(tl.trans(v), weights.to(tl.float16))
     return m_new, total * decay + tl.sum(weights, axis=0), acc
 
@@ -139,7 +142,7 @@ def _attend_tile(
     x = tl.where(token_ok[:, None] & column_ok[None, :], x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, axis=0))
     decay = tl.exp2(m - m_new)
-    weights = tl.exp2(x - m_new[None, :])
+    weights = tl.exp2(x - m_new[None, :] + _WEIGHT_SHIFT)
     v_scale = tl.load(halfs + OFFSETS[3] // 2 + tokens).to(tl.float32)
     v_offset = tl.load(halfs + OFFSETS[4] // 2 + tokens).to(tl.float32)
     v_channel = tl.load(halfs + OFFSETS[5] // 2 + channels, mask=channels < D, other=0.0).to(tl.float32)
@@ -158,9 +161,9 @@ def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
     task_request_ptr, task_row_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr, query_start_ptr,
     block_table_ptr, partial_ptr, partial_lse_ptr, scale,
-    num_tasks, q_heads, record_page_stride, record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride,
+    q_heads, record_page_stride, record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride,
     sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride, chunk_head_stride, block_table_stride,
-    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TAIL: tl.constexpr, SINK: tl.constexpr,
     K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr, RAW_BLOCK: tl.constexpr, STAGES: tl.constexpr,
@@ -168,10 +171,11 @@ def attend_kernel(
 ):  # fmt: skip
     """One program attends one split of the positions for the columns of one task and kv head.
 
-    Grid: (SPLITS, kv_heads, tasks). Positions come in units, split evenly: first the tiles that any column reads from
+    Grid: (splits, kv_heads, tasks). Positions come in units, split evenly: first the tiles that any column reads from
     records, then blocks of RAW_BLOCK ring rows, then blocks of this step's own rows.
     """
     split = tl.program_id(0)
+    splits = tl.num_programs(0)
     head = tl.program_id(1)
     task = tl.program_id(2)
     request = tl.load(task_request_ptr + task)
@@ -202,15 +206,15 @@ def attend_kernel(
     ring_units = tl.cdiv(tl.maximum(ring_end - raw_start, 0), RAW_BLOCK)
     chunk_units = tl.cdiv(tl.maximum(last + 1 - chunk_start, 0), RAW_BLOCK)
     units = tiles + ring_units + chunk_units
-    share = tl.cdiv(units, SPLITS)
+    share = tl.cdiv(units, splits)
     begin = split * share
     end = tl.minimum(begin + share, units)
 
     q_cols = q_ptr + ((query_start + row).to(tl.int64) * q_heads + head * GROUP + column % GROUP) * D
     channels = tl.arange(0, DP)
     q_full = tl.load(q_cols[None, :] + channels[:, None], mask=(channels < D)[:, None] & col_ok[None, :], other=0.0)
-    # a power of two that brings every column below 1, so that q times a scale stays inside fp16
-    q_unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q_full), axis=0), 1e-30))))
+    # a power of two that brings every column to about 64, so that q times a scale stays well inside fp16
+    q_unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q_full), axis=0), 1e-30))) - _QUERY_SHIFT)
     q_scale = q_unit * (scale * _LOG2E)
     m = tl.full((COLUMNS,), _NEVER, tl.float32)
     total = tl.zeros((COLUMNS,), tl.float32)
@@ -259,8 +263,8 @@ def attend_kernel(
                 visible & col_ok[None, :], D, SOFTCAP,
             )  # fmt: skip
 
-    out_row = ((query_start + row).to(tl.int64) * q_heads + head * GROUP + column % GROUP) * SPLITS + split
-    lse = tl.where(total > 0, m + tl.log2(tl.maximum(total, 1e-37)), float("-inf"))
+    out_row = ((query_start + row).to(tl.int64) * q_heads + head * GROUP + column % GROUP) * splits + split
+    lse = tl.where(total > 0, m + tl.log2(tl.maximum(total, 1e-37)) - _WEIGHT_SHIFT, float("-inf"))
     tl.store(partial_lse_ptr + out_row, lse, mask=col_ok)
     mask = (channels < D)[:, None] & (col_ok & (total > 0))[None, :]
     tl.store(partial_ptr + out_row[None, :] * D + channels[:, None], acc / tl.maximum(total, 1e-37)[None, :], mask=mask)

@@ -8,13 +8,13 @@ _LN2 = tl.constexpr(0.6931471805599453)
 
 @triton.jit
 def combine_kernel(
-    partial_ptr, partial_lse_ptr, signs_ptr, out_ptr, lse_ptr, num_rows,
-    SPLITS: tl.constexpr, SPLIT_BLOCK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
+    partial_ptr, partial_lse_ptr, signs_ptr, out_ptr, lse_ptr, num_rows, splits,
+    SPLIT_BLOCK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
     NORM: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of ROWS rows). A row is one query head of one token; inputs and outputs are contiguous.
 
-    partial: [rows, SPLITS, D], float32; partial_lse: [rows, SPLITS], float32, base 2; lse: natural logarithm.
+    partial: [rows, splits, D], float32; partial_lse: [rows, splits], float32, base 2; lse: natural logarithm.
     signs: [D, D], fp16, already transposed for the way back. ROWS is 16, rotated back by the tensor cores, or 1: then
     there are too few rows to fill the GPU, and a whole program hurries through the splits of one.
     """
@@ -25,10 +25,10 @@ def combine_kernel(
     m = tl.full((ROWS,), -1e30, tl.float32)
     total = tl.zeros((ROWS,), tl.float32)
     acc = tl.zeros((ROWS, DP), tl.float32)
-    for start in range(0, SPLITS, SPLIT_BLOCK):
+    for start in range(0, splits, SPLIT_BLOCK):
         split = start + tl.arange(0, SPLIT_BLOCK)
-        at = row[None, :] * SPLITS + split[:, None]  # [SPLIT_BLOCK, ROWS]
-        lse = tl.load(partial_lse_ptr + at, mask=row_ok[None, :] & (split < SPLITS)[:, None], other=float("-inf"))
+        at = row[None, :] * splits + split[:, None]  # [SPLIT_BLOCK, ROWS]
+        lse = tl.load(partial_lse_ptr + at, mask=row_ok[None, :] & (split < splits)[:, None], other=float("-inf"))
         m_new = tl.maximum(m, tl.max(lse, axis=0))
         weight = tl.exp2(lse - m_new[None, :])
         # what a split that saw nothing left in memory may be NaN

@@ -1,4 +1,4 @@
-"""Rotate the rows of this step: queries to float32, keys and values to the model dtype, and optionally into the ring."""
+"""Rotate the rows of a step: queries to float32, keys and values to the model dtype, optionally into the ring."""
 
 import triton
 import triton.language as tl
@@ -55,8 +55,8 @@ def rotate_kernel(
         if STORE:
             store_rows(
                 raw, token, token_ok, token_ok, which, kv_head, tails_ptr, sinks_ptr, token_request_ptr,
-                token_position_ptr, rows_ptr, sink_slot_ptr, tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride,
-                sink_kv_stride, sink_head_stride, D, RING, SINK,
+                token_position_ptr, rows_ptr, sink_slot_ptr, tail_row_stride, tail_kv_stride, tail_head_stride,
+                sink_slot_stride, sink_kv_stride, sink_head_stride, D, RING, SINK,
             )  # fmt: skip
 
 
@@ -66,7 +66,7 @@ def store_rows(
     rows_ptr, sink_slot_ptr, tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride,
     sink_head_stride, D: tl.constexpr, RING: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
-    """Write rotated rows [tokens, DP] of one kv head to their requests' rings and, for the first tokens, to the sinks."""
+    """Write rotated rows [tokens, DP] of one kv head to their requests' rings and, the first ones, to the sinks."""
     channels = tl.arange(0, raw.shape[1])
     channel_ok = channels < D
     request = tl.load(token_request_ptr + token, mask=token_ok, other=0)

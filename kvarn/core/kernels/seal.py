@@ -84,8 +84,14 @@ def _quantise(
         sigma = tl.where(std > 0, std, sigma)
     x = x / sigma
     _row, col = _normalise(x, ok, ROW_AXIS, ROWS, COLS, ITERATIONS, LOG_SCALE_MIN, MARGIN)
-    across = tl.minimum(tl.exp(col) * tl.sqrt(sigma), _FP16_MAX).to(tl.float16)
-    rows = x * sigma / _no_zero(across.to(tl.float32))
+    x = x * sigma
+    column = tl.exp(col)
+    peak = tl.max(tl.max(tl.abs(x / column), axis=COL_AXIS, keep_dims=True), axis=ROW_AXIS, keep_dims=True)
+    col_ok = tl.max(ok.to(tl.int32), axis=ROW_AXIS, keep_dims=True) > 0
+    widest = tl.max(tl.where(col_ok, column, 0.0), axis=COL_AXIS, keep_dims=True)
+    balance = tl.where(peak > 0, tl.sqrt(peak / widest), 1.0)
+    across = tl.minimum(column * balance, _FP16_MAX).to(tl.float16)
+    rows = x / _no_zero(across.to(tl.float32))
     low = tl.min(tl.where(ok, rows, float("inf")), axis=COL_AXIS, keep_dims=True)
     high = tl.max(tl.where(ok, rows, float("-inf")), axis=COL_AXIS, keep_dims=True)
     middle = (low + high) * 0.5

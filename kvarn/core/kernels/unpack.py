@@ -2,7 +2,8 @@
 
 A masked field lands in the mantissa of fp16 1024, so an element reads ``1024 + code * 2**position``. The reader
 divides ``2**position`` out of the other operand and subtracts ``1024 * sum(other operand)`` once a tile: no
-arithmetic is left per element. Fields above the ten mantissa bits are shifted down first.
+arithmetic is left per element. The MMA truncates its sums, so the constant 1024 must not dwarf the codes: fields that
+stand low in a word are shifted up in the mantissa, fields above it are shifted down.
 
 Planes narrower than a dot accepts (16 lanes) are taken several a step, each lane with a shift of its own.
 """
@@ -14,6 +15,8 @@ BIAS = tl.constexpr(1024.0)
 _BIAS_BITS = tl.constexpr(0x6400)
 _WORD_BITS = 16
 _MANTISSA_BITS = 10
+# From this mantissa position on a field is taken in place: 1024 is at most 64 code steps away.
+_LOWEST_POSITION = 4
 _MIN_DOT_LANES = 16
 
 
@@ -43,35 +46,47 @@ def dot_steps(bits, words):
 
 
 @triton.constexpr_function
-def _shift_down(bits, low):
-    """Return by how much a plane that starts at bit `low` of a word is shifted to fit the mantissa."""
-    if low + bits <= _MANTISSA_BITS:
-        return 0
-    return 8 if bits >= 4 else 10
+def _top(bits):
+    """Return the highest mantissa position of a field."""
+    return _MANTISSA_BITS - bits
+
+
+@triton.constexpr_function
+def _lowest(bits):
+    """Return the lowest mantissa position that is taken in place."""
+    return min(_LOWEST_POSITION, _top(bits))
+
+
+@triton.constexpr_function
+def _shift_up(bits, low):
+    """Return by how much a field that starts at bit `low` of a word is shifted up (down if negative)."""
+    top = _top(bits)
+    return 0 if _lowest(bits) <= low <= top else top - low
 
 
 @triton.constexpr_function
 def step_weight(bits, low_bit, words, step):
     """Return the factor that makes ``code * 2**position`` of a step count as its part of the code."""
     if planes_per_step(words) > 1:
-        return 2.0**low_bit
+        return 2.0 ** (low_bit - _top(bits))
     low = step * bits
-    return 2.0 ** (low_bit - (low - _shift_down(bits, low)))
-
-
-@triton.constexpr_function
-def _plane_asm(bits, low):
-    shift = _shift_down(bits, low)
-    mask = ((1 << bits) - 1) << (low - shift)
-    pair = f"0x{mask << 16 | mask:08X}"
-    if shift == 0:
-        return f"lop3.b32 $0, $1, {pair}, 0x64006400, 0xEA;"
-    return f"{{.reg .b32 t; shr.b32 t, $1, {shift}; lop3.b32 $0, t, {pair}, 0x64006400, 0xEA;}}"
+    return 2.0 ** (low_bit - low - _shift_up(bits, low))
 
 
 @triton.constexpr_function
 def _plane_mask(bits, low):
-    return ((1 << bits) - 1) << (low - _shift_down(bits, low))
+    return ((1 << bits) - 1) << (low + _shift_up(bits, low))
+
+
+@triton.constexpr_function
+def _plane_asm(bits, low):
+    up = _shift_up(bits, low)
+    mask = _plane_mask(bits, low)
+    pair = f"0x{mask << 16 | mask:08X}"
+    if up == 0:
+        return f"lop3.b32 $0, $1, {pair}, 0x64006400, 0xEA;"
+    shift = f"shl.b32 t, $1, {up}" if up > 0 else f"shr.b32 t, $1, {-up}"
+    return f"{{.reg .b32 t; {shift}; lop3.b32 $0, t, {pair}, 0x64006400, 0xEA;}}"
 
 
 @triton.jit
@@ -95,14 +110,15 @@ def unpack_step(words, STEP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constex
     if planes_per_step(WORDS) > 1:
         plane = STEP * planes_per_step(WORDS) + tl.arange(0, lane_width(WORDS)) // WORDS
         code = (words.to(tl.int32) >> (plane * BITS)[None, :]) & ((1 << BITS) - 1)
-        out = (code | _BIAS_BITS).to(tl.int16).to(tl.float16, bitcast=True)
+        out = ((code << _top(BITS)) | _BIAS_BITS).to(tl.int16).to(tl.float16, bitcast=True)
     elif USE_ASM:
         out = tl.inline_asm_elementwise(
             _plane_asm(BITS, STEP * BITS), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
         )
     else:
-        code = (words.to(tl.int32) >> _shift_down(BITS, STEP * BITS)) & _plane_mask(BITS, STEP * BITS)
-        out = (code | _BIAS_BITS).to(tl.int16).to(tl.float16, bitcast=True)
+        up: tl.constexpr = _shift_up(BITS, STEP * BITS)
+        code = words.to(tl.int32) << up if up >= 0 else words.to(tl.int32) >> -up
+        out = (code & _plane_mask(BITS, STEP * BITS) | _BIAS_BITS).to(tl.int16).to(tl.float16, bitcast=True)
     return out
 
 
@@ -112,8 +128,9 @@ def lane_weights(N: tl.constexpr, BITS: tl.constexpr, LOW_BIT: tl.constexpr, WOR
     if planes_per_step(WORDS) > 1:
         return tl.full((N,), 1.0, tl.float32) * step_weight(BITS, LOW_BIT, WORDS, 0)
     low = (tl.arange(0, N) // WORDS) * BITS
-    down: tl.constexpr = _shift_down(BITS, 16 - BITS)
-    position = tl.where(low + BITS <= 10, low, low - down)
+    top: tl.constexpr = _top(BITS)
+    lowest: tl.constexpr = _lowest(BITS)
+    position = tl.where((low >= lowest) & (low <= top), low, top)
     return tl.exp2((LOW_BIT - position).to(tl.float32))
 
 

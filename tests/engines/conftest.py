@@ -1,0 +1,55 @@
+"""Real SGLang engines on the CPU, each in a process of its own; tiny models, made once a session."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+# Test modules import their helpers by plain names.
+sys.path.insert(0, str(Path(__file__).parent))
+
+from engine_process import make_models  # noqa: E402
+from tiny_models import TinyModel  # noqa: E402
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The tiny models.
+
+    Args:
+        folder: where they are saved.
+        references: greedy answers of transformers, by model name.
+    """
+
+    folder: Path
+    references: dict[str, list[list[int]]]
+
+    def path(self, model: TinyModel) -> Path:
+        """Return the folder of a model."""
+        return self.folder / model.name
+
+
+@pytest.fixture(scope="session")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
+    """Make the tiny models, or skip where no CPU engine can run."""
+    if importlib.util.find_spec("sglang") is None:
+        pytest.skip("SGLang is not installed")
+    if torch.cuda.is_available():
+        pytest.skip("with a GPU SGLang starts no CPU engine")
+    folder = tmp_path_factory.mktemp("models")
+    return Models(folder, make_models(folder))
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """Print what tests measured."""
+    reports = (report for reports in terminalreporter.stats.values() for report in reports)
+    measured = [pair for report in reports if getattr(report, "when", "") == "call" for pair in report.user_properties]
+    if measured:
+        terminalreporter.section("measured in engines")
+    for name, value in measured:
+        terminalreporter.write_line(f"{name}: {value}")

@@ -1,0 +1,100 @@
+"""The mode that users run: exact tails and sinks. A hit reads records where a cold run reads raw rows, so answers may
+differ by what quantisation costs; everything else has to hold as in canonical mode.
+"""
+
+from __future__ import annotations
+
+import pytest
+import storm
+from compare import is_finite, logprob_difference, same_bits
+from conftest import Models
+from engine_process import EngineSetup, run_plan
+from plan import Request, Results, Step, alone, flush
+from tiny_models import LLAMA_GROUP_3, prompt
+
+TILE = 128
+PAGES = 12
+LENGTHS = (257, 300, 383, 556)
+TURNS = 3
+# Random weights spread what they say evenly over 512 tokens, and a value has two bits: the worst case.
+LARGEST_DIFFERENCE = 1.0
+
+
+def _hits() -> list[Step]:
+    steps = []
+    for n in LENGTHS:
+        steps += [alone(Request(f"{n}/{kind}", prompt(n, n), 8)) for kind in ("cold", "hit", "again")]
+        steps.append(flush())
+    return steps
+
+
+def _turns() -> list[Step]:
+    """A conversation in one cache, and each turn again in an empty one."""
+    steps, follows = [], None
+    for i in range(TURNS):
+        turn = Request(f"turn/{i}", prompt(170, 60 + i), 40, follows=follows)
+        steps.append(alone(turn))
+        follows = turn.name
+    for i in range(1, TURNS):
+        steps += [flush(), alone(Request(f"turn/{i}/cold", prompt(170, 60 + i), 40, follows=f"turn/{i - 1}"))]
+    return [*steps, flush()]
+
+
+def _storm() -> list[Step]:
+    """The first prompt again after a storm and a flush, when nothing of either may be left."""
+    return [
+        *storm.references(),
+        storm.storm(seed=2),
+        flush(),
+        alone(Request("after", prompt(LENGTHS[-1], LENGTHS[-1]), 8)),
+    ]
+
+
+@pytest.fixture(scope="module")
+def results(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """Run everything on one engine; its instruments audit the sink slots in every step."""
+    setup = EngineSetup(models.path(LLAMA_GROUP_3), {"chunked_prefill_size": 256, "max_total_tokens": PAGES * TILE})
+    return run_plan(setup, [*_hits(), *_turns(), *_storm()], tmp_path_factory.mktemp("default"))
+
+
+def test_every_answer_is_finite(results: Results) -> None:
+    answered = [answer for answer in results.answers.values() if answer.output_ids]
+    assert len(answered) > storm.REQUESTS - storm.ABORTED
+    assert all(is_finite(answer) for answer in answered)
+
+
+def test_hit_differs_from_a_cold_run_by_a_bounded_amount(results: Results, record_property) -> None:
+    differences = [logprob_difference(results[f"{n}/hit"], results[f"{n}/cold"]) for n in LENGTHS]
+    record_property("default mode, hit and cold run, largest logprob difference", differences)
+    assert all(results[f"{n}/hit"].cached_tokens == (n - 1) // TILE * TILE for n in LENGTHS)
+    assert max(differences) < LARGEST_DIFFERENCE
+    assert max(differences) > 0, "the hits read no records: the test measures nothing"
+
+
+def test_two_hits_are_equal(results: Results) -> None:
+    for n in LENGTHS:
+        same_bits(results[f"{n}/hit"], results[f"{n}/again"])
+
+
+def test_difference_does_not_grow_by_turn(results: Results, record_property) -> None:
+    turns = range(1, TURNS)
+    differences = [logprob_difference(results[f"turn/{i}"], results[f"turn/{i}/cold"]) for i in turns]
+    record_property("default mode, turns 2 and 3 and cold runs, largest logprob difference", differences)
+    assert all(results[f"turn/{i}"].cached_tokens > 0 for i in turns)
+    assert all(results[f"turn/{i}/cold"].cached_tokens == 0 for i in turns)
+    assert max(differences) < LARGEST_DIFFERENCE
+
+
+def test_storm_ends_every_request(results: Results) -> None:
+    finishes = [answer.finish for name, answer in results.answers.items() if name.startswith("storm/")]
+    assert set(finishes) == {"abort", "length"}
+    assert finishes.count("abort") >= storm.ABORTED // 2
+    assert len(finishes) == storm.REQUESTS + len(storm.LENGTHS)
+
+
+def test_server_answers_after_a_storm_as_before_it(results: Results) -> None:
+    same_bits(results["after"], results[f"{LENGTHS[-1]}/cold"])
+
+
+def test_every_flush_succeeded(results: Results) -> None:
+    assert all(results.flushed)
