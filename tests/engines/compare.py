@@ -1,10 +1,14 @@
-"""How answers are compared."""
+"""How answers are compared, and where what was measured goes."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 from plan import Answer
+
+# pytest's record_property; conftest.py prints what it is given.
+Record = Callable[[str, object], None]
 
 
 def same_bits(one: Answer, other: Answer) -> None:
@@ -28,6 +32,13 @@ def logprob_difference(one: Answer, other: Answer) -> float:
         if token != other_token:
             break
     return largest
+
+
+def divergence(answer: Answer, from_answer: Answer) -> float:
+    """Return the Kullback-Leibler divergence of what the two say at the first place, in nats."""
+    assert answer.prompt == from_answer.prompt
+    pairs = zip(from_answer.distribution, answer.distribution, strict=True)
+    return sum(math.exp(logprob) * (logprob - other) for logprob, other in pairs)
 
 
 def is_finite(answer: Answer) -> bool:

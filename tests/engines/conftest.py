@@ -4,34 +4,17 @@ from __future__ import annotations
 
 import importlib.util
 import sys
-from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
-# Test modules import their helpers by plain names.
+# Test modules and the driver import their helpers by plain names.
 sys.path.insert(0, str(Path(__file__).parent))
 
-from engine_process import make_models  # noqa: E402
-from tiny_models import TinyModel  # noqa: E402
-
-
-@dataclass(frozen=True, slots=True)
-class Models:
-    """The tiny models.
-
-    Args:
-        folder: where they are saved.
-        references: greedy answers of transformers, by model name.
-    """
-
-    folder: Path
-    references: dict[str, list[list[int]]]
-
-    def path(self, model: TinyModel) -> Path:
-        """Return the folder of a model."""
-        return self.folder / model.name
+if TYPE_CHECKING:
+    from engine_process import Models
 
 
 @pytest.fixture(scope="session")
@@ -41,8 +24,9 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         pytest.skip("SGLang is not installed")
     if torch.cuda.is_available():
         pytest.skip("with a GPU SGLang starts no CPU engine")
-    folder = tmp_path_factory.mktemp("models")
-    return Models(folder, make_models(folder))
+    from engine_process import make_models
+
+    return make_models(tmp_path_factory.mktemp("models"))
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

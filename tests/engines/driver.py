@@ -9,12 +9,14 @@ import asyncio
 import json
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import instruments
 from plan import Answer, Request, read_plan
+from tiny_models import VOCABULARY
 
 instruments.install()
 
@@ -54,6 +56,7 @@ class Group:
             input_ids=prompt,
             sampling_params={"temperature": 0, "max_new_tokens": request.new_tokens, "ignore_eos": True},
             return_logprob=request.logprobs,
+            top_logprobs_num=VOCABULARY if request.distribution else 0,
             stream=True,
             rid=request.name,
         )
@@ -98,7 +101,13 @@ def _answer(prompt: list[int], last: dict[str, Any]) -> Answer:
         cached_tokens=meta.get("cached_tokens", 0),
         finish=finish,
         retractions=meta.get("num_retractions", 0),
+        distribution=_by_token(meta.get("output_top_logprobs") or ()),
     )
+
+
+def _by_token(places: Sequence[Sequence[tuple[float, int, str]]]) -> list[float]:
+    """Return the log probabilities of the first place, by token."""
+    return [logprob for logprob, *_ in sorted(places[0], key=lambda entry: entry[1])] if places else []
 
 
 def _flush(engine: Any) -> bool:

@@ -13,12 +13,30 @@ from typing import Any
 
 import instruments
 from plan import Answer, Chunk, Results, Step, write_plan
+from tiny_models import TinyModel
 
 _HERE = Path(__file__).parent
 _STAND_INS = _HERE.parents[1] / "tools" / "sglang_cpu"
 _TIMEOUT_S = 280
 # What would change the engine under test: our own switches, those of the kernel tests, and those of other engines.
 _FOREIGN = ("KVARN_", "SGLANG_", "ENGINE_TEST_", "TRITON_INTERPRET", "PYTEST_")
+
+
+@dataclass(frozen=True, slots=True)
+class Models:
+    """The tiny models.
+
+    Args:
+        folder: where they are saved.
+        references: greedy answers of transformers, by model name.
+    """
+
+    folder: Path
+    references: dict[str, list[list[int]]]
+
+    def path(self, model: TinyModel) -> Path:
+        """Return the folder of a model."""
+        return self.folder / model.name
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,14 +118,17 @@ def run_plan(setup: EngineSetup, steps: list[Step], folder: Path) -> Results:
     )
 
 
-def make_models(folder: Path) -> dict[str, list[list[int]]]:
-    """Save the tiny models into a folder; returns what transformers answers, by model name."""
+def make_models(folder: Path) -> Models:
+    """Save the tiny models into a folder, and ask transformers.
+
+    Raises:
+        RuntimeError: that failed; ends with what it said.
+    """
     reference, log = folder / "reference.json", folder / "log.txt"
     command = [sys.executable, str(_HERE / "tiny_models.py"), str(folder), str(reference)]
     if _run(command, environment(), log):
         raise RuntimeError(f"The models could not be made:\n{log.read_text(errors='replace')}")
-    answers: dict[str, list[list[int]]] = json.loads(reference.read_text())
-    return answers
+    return Models(folder, json.loads(reference.read_text()))
 
 
 def launch_server(arguments: list[str], folder: Path) -> tuple[int, str]:

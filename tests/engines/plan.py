@@ -21,6 +21,7 @@ class Request:
         abort_at_token: abort once that many tokens have come back.
         abort_after_s: abort that many seconds after it was sent.
         logprobs: ask for log probabilities; SGLang mixes no decode rows into a chunk if any request of the two does.
+        distribution: ask for the log probabilities of all tokens at the first place.
     """
 
     name: str
@@ -31,6 +32,7 @@ class Request:
     abort_at_token: int | None = None
     abort_after_s: float | None = None
     logprobs: bool = True
+    distribution: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ class Answer:
         cached_tokens: tokens of the prompt that came from the cache.
         finish: SGLang's reason, "length" or "abort".
         retractions: how often the request lost its pages and began again.
+        distribution: log probability of every token at the first place; empty if it was not asked for.
     """
 
     prompt: list[int]
@@ -59,6 +62,7 @@ class Answer:
     cached_tokens: int
     finish: str
     retractions: int
+    distribution: list[float]
 
     @property
     def bits(self) -> tuple[list[int], list[float]]:

@@ -8,9 +8,8 @@ round those differently. There a tolerance stands; test_canonical_schedules.py r
 from __future__ import annotations
 
 import pytest
-from compare import logprob_difference, same_bits
-from conftest import Models
-from engine_process import EngineSetup, run_plan
+from compare import Record, logprob_difference, same_bits
+from engine_process import EngineSetup, Models, run_plan
 from plan import Request, Results, Step, alone, flush
 from tiny_models import LLAMA_GROUP_3, prompt
 
@@ -108,7 +107,7 @@ def test_second_turn_equals_a_cold_run_when_no_tile_was_decoded(results: Results
     same_bits(results["turn/2"], results["turn/2/cold"])
 
 
-def test_third_turn_over_a_decoded_tile_is_close_to_a_cold_run(results: Results, record_property) -> None:
+def test_third_turn_over_a_decoded_tile_is_close_to_a_cold_run(results: Results, record_property: Record) -> None:
     assert results["turn/3"].cached_tokens == 3 * TILE
     assert results["turn/3/cold"].cached_tokens == 0
     difference = logprob_difference(results["turn/3"], results["turn/3/cold"])
@@ -125,7 +124,7 @@ def test_prompt_is_answered_the_same_before_and_after_its_eviction(results: Resu
         same_bits(results["evict/first"], results[f"evict/{name}"])
 
 
-def test_full_pool_retracts_requests_and_answers_stay_close(results: Results, record_property) -> None:
+def test_full_pool_retracts_requests_and_answers_stay_close(results: Results, record_property: Record) -> None:
     """A request that begins again has its decoded rows prefilled: the tolerance of a decoded tile."""
     names = [f"full/{i}" for i in range(3)]
     retractions = sum(results[name].retractions for name in names)

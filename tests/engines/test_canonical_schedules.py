@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import pytest
 import storm
-from compare import same_bits
-from conftest import Models
-from engine_process import EngineSetup, run_plan
+from compare import Record, same_bits
+from engine_process import EngineSetup, Models, run_plan
 from plan import Answer, Request, Results, Step, alone, flush
 from tiny_models import QWEN3_GROUP_2, prompt
 
@@ -144,7 +143,7 @@ def test_request_in_a_batch_equals_the_request_alone(results: Results, size: int
     same_bits(results[f"needle/{size}"], results["needle/1"])
 
 
-def test_retracted_requests_equal_themselves_alone(results: Results, record_property) -> None:
+def test_retracted_requests_equal_themselves_alone(results: Results, record_property: Record) -> None:
     names = [f"retract/{i}" for i in range(RETRACTED)]
     record_property("retractions, of these requests", sum(results[name].retractions for name in names))
     record_property("retractions, in all", sum(answer.retractions for answer in results.answers.values()))
@@ -154,7 +153,7 @@ def test_retracted_requests_equal_themselves_alone(results: Results, record_prop
         same_bits(results[name], results[f"{name}/alone"])
 
 
-def test_survivors_of_an_abort_storm_equal_themselves_alone(results: Results, record_property) -> None:
+def test_survivors_of_an_abort_storm_equal_themselves_alone(results: Results, record_property: Record) -> None:
     survivors = storm.survivors(results)
     aborted = [answer for answer in results.answers.values() if answer.finish == "abort"]
     record_property("aborted, and survivors", (len(aborted), len(survivors)))

@@ -6,9 +6,8 @@ from __future__ import annotations
 
 import pytest
 import storm
-from compare import is_finite, logprob_difference, same_bits
-from conftest import Models
-from engine_process import EngineSetup, run_plan
+from compare import Record, divergence, is_finite, same_bits
+from engine_process import EngineSetup, Models, run_plan
 from plan import Request, Results, Step, alone, flush
 from tiny_models import LLAMA_GROUP_3, prompt
 
@@ -16,14 +15,18 @@ TILE = 128
 PAGES = 12
 LENGTHS = (257, 300, 383, 556)
 TURNS = 3
-# Random weights spread what they say evenly over 512 tokens, and a value has two bits: the worst case.
-LARGEST_DIFFERENCE = 1.0
+# The finest preset, so that the bound is tight: a row from a wrong place costs several nats. Measured: up to 0.011
+# (0.51 with kvarn_k4v2_g128; weights without any structure are the worst case of a quantiser).
+PRESET = "kvarn_k8v4_g128"
+LARGEST_DIVERGENCE = 0.05
 
 
 def _hits() -> list[Step]:
     steps = []
     for n in LENGTHS:
-        steps += [alone(Request(f"{n}/{kind}", prompt(n, n), 8)) for kind in ("cold", "hit", "again")]
+        steps += [
+            alone(Request(f"{n}/{kind}", prompt(n, n), 8, distribution=True)) for kind in ("cold", "hit", "again")
+        ]
         steps.append(flush())
     return steps
 
@@ -32,11 +35,12 @@ def _turns() -> list[Step]:
     """A conversation in one cache, and each turn again in an empty one."""
     steps, follows = [], None
     for i in range(TURNS):
-        turn = Request(f"turn/{i}", prompt(170, 60 + i), 40, follows=follows)
+        turn = Request(f"turn/{i}", prompt(170, 60 + i), 40, follows=follows, distribution=True)
         steps.append(alone(turn))
         follows = turn.name
     for i in range(1, TURNS):
-        steps += [flush(), alone(Request(f"turn/{i}/cold", prompt(170, 60 + i), 40, follows=f"turn/{i - 1}"))]
+        turn = Request(f"turn/{i}/cold", prompt(170, 60 + i), 8, follows=f"turn/{i - 1}", distribution=True)
+        steps += [flush(), alone(turn)]
     return [*steps, flush()]
 
 
@@ -53,7 +57,8 @@ def _storm() -> list[Step]:
 @pytest.fixture(scope="module")
 def results(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Run everything on one engine; its instruments audit the sink slots in every step."""
-    setup = EngineSetup(models.path(LLAMA_GROUP_3), {"chunked_prefill_size": 256, "max_total_tokens": PAGES * TILE})
+    options = {"kv_cache_dtype": PRESET, "chunked_prefill_size": 256, "max_total_tokens": PAGES * TILE}
+    setup = EngineSetup(models.path(LLAMA_GROUP_3), options)
     return run_plan(setup, [*_hits(), *_turns(), *_storm()], tmp_path_factory.mktemp("default"))
 
 
@@ -63,12 +68,12 @@ def test_every_answer_is_finite(results: Results) -> None:
     assert all(is_finite(answer) for answer in answered)
 
 
-def test_hit_differs_from_a_cold_run_by_a_bounded_amount(results: Results, record_property) -> None:
-    differences = [logprob_difference(results[f"{n}/hit"], results[f"{n}/cold"]) for n in LENGTHS]
-    record_property("default mode, hit and cold run, largest logprob difference", differences)
+def test_hit_differs_from_a_cold_run_by_what_quantisation_costs(results: Results, record_property: Record) -> None:
+    divergences = [divergence(results[f"{n}/hit"], results[f"{n}/cold"]) for n in LENGTHS]
+    record_property("default mode, hit and cold run, KL divergence of the first token", divergences)
     assert all(results[f"{n}/hit"].cached_tokens == (n - 1) // TILE * TILE for n in LENGTHS)
-    assert max(differences) < LARGEST_DIFFERENCE
-    assert max(differences) > 0, "the hits read no records: the test measures nothing"
+    assert max(divergences) < LARGEST_DIVERGENCE
+    assert max(divergences) > 0, "the hits read no records: the test measures nothing"
 
 
 def test_two_hits_are_equal(results: Results) -> None:
@@ -76,13 +81,13 @@ def test_two_hits_are_equal(results: Results) -> None:
         same_bits(results[f"{n}/hit"], results[f"{n}/again"])
 
 
-def test_difference_does_not_grow_by_turn(results: Results, record_property) -> None:
+def test_turns_differ_from_cold_runs_by_no_more_than_a_hit_does(results: Results, record_property: Record) -> None:
     turns = range(1, TURNS)
-    differences = [logprob_difference(results[f"turn/{i}"], results[f"turn/{i}/cold"]) for i in turns]
-    record_property("default mode, turns 2 and 3 and cold runs, largest logprob difference", differences)
+    divergences = [divergence(results[f"turn/{i}"], results[f"turn/{i}/cold"]) for i in turns]
+    record_property("default mode, turns 2 and 3 and cold runs, KL divergence of the first token", divergences)
     assert all(results[f"turn/{i}"].cached_tokens > 0 for i in turns)
     assert all(results[f"turn/{i}/cold"].cached_tokens == 0 for i in turns)
-    assert max(differences) < LARGEST_DIFFERENCE
+    assert max(divergences) < LARGEST_DIVERGENCE
 
 
 def test_storm_ends_every_request(results: Results) -> None:
@@ -90,6 +95,7 @@ def test_storm_ends_every_request(results: Results) -> None:
     assert set(finishes) == {"abort", "length"}
     assert finishes.count("abort") >= storm.ABORTED // 2
     assert len(finishes) == storm.REQUESTS + len(storm.LENGTHS)
+    assert results.chunks, "the scheduler was not instrumented, so nothing audited the sink slots"
 
 
 def test_server_answers_after_a_storm_as_before_it(results: Results) -> None:

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from conftest import Models
-from engine_process import EngineSetup, run_plan
+from engine_process import EngineSetup, Models, run_plan
 from plan import Request, Results, Step, alone, flush
 from tiny_models import MODELS, REFERENCE_LENGTHS, REFERENCE_TOKENS, prompt
 

@@ -7,8 +7,7 @@ from pathlib import Path
 
 import pytest
 from compare import same_bits
-from conftest import Models
-from engine_process import EngineSetup, run_plan
+from engine_process import EngineSetup, Models, run_plan
 from plan import Request, alone, flush
 from tiny_models import LLAMA_GROUP_3, prompt
 

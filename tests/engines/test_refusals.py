@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from conftest import Models
-from engine_process import launch_server
+from engine_process import Models, launch_server
 from tiny_models import QWEN3_GROUP_2
 
 DTYPE = "--kv-cache-dtype=kvarn_k4v2_g128"
 REFUSALS = {
-    "unknown preset": (["--kv-cache-dtype=kvarn_k4v2_g12"], ["Unknown KV cache dtype 'kvarn_k4v2_g12'", "Did you mean"]),
+    "unknown preset": (
+        ["--kv-cache-dtype=kvarn_k4v2_g12"],
+        ["Unknown KV cache dtype 'kvarn_k4v2_g12'", "Did you mean"],
+    ),
     "page size": ([DTYPE, "--page-size=64"], ["--page-size 64 does not fit kvarn_k4v2_g128", "leave the flag out"]),
     "host cache": ([DTYPE, "--enable-hierarchical-cache"], ["--enable-hierarchical-cache can't be used"]),
     "drafts": ([DTYPE, "--speculative-algorithm=NGRAM"], ["--speculative-algorithm NGRAM can't be used"]),
@@ -22,13 +24,24 @@ REFUSALS = {
 }
 
 
+@pytest.fixture(scope="module")
+def ended(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+    """Return exit code and output of every case. Most of the time goes into importing SGLang, so two run at once."""
+    shared = [f"--model-path={models.path(QWEN3_GROUP_2)}", "--device=cpu", "--dtype=float32"]
+
+    def launch(case: str) -> tuple[int, str]:
+        arguments, _ = REFUSALS[case]
+        return launch_server([*shared, *arguments], tmp_path_factory.mktemp("refusal"))
+
+    with ThreadPoolExecutor(max_workers=2) as pool:
+        return dict(zip(REFUSALS, pool.map(launch, REFUSALS), strict=True))
+
+
 @pytest.mark.parametrize("case", REFUSALS, ids=lambda case: case.replace(" ", "-"))
-def test_server_does_not_start(models: Models, tmp_path: Path, case: str) -> None:
-    arguments, sentences = REFUSALS[case]
-    shared = [f"--model-path={models.path(QWEN3_GROUP_2)}", "--device=cpu", "--dtype=float32", "--port=0"]
-    code, said = launch_server([*shared, *arguments], tmp_path)
+def test_server_does_not_start(ended: dict[str, tuple[int, str]], case: str) -> None:
+    code, said = ended[case]
     assert code > 0, "it went on until it was killed, or ended as if all were well"
-    for sentence in sentences:
+    for sentence in REFUSALS[case][1]:
         assert sentence in said
     assert "Load weight begin" not in said
     assert "Uvicorn running" not in said

@@ -1,4 +1,4 @@
-"""Tiny random models with a byte-level tokenizer, saved as Hugging Face folders, and what transformers answers with them.
+"""Tiny random models with a byte-level tokenizer, as Hugging Face folders, and what transformers answers with them.
 
 ``python tiny_models.py FOLDER REFERENCE``: a process of its own, because transformers imports torchvision, which needs
 the stand-ins of ``tools/sglang_cpu`` beside a CPU build of torch. Seeded, so that runs can be repeated.

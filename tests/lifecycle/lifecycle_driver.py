@@ -12,7 +12,7 @@ _QUEUE = 3
 class Driver:
     """Feeds a world with requests and moves it by one random action at a time."""
 
-    def __init__(self, world: World, seed: int) -> None:
+    def __init__(self, world: World, seed: int | str) -> None:
         self.world = world
         self.random = random.Random(seed)
         self._finished: list[Request] = []
@@ -21,18 +21,28 @@ class Driver:
     def run(self, steps: int) -> None:
         """Act until the world made that many forward passes."""
         goal = self.world.steps + steps
-        passes, events = (self._decode, self._chunk, self._mixed), (
-            self._finish, self._continue, self._take_over_id, self._abort, self._retract, self._evict, self._flush)  # fmt: skip
         while self.world.steps < goal:
             self._feed()
             if self.random.random() < 0.12:
-                self.random.choices(events, (30, 30, 15, 15, 15, 10, 1))[0]()
+                self._event()
                 self.world.check()
                 continue
             before = self.world.steps
-            self.random.choices(passes, (60, 30, 10))[0]()
+            self.random.choices((self._decode, self._chunk, self._mixed), (60, 30, 10))[0]()
             if self.world.steps == before:
                 self._make_room()
+
+    def _event(self) -> None:
+        weights = {
+            self._finish: 30,
+            self._continue: 30,
+            self._take_over_id: 15,
+            self._abort: 15,
+            self._retract: 15,
+            self._evict: 10,
+            self._flush: 1,
+        }
+        self.random.choices(list(weights), list(weights.values()))[0]()
 
     def _feed(self) -> None:
         waiting = self.world.engine.waiting

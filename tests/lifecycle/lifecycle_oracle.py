@@ -107,14 +107,12 @@ class Oracle:
             demand(view.token_request[at : at + count] == [i] * count, f"token owners of request {i}")
             at += count
         tasks = zip(view.step.task_request.tolist(), view.step.task_row.tolist(), strict=True)
-        served = Counter(
-            (owner, row + j) for owner, row in tasks if owner >= 0 for j in range(view.step.rows_per_task)
-        )
+        served = Counter((owner, row + j) for owner, row in tasks if owner >= 0 for j in range(view.step.rows_per_task))
         wanted = [(i, j) for i, (_, count) in enumerate(view.batch) for j in range(count)]
         demand(all(served[row] == 1 for row in wanted), "a query row is served by no task or by several")
 
     def _check_sinks(self, view: View) -> None:
-        """Slots are held by first pages only, kept while a page isn't started anew, and denied only when none is free."""
+        """First pages alone hold slots, keep them until started anew, and go without only when none is free."""
         started: dict[int, bool] = {}
         for i, (request, count) in enumerate(view.batch):
             for position in range(request.computed, request.computed + count):

@@ -19,9 +19,9 @@ TILE = 64
 MAX_TILES = 6
 GROUP = 4  # query heads of a kv head
 EVENTS = (
-    "hits", "retractions", "aborts", "seals", "row reuse", "page reuse", "sink exhaustion", "sink reads", "mixed batches",
-    "continuations in the same row", "deduplications", "evictions", "flushes", "padding rows", "overruns",
-    "reused ids", "ids taken over", "chunk ends inside a tile", "decode steps", "chunk steps",
+    "hits", "retractions", "aborts", "seals", "row reuse", "page reuse", "sink exhaustion", "sink reads",
+    "mixed batches", "continuations in the same row", "deduplications", "evictions", "flushes", "padding rows",
+    "overruns", "reused ids", "ids taken over", "chunk ends inside a tile", "decode steps", "chunk steps",
 )  # fmt: skip
 
 
@@ -58,9 +58,7 @@ class World:
     def __init__(self, setting: Setting, config: CacheConfig | None = None, device: str = "cpu") -> None:
         self.config = config or setting.config
         self.device = device
-        self.engine = Engine(
-            TILE, setting.rows, setting.pages, MAX_TILES, newest_page_first=setting.newest_page_first
-        )
+        self.engine = Engine(TILE, setting.rows, setting.pages, MAX_TILES, newest_page_first=setting.newest_page_first)
         self.state = TailState(self.config, setting.rows, setting.pages, setting.sink_slots, device)
         self.oracle = Oracle(self.config, self.state, self.engine)
         self.ending: dict[Request, int] = {}

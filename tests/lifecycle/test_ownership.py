@@ -1,4 +1,4 @@
-"""When a request may take a ring for its own: owner, length and page must all be the ring's, each alone isn't enough."""
+"""When a request may take a ring for its own: owner, length and page must all be the ring's; two aren't enough."""
 
 from collections.abc import Callable
 
@@ -88,7 +88,9 @@ def test_prefill_that_goes_on_keeps_its_exact_tail() -> None:
         assert int(world.state.own_start[request.row]) == 0
 
 
-@pytest.mark.xfail(strict=True, raises=Violation, reason="a page that was rewritten meanwhile passes for the ring's own")
+@pytest.mark.xfail(
+    strict=True, raises=Violation, reason="a page that was rewritten meanwhile passes for the ring's own"
+)
 def test_reused_id_does_not_get_the_ring_when_its_page_was_rewritten() -> None:
     """A request is aborted, its page goes to another sequence, and that sequence is sent under the old id."""
     world = World(SETTINGS["tail-64-sinks-4"])

@@ -1,7 +1,7 @@
 """The same schedules through the real writes, seals and attention of a layer in poisoned memory.
 
-Every record must be, byte for byte, the one that its tile gets alone in a clean cache, and every output what the rows and
-records of the request's own tokens give. On the torch references, and on the Triton kernels where there is a GPU.
+Every record must be, byte for byte, the one that its tile gets alone in a clean cache, and every output what the rows
+and records of the request's own tokens give. On the torch references, and on the Triton kernels where there is a GPU.
 KVARN_LIFECYCLE_REAL_STEPS (100; 2000 on a GPU) is the number of forward passes of each setting.
 """
 

@@ -135,17 +135,18 @@ def _ints(values: Sequence[int]) -> torch.Tensor:
 
 def segmentation(pick: random.Random, length: int, tile_tokens: int) -> list[Segment]:
     """Cut a sequence: few or many chunks, at random or about tile edges, the rest perhaps token by token."""
-    style = pick.randrange(4)
+    style = pick.randrange(5)
     edges = [e + d for e in range(tile_tokens, length, tile_tokens) for d in (-1, 0, 1)]
     cuts = {
-        0: lambda: [],
+        0: list,
         1: lambda: pick.sample(range(1, length), pick.randrange(1, 4)),
         2: lambda: pick.sample(edges, pick.randrange(1, len(edges))),
         3: lambda: range(1, length, pick.randrange(2, tile_tokens + 2)),
+        4: lambda: [1],
     }[style]()
     ends = sorted({*(c for c in cuts if 0 < c < length), length})
     sizes = [end - begin for begin, end in zip([0, *ends], ends, strict=False)]
-    decode_from = pick.choice([length, pick.randrange(1, length), 1])
+    decode_from = 1 if style == 4 else pick.choice([length, pick.randrange(1, length), 1])
     segments: list[Segment] = []
     done = 0
     for size in sizes:

@@ -41,6 +41,16 @@ def _query_planes(q_cols, col_ok, q_unit, BITS: tl.constexpr, WORDS: tl.constexp
 
 
 @triton.jit
+def _load_lanes(ptrs, lane_ok, WORDS: tl.constexpr):
+    """Load one value a lane; lanes of padding give zero."""
+    if lane_width(WORDS) == used_lanes(WORDS):
+        values = tl.load(ptrs)
+    else:
+        values = tl.load(ptrs, mask=lane_ok, other=0.0)
+    return values
+
+
+@triton.jit
 def _add_key_field(
     x, record, planes, BITS: tl.constexpr, LOW_BIT: tl.constexpr, OFFSET: tl.constexpr, WORDS: tl.constexpr,
     K_SCALE: tl.constexpr, K_OFFSET: tl.constexpr, G: tl.constexpr, USE_ASM: tl.constexpr,
@@ -59,12 +69,12 @@ def _add_key_field(
     correction = tl.zeros((lane_width(WORDS), x.shape[1]), tl.float32)
     for step in tl.static_range(dot_steps(BITS, WORDS)):
         channel = step * used_lanes(WORDS) + lanes
-        scale = tl.load(halfs + K_SCALE // 2 + channel, mask=lane_ok, other=0.0).to(tl.float32)
+        scale = _load_lanes(halfs + K_SCALE // 2 + channel, lane_ok, WORDS).to(tl.float32)
         scaled = (planes[step] * (scale * step_weight(BITS, LOW_BIT, WORDS, step))[:, None]).to(tl.float16)
         x = tl.dot(unpack_step(words, step, BITS, WORDS, USE_ASM), scaled, x)
         correction -= BIAS * scaled.to(tl.float32)
         if LOW_BIT == 0:
-            offset = tl.load(halfs + K_OFFSET // 2 + channel, mask=lane_ok, other=0.0).to(tl.float32)
+            offset = _load_lanes(halfs + K_OFFSET // 2 + channel, lane_ok, WORDS).to(tl.float32)
             correction += planes[step] * offset[:, None]
     return x, tl.sum(correction, axis=0)
 
@@ -226,8 +236,11 @@ def attend_kernel(
     second_planes = first_planes
     if len(K_FIELDS) == 2:
         second_planes = _query_planes(q_cols, col_ok, q_unit, K_FIELDS[1][0], K_FIELDS[1][3])
+    table = block_table_ptr + request.to(tl.int64) * block_table_stride
     for tile in tl.range(begin, tl.minimum(end, tiles), num_stages=STAGES):
-        page = tl.load(block_table_ptr + request.to(tl.int64) * block_table_stride + tile).to(tl.int64)
+        # The pipeliner fetches past the last tile, with every load masked. Without a value of its own for that case
+        # the page would be whatever a register holds, and copies from such an address fault now and then.
+        page = tl.load(table + tile, mask=tile < tiles, other=0).to(tl.int64)
         record = records_ptr + page * record_page_stride + head * record_head_stride
         m, total, acc = _attend_tile(
             m, total, acc, record, first_planes, second_planes, q_scale, tile * G + tokens >= sinks,
