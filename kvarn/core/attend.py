@@ -8,10 +8,8 @@ from kvarn.core.hadamard import rotate
 from kvarn.core.reference import decode_record, softmax_attention
 from kvarn.core.step import Step, record_end
 
-_DECODE_RAW_BLOCK = 32
-_CHUNK_RAW_BLOCK = 64
-_DECODE_PROGRAMS_PER_SM = 8
-_CHUNK_PROGRAMS_PER_SM = 2
+_RAW_BLOCK = 32
+_PROGRAMS_PER_SM = 8
 _MAX_SPLITS = 128
 _COMBINE_ELEMENTS = 8192
 _COMBINE_ROWS = 16
@@ -21,7 +19,7 @@ _WIDEST_DOT = 256
 _RECORD, _SINK, _RAW = range(3)
 
 
-def num_splits(tasks: int, kv_heads: int, units: int, decode: bool, sm_count: int) -> int:
+def num_splits(tasks: int, kv_heads: int, units: int, sm_count: int) -> int:
     """Return into how many parts a task's positions are split: enough programs to fill the GPU, a power of two.
 
     It follows from shapes alone, so that a captured graph keeps it.
@@ -30,11 +28,9 @@ def num_splits(tasks: int, kv_heads: int, units: int, decode: bool, sm_count: in
         tasks: attention tasks of the step.
         kv_heads: kv heads.
         units: most tiles and raw blocks that a task can have.
-        decode: whether the step is a decode step.
         sm_count: multiprocessors of the GPU.
     """
-    per_sm = _DECODE_PROGRAMS_PER_SM if decode else _CHUNK_PROGRAMS_PER_SM
-    wanted = max(1, sm_count * per_sm // max(1, tasks * kv_heads))
+    wanted = max(1, sm_count * _PROGRAMS_PER_SM // max(1, tasks * kv_heads))
     splits = min(wanted, units, _MAX_SPLITS)
     return 1 << (splits.bit_length() - 1)
 
@@ -67,9 +63,8 @@ def attend(
     device = rotated.q.device
     group = q_heads // config.kv_heads
     tasks = step.task_request.shape[0]
-    raw_block = _DECODE_RAW_BLOCK if step.rows_in_ring else _CHUNK_RAW_BLOCK
-    units = step.block_table.shape[1] + config.ring_tokens // raw_block
-    splits = num_splits(tasks, config.kv_heads, units, step.rows_in_ring, _sm_count(device))
+    units = step.block_table.shape[1] + config.ring_tokens // _RAW_BLOCK
+    splits = num_splits(tasks, config.kv_heads, units, _sm_count(device))
     partial = torch.empty(tokens * q_heads, splits, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(tokens * q_heads, splits, dtype=torch.float32, device=device)
     attend_kernel[(splits, config.kv_heads, tasks)](
@@ -80,7 +75,7 @@ def attend(
         **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
         RING=config.ring_tokens, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
-        RAW_BLOCK=raw_block, USE_ASM=_has_lop3(device),
+        RAW_BLOCK=_RAW_BLOCK, USE_ASM=_has_lop3(device),
         **_launch_shape(head_dim, step.columns),
     )  # fmt: skip
     return combine(partial, partial_lse, layer, (tokens, q_heads, head_dim))
@@ -165,9 +160,12 @@ def _readable_rows(
 
 
 def _launch_shape(head_dim: int, columns: int) -> dict[str, int]:
-    """Return warps and pipeline stages: two warps suit the narrow side of a decode step, wide tiles need registers."""
+    """Return warps and pipeline stages.
+
+    Up to head_dim 128 two warps keep a tile in registers, and with fewer than four the MMAs stay those of one warp.
+    """
     if columns <= 16 and head_dim <= 128:
-        return {"num_warps": 2, "STAGES": 3}
+        return {"num_warps": 2, "STAGES": 3 if columns <= 8 else 2}
     return {"num_warps": 4 if columns <= 16 and head_dim <= 256 else 8, "STAGES": 2}
 
 

@@ -8,7 +8,7 @@ from kvarn.core.cache import CacheConfig
 from kvarn.core.tail import TailState
 
 # Query columns of one program in a chunk; 8 is the narrow side of the MMA, which decode uses.
-_CHUNK_COLUMNS = 32
+_CHUNK_COLUMNS = 16
 _DECODE_COLUMNS = 8
 
 

@@ -1,5 +1,6 @@
 """The mode that users run: exact tails and sinks. A hit reads records where a cold run reads raw rows, so answers may
-differ by what quantisation costs; everything else has to hold as in canonical mode.
+differ by what quantisation costs; everything else has to hold as in canonical mode. Rows are computed one by one here
+too (instruments.py), so that other requests in a batch may change no bit.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ TILE = 128
 PAGES = 12
 LENGTHS = (257, 300, 383, 556)
 TURNS = 3
+NEEDLE_BATCHES = (1, 3, 6)
 # The finest preset, so that the bound is tight: a row from a wrong place costs several nats. Measured: up to 0.011
 # (0.51 with kvarn_k4v2_g128; weights without any structure are the worst case of a quantiser).
 PRESET = "kvarn_k8v4_g128"
@@ -44,6 +46,15 @@ def _turns() -> list[Step]:
     return [*steps, flush()]
 
 
+def _needle() -> list[Step]:
+    """One request among others. Up to token 255 all it reads is raw, however it is cut; it decodes into records."""
+    steps = []
+    for size in NEEDLE_BATCHES:
+        others = [Request(f"straw/{size}/{i}", prompt(30 + 41 * i, 70 + i), 30) for i in range(size - 1)]
+        steps += [Step([*others[::2], Request(f"needle/{size}", prompt(220, 12), 50), *others[1::2]]), flush()]
+    return steps
+
+
 def _storm() -> list[Step]:
     """The first prompt again after a storm and a flush, when nothing of either may be left."""
     return [
@@ -58,8 +69,8 @@ def _storm() -> list[Step]:
 def results(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Results:
     """Run everything on one engine; its instruments audit the sink slots in every step."""
     options = {"kv_cache_dtype": PRESET, "chunked_prefill_size": 256, "max_total_tokens": PAGES * TILE}
-    setup = EngineSetup(models.path(LLAMA_GROUP_3), options)
-    return run_plan(setup, [*_hits(), *_turns(), *_storm()], tmp_path_factory.mktemp("default"))
+    setup = EngineSetup(models.path(LLAMA_GROUP_3), options, {"ENGINE_TEST_ROWWISE": "1"})
+    return run_plan(setup, [*_hits(), *_turns(), *_needle(), *_storm()], tmp_path_factory.mktemp("default"))
 
 
 def test_every_answer_is_finite(results: Results) -> None:
@@ -88,6 +99,11 @@ def test_turns_differ_from_cold_runs_by_no_more_than_a_hit_does(results: Results
     assert all(results[f"turn/{i}"].cached_tokens > 0 for i in turns)
     assert all(results[f"turn/{i}/cold"].cached_tokens == 0 for i in turns)
     assert max(divergences) < LARGEST_DIVERGENCE
+
+
+@pytest.mark.parametrize("size", NEEDLE_BATCHES[1:])
+def test_request_in_a_batch_equals_the_request_alone(results: Results, size: int) -> None:
+    same_bits(results[f"needle/{size}"], results["needle/1"])
 
 
 def test_storm_ends_every_request(results: Results) -> None:

@@ -3,10 +3,13 @@
 from collections.abc import Callable
 
 import pytest
+import torch
 from lifecycle_engine import Request
 from lifecycle_faults import FORGETS
 from lifecycle_oracle import Violation
 from lifecycle_world import SETTINGS, TILE, World
+
+from kvarn.core.tail import owner_tags
 
 ONE, TWO, NEXT = [1] * TILE, [2] * TILE, [9]
 
@@ -86,6 +89,20 @@ def test_prefill_that_goes_on_keeps_its_exact_tail() -> None:
     for length in (TILE - 1, 1, TILE, 1):
         world.chunk([(request, length)])
         assert int(world.state.own_start[request.row]) == 0
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_owners_are_compared_in_all_their_bits(half: int) -> None:
+    world = World(SETTINGS["tail-64-sinks-4"])
+    (request,) = started(world, ("first", ONE + TWO + NEXT))
+    world.chunk([(request, 70)])
+    rows, prefix, length = (torch.tensor([n], dtype=torch.int32) for n in (request.row, 70, 71))
+    table = torch.tensor([world.engine.table[request.row]], dtype=torch.int32)
+    tags = owner_tags(["first"])
+    tags[0, half] ^= 1
+    _, continued = world.state.begin_chunk(rows, prefix, length, tags, table)
+    assert continued.tolist() == [False]
+    assert int(world.state.faults) == 1
 
 
 @pytest.mark.xfail(

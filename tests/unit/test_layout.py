@@ -141,6 +141,12 @@ def test_fields_spell_the_whole_code(layout: TileLayout) -> None:
         assert all(field.bits * field.planes == 16 and field.words * field.planes == lanes for field in fields)
 
 
+def test_three_bits_are_two_low_ones_and_a_high_one() -> None:
+    layout = TileLayout.of(get_preset("kvarn_k3v3_g128"), 128)
+    for fields in (layout.key_fields, layout.value_fields):
+        assert [(field.bits, field.low_bit, field.words) for field in fields] == [(2, 0, 16), (1, 2, 8)]
+
+
 @every_layout
 def test_record_is_the_payload_rounded_up_to_128_bytes(layout: TileLayout) -> None:
     assert layout.record_bytes % 128 == 0
