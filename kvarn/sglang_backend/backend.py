@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
+
 class TileAttentionBackend(AttentionBackend):
     """Attention over records, exact tails and sinks.
 

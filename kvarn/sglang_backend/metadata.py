@@ -30,9 +30,7 @@ class StepBuilder:
         self._layers = layers
         self._req_to_token = req_to_token
         self._group = group
-        self._page_starts = torch.arange(
-            0, req_to_token.shape[1], state.config.tile_tokens, device=req_to_token.device
-        )
+        self._page_starts = torch.arange(0, req_to_token.shape[1], state.config.tile_tokens, device=req_to_token.device)
         self._faults = torch.zeros(1, dtype=torch.int32, pin_memory=req_to_token.is_cuda)
 
     def decode(self, batch: ForwardBatch) -> Step:

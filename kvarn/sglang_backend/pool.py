@@ -40,9 +40,7 @@ class TilePool(MHATokenToKVPool):
         pages = self.size // self.page_size + 1
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
             self.layers = [
-                allocate_layer(
-                    config, pages, settings.num_rows, settings.sink_slots, settings.raw_dtype, self.device
-                )
+                allocate_layer(config, pages, settings.num_rows, settings.sink_slots, settings.raw_dtype, self.device)
                 for _ in range(self.layer_num)
             ]
             self.state = TailState(config, settings.num_rows, pages, settings.sink_slots, self.device)
@@ -66,7 +64,9 @@ class TilePool(MHATokenToKVPool):
 
     def set_kv_buffer(self, *_args: Any, **_kwargs: Any) -> NoReturn:
         """Refuse: rows reach the cache through the attention backend only."""
-        raise NotImplementedError("KVarN writes K and V in its attention backend; set_kv_buffer has no rows to write to.")
+        raise NotImplementedError(
+            "KVarN writes K and V in its attention backend; set_kv_buffer has no rows to write to."
+        )
 
     def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> NoReturn:
         """Refuse: a quantised tile can't be moved token by token."""
