@@ -210,6 +210,19 @@ def test_default_recipe_has_the_error_without_a_floor_at_any_amplitude(
     assert statistics.mean(errors) == pytest.approx(published, rel=0.06)
 
 
+def test_published_recipe_is_the_released_one() -> None:
+    assert Recipe(iterations=8, log_scale_min=-0.3, scale_free=False, margin=0.0, clipped=False) == PUBLISHED
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_default_recipe_evens_out_any_tile(kind: str) -> None:
+    """Two is perfect; an iterate that is better by less than the margin of 1 % may be passed over."""
+    x = tile(kind, 128, 128)
+    x = x / x.std()
+    row, col = normalise(x, DEFAULT)
+    assert spread_64((x * torch.exp(-row - col)).tolist())[2] < 2.02
+
+
 def test_even_tile_is_left_as_it_is() -> None:
     """The identity is a candidate, and an iterate must be better by the margin."""
     row, col = normalise(torch.tensor([[1.0, -1.0], [-1.0, 1.0]]).repeat(32, 32), DEFAULT)
