@@ -22,7 +22,7 @@ def _optional_count(name: str) -> int | None:
     value = os.environ.get(name, "").strip()
     if not value:
         return None
-    if not value.isdigit():
+    if not (value.isascii() and value.isdigit()):
         raise KVarNError(f"{name}={value!r} is not a number of tokens; set it to 0 or more.")
     return int(value)
 

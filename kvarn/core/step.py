@@ -80,7 +80,7 @@ def decode_step(
         prefix_lens=prefix_lens,
         seq_lens=seq_lens,
         own_start=own_start,
-        sink_slots=_sink_slots(state, request, prefix_lens, block_table),
+        sink_slots=_start_pages(state, rows, request, prefix_lens, block_table),
         query_start=index,
         token_request=request,
         token_position=prefix_lens,
@@ -139,7 +139,7 @@ def chunk_step(
         prefix_lens=prefix_lens,
         seq_lens=seq_lens,
         own_start=own_start,
-        sink_slots=_sink_slots(state, token_request, token_position, block_table),
+        sink_slots=_start_pages(state, rows, token_request, token_position, block_table),
         query_start=query_start,
         token_request=token_request,
         token_position=token_position,
@@ -172,11 +172,18 @@ def record_end(config: CacheConfig, step: Step, request: torch.Tensor, position:
     return torch.maximum(sealed, step.own_start[request])
 
 
-def _sink_slots(
-    state: TailState, token_request: torch.Tensor, token_position: torch.Tensor, block_table: torch.Tensor
+def _start_pages(
+    state: TailState,
+    rows: torch.Tensor,
+    token_request: torch.Tensor,
+    token_position: torch.Tensor,
+    block_table: torch.Tensor,
 ) -> torch.Tensor:
-    tile = token_position.long() // state.config.tile_tokens
-    state.update_sinks(token_position, block_table[token_request.long(), tile])
+    """Note the pages that a step writes, and return the sink slot of every request's first page, or -1."""
+    request = token_request.long()
+    page = block_table[request, token_position.long() // state.config.tile_tokens]
+    state.note_writers(page, rows[request])
+    state.update_sinks(token_position, page)
     return state.page_slot[block_table[:, 0].long()]
 
 

@@ -1,7 +1,8 @@
 """Who owns which raw rows: the state of tail rings and sink slots, kept on the device.
 
 A ring belongs to a row of the engine's request table. Nothing tells us when a request ends, and nothing has to: a
-chunk either *continues* what its ring holds (same owner tag, same length, same physical page) or takes the ring over.
+chunk either *continues* what its ring holds (same owner tag, same length, same physical page, written by nobody else
+since) or takes the ring over.
 Rows of an earlier owner are never read, because reads start at `own_start`, the first position that the present
 owner wrote itself.
 
@@ -44,6 +45,7 @@ class TailState:
         self.own_start = torch.zeros(rows, dtype=torch.int32, device=device)
         self.owner = torch.zeros(rows, 2, dtype=torch.int64, device=device)
         self.faults = torch.zeros(1, dtype=torch.int32, device=device)
+        self.page_writer = torch.full((pages,), -1, dtype=torch.int32, device=device)
         self.page_slot = torch.full((pages,), -1, dtype=torch.int32, device=device)
         self.free_slots = torch.arange(sink_slots, dtype=torch.int32, device=device)
         self.free_count = torch.full((1,), sink_slots, dtype=torch.int32, device=device)
@@ -72,7 +74,8 @@ class TailState:
         """
         at = rows.long()
         continued = (self.owner[at] == tags).all(dim=-1) & (self.ring_end[at] == prefix_lens) & (prefix_lens > 0)
-        continued &= self.ring_page[at] == self._page_of(block_table, prefix_lens - 1)
+        last_page = self._page_of(block_table, prefix_lens - 1)
+        continued &= (self.ring_page[at] == last_page) & (self.page_writer[last_page.long()] == rows)
         own_start = torch.where(continued, self.own_start[at], prefix_lens)
         self.faults += (own_start % self.config.tile_tokens != 0).sum().to(torch.int32)
         self.own_start[at] = own_start
@@ -85,6 +88,10 @@ class TailState:
         at = rows.long()
         self._end_at(at, seq_lens, block_table)
         return self.own_start[at]
+
+    def note_writers(self, token_page: torch.Tensor, token_row: torch.Tensor) -> None:
+        """Note which ring's request writes a page: [tokens] pages, [tokens] rows, int32. Graph-safe: yes."""
+        self.page_writer[token_page.long()] = token_row
 
     def update_sinks(self, token_position: torch.Tensor, token_page: torch.Tensor) -> None:
         """Give sink slots back and take new ones for the pages that this step starts.
