@@ -134,7 +134,7 @@ def _nothing(_patch: pytest.MonkeyPatch) -> None:
     """Leave the code as it is; the fault is in the config."""
 
 
-# Comparisons that `begin_chunk` makes, left out. Who wrote the page last tells a wrong length or page too in most cases,
+# Comparisons that `begin_chunk` makes, left out. Who wrote the page last tells a wrong length or page, mostly,
 # so those are left out together with it.
 FORGETS: dict[str, Inject] = {
     "owner": _before_chunk(_forget_owner),
