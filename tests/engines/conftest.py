@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -26,7 +27,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
         pytest.skip("with a GPU SGLang starts no CPU engine")
     from engine_process import make_models
 
-    return make_models(tmp_path_factory.mktemp("models"))
+    base = tmp_path_factory.getbasetemp()
+    # Workers of pytest-xdist share what is beside their own folders, and so run no engine twice.
+    session = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    return make_models(session / "engines" / "models")
 
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:

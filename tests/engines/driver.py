@@ -21,7 +21,7 @@ from tiny_models import VOCABULARY
 instruments.install()
 
 # SGLang leaves a request that it can never admit in its queue for good.
-_STEP_TIMEOUT_S = 100
+_STEP_TIMEOUT_S = 150
 _FLUSH_TRIALS = 50
 
 

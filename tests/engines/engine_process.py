@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -17,7 +18,9 @@ from tiny_models import TinyModel
 
 _HERE = Path(__file__).parent
 _STAND_INS = _HERE.parents[1] / "tools" / "sglang_cpu"
-_TIMEOUT_S = 280
+_PLAN_TIMEOUT_S = 400
+# A refusal takes the time of importing SGLang; a server that does start goes on for good.
+_LAUNCH_TIMEOUT_S = 150
 # What would change the engine under test: our own switches, those of the kernel tests, and those of other engines.
 _FOREIGN = ("KVARN_", "SGLANG_", "ENGINE_TEST_", "TRITON_INTERPRET", "PYTEST_")
 
@@ -37,6 +40,10 @@ class Models:
     def path(self, model: TinyModel) -> Path:
         """Return the folder of a model."""
         return self.folder / model.name
+
+    def scratch(self, name: str) -> Path:
+        """Return a folder of this test session for what a process writes."""
+        return self.folder.parent / name
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,23 +97,24 @@ def environment(overlay: Path | None = None, **variables: str) -> dict[str, str]
 
 
 def run_plan(setup: EngineSetup, steps: list[Step], folder: Path) -> Results:
-    """Carry out a plan on a fresh engine.
+    """Carry out a plan on a fresh engine, once in a test session.
 
     Args:
         setup: the engine.
         steps: the plan.
-        folder: an empty folder for what passes between the processes.
+        folder: for what passes between the processes.
 
     Raises:
         RuntimeError: the driver failed; ends with the engine's last lines.
     """
-    plan, results, trace, log = (folder / name for name in ("plan.json", "results.json", "trace.jsonl", "log.txt"))
+    folder.mkdir(parents=True, exist_ok=True)
+    plan, results, trace = (folder / name for name in ("plan.json", "results.json", "trace.jsonl"))
     write_plan(plan, setup.engine, steps)
-    variables = {instruments.TRACE: str(trace), **setup.variables}
+    variables = environment(setup.overlay, **{instruments.TRACE: str(trace), **setup.variables})
     command = [sys.executable, str(_HERE / "driver.py"), str(plan), str(results)]
-    code = _run(command, environment(setup.overlay, **variables), log)
+    code, said = _run_once(command, variables, folder, _PLAN_TIMEOUT_S)
     if not results.exists():
-        tail = "\n".join(log.read_text(errors="replace").splitlines()[-60:])
+        tail = "\n".join(said.splitlines()[-60:])
         raise RuntimeError(f"The driver ended with {code} and no results:\n{tail}")
     found = json.loads(results.read_text())
     lines = trace.read_text().splitlines() if trace.exists() else []
@@ -114,38 +122,49 @@ def run_plan(setup: EngineSetup, steps: list[Step], folder: Path) -> Results:
         answers={name: Answer(**answer) for name, answer in found["answers"].items()},
         flushed=found["flushed"],
         chunks=[Chunk(**json.loads(line)) for line in lines],
-        log=log.read_text(errors="replace"),
+        log=said,
     )
 
 
 def make_models(folder: Path) -> Models:
-    """Save the tiny models into a folder, and ask transformers.
+    """Save the tiny models into a folder, and ask transformers, once in a test session.
 
     Raises:
         RuntimeError: that failed; ends with what it said.
     """
-    reference, log = folder / "reference.json", folder / "log.txt"
+    reference = folder / "reference.json"
     command = [sys.executable, str(_HERE / "tiny_models.py"), str(folder), str(reference)]
-    if _run(command, environment(), log):
-        raise RuntimeError(f"The models could not be made:\n{log.read_text(errors='replace')}")
+    code, said = _run_once(command, environment(), folder, _LAUNCH_TIMEOUT_S)
+    if code:
+        raise RuntimeError(f"The models could not be made:\n{said}")
     return Models(folder, json.loads(reference.read_text()))
 
 
 def launch_server(arguments: list[str], folder: Path) -> tuple[int, str]:
-    """Run ``python -m sglang.launch_server``; returns its exit code and everything it said."""
-    log = folder / "log.txt"
+    """Run ``python -m sglang.launch_server``, once in a test session; returns its exit code and all that it said."""
     command = [sys.executable, "-m", "sglang.launch_server", *arguments]
-    return _run(command, environment(), log), log.read_text(errors="replace")
+    return _run_once(command, environment(), folder, _LAUNCH_TIMEOUT_S)
 
 
-def _run(command: list[str], variables: dict[str, str], log: Path) -> int:
+def _run_once(command: list[str], variables: dict[str, str], folder: Path, timeout_s: int) -> tuple[int, str]:
+    """Run a command unless another worker of pytest-xdist ran it into this folder; returns exit code and output."""
+    folder.mkdir(parents=True, exist_ok=True)
+    code, log = folder / "exit_code", folder / "log.txt"
+    with (folder / "lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not code.exists():
+            code.write_text(str(_run(command, variables, log, timeout_s)))
+    return int(code.read_text()), log.read_text(errors="replace")
+
+
+def _run(command: list[str], variables: dict[str, str], log: Path, timeout_s: int) -> int:
     """Run to the end, or end it and everything that it started; returns the exit code."""
     with log.open("w") as output:
         process = subprocess.Popen(
             command, env=variables, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
         try:
-            return process.wait(_TIMEOUT_S)
+            return process.wait(timeout_s)
         except subprocess.TimeoutExpired:
             return -signal.SIGKILL
         finally:

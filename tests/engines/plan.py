@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,7 +114,11 @@ def alone(request: Request) -> Step:
 
 def write_plan(path: Path, engine: dict[str, Any], steps: list[Step]) -> None:
     """Write what a driver reads."""
-    path.write_text(json.dumps({"engine": engine, "steps": [asdict(step) for step in steps]}))
+    text = json.dumps({"engine": engine, "steps": [asdict(step) for step in steps]})
+    # Two workers of pytest-xdist may write the same plan while a driver reads it.
+    temporary = path.with_suffix(f".{os.getpid()}")
+    temporary.write_text(text)
+    temporary.replace(path)
 
 
 def read_plan(path: Path) -> tuple[dict[str, Any], list[Step]]:

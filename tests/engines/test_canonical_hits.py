@@ -74,7 +74,7 @@ def _full_pool() -> list[Step]:
 
 
 @pytest.fixture(scope="module")
-def results(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(models: Models) -> Results:
     """Run everything on one engine, whose scheduler admits more than its pool will hold."""
     setup = EngineSetup(
         models.path(LLAMA_GROUP_3),
@@ -82,7 +82,7 @@ def results(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Results
         {"KVARN_CANONICAL": "1"},
     )
     steps = [*_residues(), *_repeats(), *_turns(), *_eviction(), *_full_pool(), flush()]
-    return run_plan(setup, steps, tmp_path_factory.mktemp("hits"))
+    return run_plan(setup, steps, models.scratch("hits"))
 
 
 @pytest.mark.parametrize("n", LENGTHS)

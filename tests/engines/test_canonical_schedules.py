@@ -88,7 +88,7 @@ def _storm() -> list[Step]:
 
 
 @pytest.fixture(scope="module")
-def results(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(models: Models) -> Results:
     """Run everything on one engine. Every so many steps it takes its pages from a running request, if it runs two."""
     setup = EngineSetup(
         models.path(QWEN3_GROUP_2),
@@ -105,7 +105,7 @@ def results(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Results
         },
     )
     steps = [*_turns(), *_mixed_chunks(), *_needle(), *_retraction(), *_storm()]
-    return run_plan(setup, steps, tmp_path_factory.mktemp("schedules"))
+    return run_plan(setup, steps, models.scratch("schedules"))
 
 
 @pytest.mark.parametrize(("turn", "cached"), [(2, 2 * TILE), (3, 3 * TILE)])

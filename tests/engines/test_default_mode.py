@@ -66,11 +66,11 @@ def _storm() -> list[Step]:
 
 
 @pytest.fixture(scope="module")
-def results(models: Models, tmp_path_factory: pytest.TempPathFactory) -> Results:
+def results(models: Models) -> Results:
     """Run everything on one engine; its instruments audit the sink slots in every step."""
     options = {"kv_cache_dtype": PRESET, "chunked_prefill_size": 256, "max_total_tokens": PAGES * TILE}
     setup = EngineSetup(models.path(LLAMA_GROUP_3), options, {"ENGINE_TEST_ROWWISE": "1"})
-    return run_plan(setup, [*_hits(), *_turns(), *_needle(), *_storm()], tmp_path_factory.mktemp("default"))
+    return run_plan(setup, [*_hits(), *_turns(), *_needle(), *_storm()], models.scratch("default"))
 
 
 def test_every_answer_is_finite(results: Results) -> None:

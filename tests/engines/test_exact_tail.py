@@ -20,13 +20,11 @@ def _steps() -> list[Step]:
 
 
 @pytest.fixture(scope="module", params=MODELS, ids=lambda model: model.name)
-def served(
-    request: pytest.FixtureRequest, models: Models, tmp_path_factory: pytest.TempPathFactory
-) -> tuple[Results, list[list[int]]]:
+def served(request: pytest.FixtureRequest, models: Models) -> tuple[Results, list[list[int]]]:
     """Return what the engine answered and what transformers did."""
     variables = {"KVARN_TAIL_TOKENS": str(TAIL_TOKENS)}
     setup = EngineSetup(models.path(request.param), {"chunked_prefill_size": 256}, variables)
-    results = run_plan(setup, _steps(), tmp_path_factory.mktemp("exact"))
+    results = run_plan(setup, _steps(), models.scratch(f"exact-{request.param.name}"))
     return results, models.references[request.param.name]
 
 

@@ -24,7 +24,7 @@ def _overlay() -> Path:
     return Path(folder)
 
 
-def test_hit_equals_cold_run_in_0_5_17(models: Models, tmp_path: Path) -> None:
+def test_hit_equals_cold_run_in_0_5_17(models: Models) -> None:
     setup = EngineSetup(
         models.path(LLAMA_GROUP_3),
         {"max_total_tokens": 1024},
@@ -33,7 +33,7 @@ def test_hit_equals_cold_run_in_0_5_17(models: Models, tmp_path: Path) -> None:
         overlay=_overlay(),
     )
     steps = [alone(Request("cold", prompt(300), 8)), alone(Request("hit", prompt(300), 8)), flush()]
-    results = run_plan(setup, steps, tmp_path)
+    results = run_plan(setup, steps, models.scratch("older"))
     assert "in SGLang 0.5.17: kvarn_k4v2_g128" in results.log
     assert results["cold"].cached_tokens == 0
     assert results["hit"].cached_tokens == 2 * TILE

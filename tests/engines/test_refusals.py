@@ -25,13 +25,13 @@ REFUSALS = {
 
 
 @pytest.fixture(scope="module")
-def ended(models: Models, tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[int, str]]:
+def ended(models: Models) -> dict[str, tuple[int, str]]:
     """Return exit code and output of every case. Most of the time goes into importing SGLang, so two run at once."""
     shared = [f"--model-path={models.path(QWEN3_GROUP_2)}", "--device=cpu", "--dtype=float32"]
 
     def launch(case: str) -> tuple[int, str]:
         arguments, _ = REFUSALS[case]
-        return launch_server([*shared, *arguments], tmp_path_factory.mktemp("refusal"))
+        return launch_server([*shared, *arguments], models.scratch(f"refusal-{case}"))
 
     with ThreadPoolExecutor(max_workers=2) as pool:
         return dict(zip(REFUSALS, pool.map(launch, REFUSALS), strict=True))

@@ -64,7 +64,6 @@ def another_sequence_under_the_same_id(world: World) -> None:
 
 def a_page_that_was_rewritten(world: World) -> None:
     """Request id, row, length and page are the ring's; the page went to another sequence, sent under the old id."""
-    world = World(SETTINGS["tail-64-sinks-4"])
     other, first = started(world, ("other", TWO + NEXT), ("first", ONE + NEXT))
     world.chunk([(first, TILE)])
     world.abort(first)
