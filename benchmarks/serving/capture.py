@@ -6,7 +6,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 
@@ -17,6 +16,6 @@ def save_hidden(config: dict[str, Any]) -> Callable[..., None]:
     def hook(_module: torch.nn.Module, _inputs: tuple[Any, ...], output: Any) -> None:
         hidden = output[0] if isinstance(output, tuple) else output
         with path.open("ab") as file:
-            file.write(hidden.detach().to("cpu", torch.float16).numpy().astype(np.float16).tobytes())
+            file.write(hidden.detach().to("cpu", torch.float16).numpy().tobytes())
 
     return hook

@@ -37,7 +37,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         hidden = {dtype: _hidden_states(args, dtype, ids[: args.kl_tokens], work) for dtype in args.dtypes}
-        quality = {dtype: _divergence(args.model, hidden[_BASELINE], hidden[dtype]) for dtype in args.dtypes}
+        head = _head_weight(args.model)
+        quality = {dtype: _divergence(head, hidden[_BASELINE], hidden[dtype]) for dtype in args.dtypes}
         for dtype, figures in quality.items():
             print(f"{dtype}: {figures}", flush=True)
             if figures["kl_mean"] > args.kl_bar:
@@ -79,6 +80,10 @@ def _tokens(model: str, text: Path) -> list[int]:
     return AutoTokenizer.from_pretrained(model)(text.read_text())["input_ids"]
 
 
+def _model_config(model: str) -> dict[str, Any]:
+    return json.loads((Path(model) / "config.json").read_text())
+
+
 def _engine_arguments(args: argparse.Namespace, dtype: str, extra: dict[str, Any]) -> dict[str, Any]:
     common = {"model_path": args.model, "dtype": args.model_dtype, "kv_cache_dtype": dtype, "random_seed": 0}
     baseline = {"page_size": _TILE, **args.baseline_engine} if dtype == _BASELINE else {}
@@ -108,21 +113,19 @@ def _hidden_states(args: argparse.Namespace, dtype: str, ids: list[int], work: P
     }
     extra = {"chunked_prefill_size": _TILE, "disable_cuda_graph": True, "forward_hooks": [hook]}
     _run({"engine": _engine_arguments(args, dtype, extra), "prefill": {"ids": ids}}, work, f"kl-{dtype}")
-    width = json.loads((Path(args.model) / "config.json").read_text())["hidden_size"]
+    width = _model_config(args.model)["hidden_size"]
     hidden = np.fromfile(file, dtype=np.float16).reshape(-1, width)[: len(ids)]
     if len(hidden) != len(ids):
         sys.exit(f"The hook saw {len(hidden)} of {len(ids)} tokens.")
     return torch.from_numpy(hidden.astype(np.float32))
 
 
-def _divergence(model: str, reference: torch.Tensor, hidden: torch.Tensor) -> dict[str, float]:
+def _divergence(head: torch.Tensor, reference: torch.Tensor, hidden: torch.Tensor) -> dict[str, float]:
     """Return KL(reference || hidden) of the next-token distributions and the share of equal argmax."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    head = _head_weight(model).to(device, torch.float32)
     kl, same = [], []
     for p_rows, q_rows in zip(reference.split(_KL_BLOCK), hidden.split(_KL_BLOCK), strict=True):
-        p = torch.log_softmax(p_rows.to(device) @ head.T, dim=-1)
-        q = torch.log_softmax(q_rows.to(device) @ head.T, dim=-1)
+        p = torch.log_softmax(p_rows.to(head.device) @ head.T, dim=-1)
+        q = torch.log_softmax(q_rows.to(head.device) @ head.T, dim=-1)
         kl.append((p.exp() * (p - q)).sum(dim=-1).cpu())
         same.append((p.argmax(dim=-1) == q.argmax(dim=-1)).cpu())
     values = torch.cat(kl).double()
@@ -135,22 +138,24 @@ def _divergence(model: str, reference: torch.Tensor, hidden: torch.Tensor) -> di
 
 
 def _head_weight(model: str) -> torch.Tensor:
+    """Return the weights of the language model head, float32, on the GPU if there is one."""
     from safetensors import safe_open
 
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = Path(model)
     index = folder / "model.safetensors.index.json"
     where = json.loads(index.read_text())["weight_map"] if index.exists() else {}
     for name in ("lm_head.weight", "model.embed_tokens.weight"):
         with safe_open(folder / where.get(name, "model.safetensors"), framework="pt") as weights:
             if name in weights.keys():  # noqa: SIM118 (safe_open is no mapping)
-                return weights.get_tensor(name)
+                return weights.get_tensor(name).to(device, torch.float32)
     sys.exit(f"{model} has no weights of a language model head.")
 
 
 def _serve(args: argparse.Namespace, dtype: str, ids: list[int], work: Path) -> dict[str, Any]:
     stride = max(1, (len(ids) - args.prompt_tokens) // args.prompts)
     prompts = [ids[i * stride : i * stride + args.prompt_tokens] for i in range(args.prompts)]
-    vocab = json.loads((Path(args.model) / "config.json").read_text())["vocab_size"]
+    vocab = _model_config(args.model)["vocab_size"]
     case = {"context": args.context, "new_tokens": args.decode_tokens, "repeats": args.repeats, "vocab": vocab}
     job = {
         "engine": _engine_arguments(args, dtype, {"max_running_requests": args.requests}),

@@ -67,7 +67,7 @@ def rotate_rows(
         torch.empty(v.shape, dtype=layer.tails.dtype, device=v.device),
     )
     grid = (-(-tokens // _BLOCK_TOKENS), q_heads + 2 * kv_heads)
-    padded = 1 << (head_dim - 1).bit_length()
+    padded = layer.config.layout.padded_dim
     rotate_kernel[grid](
         q, k, v, device_signs(head_dim, q.dtype, q.device, False), rotated.q, rotated.k, rotated.v,
         layer.tails, layer.sinks, step.token_request, step.token_position, step.rows, step.sink_slots, tokens,
@@ -99,7 +99,7 @@ def store_tail(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
     store_tail_kernel[(-(-tokens // _BLOCK_TOKENS), 2 * kv_heads)](
         rotated.k, rotated.v, layer.tails, layer.sinks, step.token_request, step.token_position, step.rows,
         step.sink_slots, step.seq_lens, tokens, *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
-        KV_HEADS=kv_heads, D=head_dim, DP=1 << (head_dim - 1).bit_length(), RING=layer.config.ring_tokens,
+        KV_HEADS=kv_heads, D=head_dim, DP=layer.config.layout.padded_dim, RING=layer.config.ring_tokens,
         SINK=layer.config.sink_tokens, BLOCK=_BLOCK_TOKENS,
     )  # fmt: skip
 

@@ -98,7 +98,7 @@ def combine(
     rows, splits = partial_lse.shape
     out = torch.empty(shape, dtype=layer.tails.dtype, device=partial.device)
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
-    padded = 1 << (head_dim - 1).bit_length()
+    padded = layer.config.layout.padded_dim
     block_rows = 1 if rows <= _FEW_ROWS or padded > _WIDEST_DOT else _COMBINE_ROWS
     combine_kernel[(-(-rows // block_rows),)](
         partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse, rows,

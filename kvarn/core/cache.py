@@ -100,7 +100,7 @@ def layout_constants(layout: TileLayout) -> dict[str, Any]:
     """Return the compile-time constants by which kernels find their way in a record."""
     return {
         "D": layout.head_dim,
-        "DP": 1 << (layout.head_dim - 1).bit_length(),
+        "DP": layout.padded_dim,
         "G": layout.tile_tokens,
         "K_FIELDS": tuple((f.bits, f.low_bit, f.offset_bytes, f.words) for f in layout.key_fields),
         "V_FIELDS": tuple((f.bits, f.low_bit, f.offset_bytes, f.words) for f in layout.value_fields),

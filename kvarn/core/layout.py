@@ -83,6 +83,11 @@ class TileLayout:
         return cls(head_dim, preset.tile_tokens, preset.key_bits, preset.value_bits)
 
     @property
+    def padded_dim(self) -> int:
+        """head_dim rounded up to a power of two: the width of a row inside a kernel."""
+        return 1 << (self.head_dim - 1).bit_length()
+
+    @property
     def key_fields(self) -> tuple[Field, ...]:
         """Fields of a key code, low bits first."""
         return self._fields(self.key_bits, self.head_dim, self.tile_tokens, 0)

@@ -11,15 +11,16 @@ from tiny_models import prompt
 REQUESTS = 60
 ABORTED = 18
 NEW_TOKENS = 12
-# Long enough to be aborted in the middle.
-ABORTED_NEW_TOKENS = 40
+# Long enough that no machine finishes one before its abort arrives.
+ABORTED_NEW_TOKENS = 400
+_LATEST_ABORT_S = 2.0
 # One seed, so that each is a prefix of the next: hits on pages whose owners are being aborted.
 LENGTHS = (70, 140, 270, 400)
 
 
 def references() -> list[Step]:
     """Return the steps that ask each prompt by itself."""
-    return [alone(Request(f"storm/alone/{n}", prompt(n, 20), ABORTED_NEW_TOKENS)) for n in LENGTHS]
+    return [alone(Request(f"storm/alone/{n}", prompt(n, 20), NEW_TOKENS)) for n in LENGTHS]
 
 
 def storm(seed: int) -> Step:
@@ -30,10 +31,11 @@ def storm(seed: int) -> Step:
         n = dice.choice(LENGTHS)
         requests.append(Request(f"storm/{i}/{n}", prompt(n, 20), dice.randint(2, NEW_TOKENS)))
     for i in dice.sample(range(REQUESTS), ABORTED):
+        long = replace(requests[i], new_tokens=ABORTED_NEW_TOKENS)
         if dice.random() < 0.5:
-            requests[i] = replace(requests[i], abort_after_s=dice.uniform(0.0, 4.0), new_tokens=ABORTED_NEW_TOKENS)
+            requests[i] = replace(long, abort_after_s=dice.uniform(0.0, _LATEST_ABORT_S))
         else:
-            requests[i] = replace(requests[i], abort_at_token=dice.randint(1, 20), new_tokens=ABORTED_NEW_TOKENS)
+            requests[i] = replace(long, abort_at_token=dice.randint(1, 20))
     return Step(requests)
 
 

@@ -42,11 +42,11 @@ def _query_planes(q_cols, col_ok, q_unit, BITS: tl.constexpr, WORDS: tl.constexp
 
 @triton.jit
 def _load_lanes(ptrs, lane_ok, WORDS: tl.constexpr):
-    """Load one value a lane; lanes of padding give zero."""
+    """Load one value or column a lane; lanes of padding give zero."""
     if lane_width(WORDS) == used_lanes(WORDS):
         values = tl.load(ptrs)
     else:
-        values = tl.load(ptrs, mask=lane_ok, other=0.0)
+        values = tl.load(ptrs, mask=lane_ok, other=0)
     return values
 
 
@@ -62,10 +62,7 @@ def _add_key_field(
     halfs = record.to(tl.pointer_type(tl.float16))
     word_ptrs = record.to(tl.pointer_type(tl.int16)) + OFFSET // 2 + tokens[:, None] * WORDS
     word_ptrs += lane_words(WORDS)[None, :]
-    if lane_width(WORDS) == used_lanes(WORDS):
-        words = tl.load(word_ptrs)
-    else:
-        words = tl.load(word_ptrs, mask=lane_ok[None, :], other=0)
+    words = _load_lanes(word_ptrs, lane_ok[None, :], WORDS)
     correction = tl.zeros((lane_width(WORDS), x.shape[1]), tl.float32)
     for step in tl.static_range(dot_steps(BITS, WORDS)):
         channel = step * used_lanes(WORDS) + lanes
@@ -238,9 +235,7 @@ def attend_kernel(
         second_planes = _query_planes(q_cols, col_ok, q_unit, K_FIELDS[1][0], K_FIELDS[1][3])
     table = block_table_ptr + request.to(tl.int64) * block_table_stride
     for tile in tl.range(begin, tl.minimum(end, tiles), num_stages=STAGES):
-        # The pipeliner fetches past the last tile, with every load masked. Without a value of its own for that case
-        # the page would be whatever a register holds, and copies from such an address fault now and then.
-        page = tl.load(table + tile, mask=tile < tiles, other=0).to(tl.int64)
+        page = tl.load(table + tile).to(tl.int64)
         record = records_ptr + page * record_page_stride + head * record_head_stride
         m, total, acc = _attend_tile(
             m, total, acc, record, first_planes, second_planes, q_scale, tile * G + tokens >= sinks,
