@@ -10,9 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from kvarn.core.capacity import CacheShape
+from kvarn.core.capacity import CacheShape, cache_shape
 from kvarn.presets import Preset
-from kvarn.sglang_backend.settings import cache_shape
 
 # Long enough that most of it is read from records when the answer is written.
 PASSAGE = Path(__file__).with_name("serve_passage.txt")

@@ -6,7 +6,7 @@ from kvarn.core.append import RotatedRows, device_signs
 from kvarn.core.cache import LayerCache, layout_constants, runs_triton
 from kvarn.core.hadamard import rotate
 from kvarn.core.reference import decode_record, softmax_attention
-from kvarn.core.step import Step, record_end
+from kvarn.core.step import CHUNK_COLUMNS, Step, record_end
 
 _RAW_BLOCK = 32
 _PROGRAMS_PER_SM = 8
@@ -35,8 +35,25 @@ def num_splits(tasks: int, kv_heads: int, units: int, sm_count: int) -> int:
     return 1 << (splits.bit_length() - 1)
 
 
+def most_partial_rows(query_rows: int, group: int, device: torch.device) -> int:
+    """Return the most rows, splits counted, that a step of at most that many query rows keeps before it merges them.
+
+    Args:
+        query_rows: tokens times query heads.
+        group: query heads of one kv head.
+        device: where the step runs.
+    """
+    # Positions are split only while the programs are too few to fill the GPU.
+    return max(query_rows, _sm_count(device) * _PROGRAMS_PER_SM * max(CHUNK_COLUMNS, group))
+
+
 def attend(
-    rotated: RotatedRows, layer: LayerCache, step: Step, scale: float, logit_cap: float = 0.0
+    rotated: RotatedRows,
+    layer: LayerCache,
+    step: Step,
+    scale: float,
+    logit_cap: float = 0.0,
+    out: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend every query row of a step to what the read rule lets it see (`step.record_end`).
 
@@ -46,6 +63,7 @@ def attend(
         step: the forward pass.
         scale: factor on q . k.
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
+        out: [tokens, q_heads, head_dim], model dtype, contiguous: where to write the output; made here if None.
 
     Returns:
         Output [tokens, q_heads, head_dim], model dtype, un-rotated; and natural log-sum-exp [tokens, q_heads],
@@ -54,13 +72,15 @@ def attend(
     Determinism: bitwise for equal inputs and batch shape. Graph-safe: yes.
     """
     if not runs_triton(layer.records):
-        out, lse = attend_reference(rotated, layer, step, scale, logit_cap)
-        return out.to(layer.tails.dtype), lse
+        result, lse = attend_reference(rotated, layer, step, scale, logit_cap)
+        return (result.to(layer.tails.dtype) if out is None else out.copy_(result)), lse
     from kvarn.core.kernels.attend import attend_kernel
 
     config, layout = layer.config, layer.config.layout
     tokens, q_heads, head_dim = rotated.q.shape
     device = rotated.q.device
+    if out is None:
+        out = torch.empty(rotated.q.shape, dtype=layer.tails.dtype, device=device)
     group = q_heads // config.kv_heads
     tasks = step.task_request.shape[0]
     units = step.block_table.shape[1] + config.ring_tokens // _RAW_BLOCK
@@ -70,33 +90,33 @@ def attend(
     attend_kernel[(splits, config.kv_heads, tasks)](
         rotated.q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
         step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
-        step.block_table, partial, partial_lse, scale, q_heads, *layer.records.stride()[:2],
+        step.block_table, partial, partial_lse, scale, q_heads, *layer.records.stride()[:3],
         *layer.tails.stride()[:3], *layer.sinks.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
         **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
-        RING=config.ring_tokens, TAIL=config.tail_tokens, SINK=config.sink_tokens,
+        RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
         RAW_BLOCK=_RAW_BLOCK, USE_ASM=_has_lop3(device),
         **_launch_shape(head_dim, step.columns),
     )  # fmt: skip
-    return combine(partial, partial_lse, layer, (tokens, q_heads, head_dim))
+    return out, combine(partial, partial_lse, layer, out)
 
 
-def combine(
-    partial: torch.Tensor, partial_lse: torch.Tensor, layer: LayerCache, shape: tuple[int, int, int]
-) -> tuple[torch.Tensor, torch.Tensor]:
+def combine(partial: torch.Tensor, partial_lse: torch.Tensor, layer: LayerCache, out: torch.Tensor) -> torch.Tensor:
     """Merge the splits, rotate back and cast to the model dtype.
 
     Args:
         partial: [tokens * q_heads, splits, head_dim], float32. Splits that saw nothing may hold anything.
         partial_lse: [tokens * q_heads, splits], float32, base 2; -inf for a split that saw nothing.
         layer: the layer's cache.
-        shape: (tokens, q_heads, head_dim).
+        out: [tokens, q_heads, head_dim], contiguous; written.
+
+    Returns:
+        Natural log-sum-exp [tokens, q_heads], float32.
     """
     from kvarn.core.kernels.combine import combine_kernel
 
-    tokens, q_heads, head_dim = shape
+    tokens, q_heads, head_dim = out.shape
     rows, splits = partial_lse.shape
-    out = torch.empty(shape, dtype=layer.tails.dtype, device=partial.device)
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
     padded = layer.config.layout.padded_dim
     block_rows = 1 if rows <= _FEW_ROWS or padded > _WIDEST_DOT else _COMBINE_ROWS
@@ -106,7 +126,7 @@ def combine(
         D=head_dim, DP=padded, NORM=layer.config.rotation_norm,
         num_warps=16 if padded > _WIDEST_DOT else 4,
     )  # fmt: skip
-    return out, lse
+    return lse
 
 
 def attend_reference(
@@ -138,7 +158,7 @@ def _readable_rows(
     config = layer.config
     heads, dim = config.kv_heads, config.layout.head_dim
     tiles = int(end_of_records.max()) // config.tile_tokens
-    records = layer.records[step.block_table[request, :tiles].long()]
+    records = layer.records[layer.pages_of(step.block_table[request, :tiles].long())]
     k, v = (x.transpose(1, 2).reshape(-1, heads, dim) for x in decode_record(records, config.layout))
     parts = [(k, v, torch.arange(tiles * config.tile_tokens), _RECORD)]
     slot = int(step.sink_slots[request])

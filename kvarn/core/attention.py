@@ -2,9 +2,9 @@
 
 import torch
 
-from kvarn.core.append import rotate_rows, store_tail
-from kvarn.core.attend import attend
-from kvarn.core.cache import LayerCache
+from kvarn.core.append import device_signs, rotate_rows, store_tail
+from kvarn.core.attend import attend, most_partial_rows
+from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.seal import seal
 from kvarn.core.step import Step
 
@@ -17,6 +17,7 @@ def attention(
     step: Step,
     scale: float,
     logit_cap: float = 0.0,
+    out: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Append a step's rows, seal the tiles that they fill, and attend.
 
@@ -27,6 +28,7 @@ def attention(
         step: the forward pass, built once for all layers.
         scale: factor on q . k.
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
+        out: [tokens, q_heads, head_dim], model dtype, contiguous: where to write the result; made here if None.
 
     Returns:
         [tokens, q_heads, head_dim], model dtype.
@@ -35,7 +37,25 @@ def attention(
     """
     rotated = rotate_rows(q, k, v, layer, step, store=step.rows_in_ring)
     seal(rotated, layer, step)
-    out, _ = attend(rotated, layer, step, scale, logit_cap)
+    out, _ = attend(rotated, layer, step, scale, logit_cap, out)
     if not step.rows_in_ring:
         store_tail(rotated, layer, step)
     return out
+
+
+def reserve_scratch(q: torch.Tensor, config: CacheConfig) -> None:
+    """Take and give back as much memory as `attention` needs for these rows at worst, and make its constants.
+
+    For engines that measure their peak of memory in a run without a cache, and then capture graphs.
+
+    Args:
+        q: [tokens, q_heads, head_dim], model dtype; the most tokens of a step.
+        config: shared numbers of the cache.
+    """
+    tokens, q_heads, head_dim = q.shape
+    device_signs(head_dim, q.dtype, q.device, False)
+    device_signs(head_dim, torch.float16, q.device, True)
+    rows = most_partial_rows(tokens * q_heads, q_heads // config.kv_heads, q.device)
+    numbers = (rows + tokens * q_heads) * head_dim + rows
+    kv_bytes = 2 * tokens * config.kv_heads * head_dim * q.element_size()
+    torch.empty(numbers * torch.float32.itemsize + kv_bytes, dtype=torch.uint8, device=q.device)

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kvarn import env
+from kvarn.core.capacity import CacheShape
 from kvarn.core.layout import TileLayout
 from kvarn.core.reference import DEFAULT, Recipe
 
@@ -23,6 +24,8 @@ class CacheConfig:
         ring_tokens: rows of a request's tail ring; at least a tile and the exact tail.
         canonical: read every full tile below a query's own from its record, those of the same step included.
         recipe: quantiser.
+        tiles_per_block: tiles of one block, the unit in which the engine hands out memory. A page holds one tile;
+            page p is tile p % tiles_per_block of block p // tiles_per_block.
     """
 
     layout: TileLayout
@@ -32,6 +35,7 @@ class CacheConfig:
     ring_tokens: int
     canonical: bool = False
     recipe: Recipe = DEFAULT
+    tiles_per_block: int = 1
 
     def __post_init__(self) -> None:
         needed = self.layout.tile_tokens + self.tail_tokens
@@ -41,6 +45,19 @@ class CacheConfig:
             raise ValueError(f"{self.sink_tokens} sinks don't fit into a tile of {self.layout.tile_tokens} tokens.")
         if self.canonical and (self.tail_tokens or self.sink_tokens):
             raise ValueError("Canonical mode reads every full tile from its record: set tail and sinks to 0.")
+
+    @classmethod
+    def of(cls, shape: CacheShape, tiles_per_block: int = 1) -> "CacheConfig":
+        """Return the numbers of a cache of that shape; whether it is canonical, the environment says."""
+        return cls(
+            layout=shape.layout,
+            kv_heads=shape.kv_heads,
+            tail_tokens=shape.tail_tokens,
+            sink_tokens=shape.sink_tokens,
+            ring_tokens=shape.ring_tokens,
+            canonical=env.canonical(),
+            tiles_per_block=tiles_per_block,
+        )
 
     @property
     def tile_tokens(self) -> int:
@@ -59,7 +76,7 @@ class LayerCache:
 
     Args:
         config: shared numbers.
-        records: [pages, kv_heads, record_bytes], uint8. Page and head strides are free, bytes are contiguous.
+        records: [blocks, tiles_per_block, kv_heads, record_bytes], uint8. All strides but the last are free.
         tails: [rows, 2, kv_heads, ring_tokens, head_dim], model dtype, rotated: keys, then values.
         sinks: [slots, 2, kv_heads, sink_tokens, head_dim], model dtype, rotated.
     """
@@ -69,15 +86,19 @@ class LayerCache:
     tails: torch.Tensor
     sinks: torch.Tensor
 
+    def pages_of(self, pages: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the indices by which `records` finds some pages."""
+        return pages // self.config.tiles_per_block, pages % self.config.tiles_per_block
+
 
 def allocate_layer(
-    config: CacheConfig, pages: int, rows: int, sink_slots: int, raw_dtype: torch.dtype, device: torch.device | str
+    config: CacheConfig, blocks: int, rows: int, sink_slots: int, raw_dtype: torch.dtype, device: torch.device | str
 ) -> LayerCache:
     """Allocate one layer's cache, zeroed: a record of zeros restores to zeros, never to NaN."""
     layout, heads = config.layout, config.kv_heads
     return LayerCache(
         config,
-        torch.zeros(pages, heads, layout.record_bytes, dtype=torch.uint8, device=device),
+        torch.zeros(blocks, config.tiles_per_block, heads, layout.record_bytes, dtype=torch.uint8, device=device),
         torch.zeros(rows, 2, heads, config.ring_tokens, layout.head_dim, dtype=raw_dtype, device=device),
         torch.zeros(sink_slots, 2, heads, config.sink_tokens, layout.head_dim, dtype=raw_dtype, device=device),
     )

@@ -5,6 +5,7 @@ Both adapters size their memory with it, so what is announced, what is planned a
 
 from dataclasses import dataclass
 
+from kvarn import env
 from kvarn.core.layout import TileLayout
 from kvarn.errors import CapacityError
 from kvarn.presets import Preset
@@ -77,6 +78,19 @@ class CacheShape:
         return self.ring_tokens * self.raw_bytes_per_token
 
     @property
+    def ring_bytes(self) -> int:
+        """Bytes of one request's tail ring in one layer."""
+        return self.tail_bytes_per_request // self.layers
+
+    def rings_per_block(self, tiles_per_block: int) -> int:
+        """Layers' rings that fit into one block of the engine, which holds some tiles of every layer; at least 1."""
+        return min(self.layers, max(1, tiles_per_block * self.page_bytes // self.ring_bytes))
+
+    def tail_blocks(self, tiles_per_block: int) -> int:
+        """Blocks that hold one request's tail rings, where rings live in the engine's own blocks."""
+        return -(-self.layers // self.rings_per_block(tiles_per_block))
+
+    @property
     def sink_bytes_per_slot(self) -> int:
         """Bytes of one sink slot over all heads and layers."""
         return self.sink_tokens * self.raw_bytes_per_token
@@ -100,6 +114,20 @@ class CacheShape:
         """Tokens a request must hold before it is smaller than in the model dtype."""
         saved = self.raw_bytes_per_token - self.bytes_per_token
         return -(-self.tail_bytes_per_request // saved)
+
+
+def exact_tokens(preset: Preset) -> tuple[int, int]:
+    """Return how many newest and how many first tokens stay exact: the preset's, unless the environment says else."""
+    if env.canonical():
+        return 0, 0
+    tail_tokens = env.tail_tokens()
+    return (preset.tail_tokens if tail_tokens is None else tail_tokens), preset.sink_tokens
+
+
+def cache_shape(preset: Preset, *, layers: int, kv_heads: int, head_dim: int, raw_bytes: int) -> CacheShape:
+    """Return what one rank caches, exact tokens taken from preset and environment."""
+    tail_tokens, sink_tokens = exact_tokens(preset)
+    return CacheShape(preset, layers, kv_heads, head_dim, raw_bytes, tail_tokens, sink_tokens)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,9 +32,9 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
     constants = layout_constants(layout)
     seal_kernel[(step.seal_tile.shape[0], config.kv_heads, 2)](
         layer.tails, rotated.k, rotated.v, layer.records, step.seal_request, step.seal_tile, step.rows,
-        step.prefix_lens, step.seq_lens, step.query_start, step.block_table, *layer.records.stride()[:2],
+        step.prefix_lens, step.seq_lens, step.query_start, step.block_table, *layer.records.stride()[:3],
         *layer.tails.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0), **constants,
-        RING=config.ring_tokens, KEY_BITS=layout.key_bits, VALUE_BITS=layout.value_bits,
+        RING=config.ring_tokens, TILES=config.tiles_per_block, KEY_BITS=layout.key_bits, VALUE_BITS=layout.value_bits,
         KEY_CLIP=config.recipe.key_clip(layout.key_bits), VALUE_CLIP=config.recipe.value_clip(layout.value_bits),
         ITERATIONS=config.recipe.iterations, LOG_SCALE_MIN=config.recipe.log_scale_min,
         MARGIN=config.recipe.margin, SCALE_FREE=config.recipe.scale_free, ROWS_IN_RING=step.rows_in_ring,
@@ -50,7 +50,7 @@ def seal_reference(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
             continue
         rows = [_row(rotated, layer, step, request, tile * tile_tokens + i) for i in range(tile_tokens)]
         k, v = torch.stack(rows, dim=2).unbind(0)  # [kv_heads, tile_tokens, head_dim] each
-        page = int(step.block_table[request, tile])
+        page = layer.pages_of(step.block_table[request, tile].long())
         layer.records[page] = encode(k.float(), v.float(), layer.config.layout, layer.config.recipe)
 
 

@@ -8,7 +8,7 @@ from kvarn.core.cache import CacheConfig
 from kvarn.core.tail import TailState
 
 # Query columns of one program in a chunk; 8 is the narrow side of the MMA, which decode uses.
-_CHUNK_COLUMNS = 16
+CHUNK_COLUMNS = 16
 _DECODE_COLUMNS = 8
 
 
@@ -62,15 +62,16 @@ def decode_step(
     Args:
         state: ring owners and sinks.
         rows: [requests], int32.
-        seq_lens: [requests], int32, the new token included.
-        block_table: [requests, pages], int32.
+        seq_lens: [requests], int32, the new token included; 0 for padding.
+        block_table: [requests, pages], int32; padding stands on block 0.
         group: query heads of one kv head.
 
     Graph-safe: yes; every shape follows from the number of requests.
     """
     tile_tokens = state.config.tile_tokens
+    seq_lens = seq_lens.clamp_min(1)
     prefix_lens = seq_lens - 1
-    own_start = state.begin_decode(rows, seq_lens, block_table)
+    own_start, _ = state.begin(rows, prefix_lens, seq_lens, block_table)
     index = torch.arange(rows.shape[0] + 1, dtype=torch.int32, device=rows.device)
     request = index[:-1]
     full = seq_lens % tile_tokens == 0
@@ -99,7 +100,7 @@ def chunk_step(
     rows: torch.Tensor,
     prefix_lens: torch.Tensor,
     seq_lens: torch.Tensor,
-    tags: torch.Tensor,
+    tags: torch.Tensor | None,
     block_table: torch.Tensor,
     group: int,
     num_tokens: int,
@@ -111,7 +112,7 @@ def chunk_step(
         rows: [requests], int32.
         prefix_lens: [requests], int32; any value for a request that continues, a tile boundary for a new one.
         seq_lens: [requests], int32.
-        tags: [requests, 2], int64, `owner_tags`.
+        tags: [requests, 2], int64, `owner_tags`; None if the engine names no requests here.
         block_table: [requests, pages], int32.
         group: query heads of one kv head.
         num_tokens: tokens of the step, the sum of seq_lens - prefix_lens.
@@ -119,17 +120,17 @@ def chunk_step(
     Returns:
         The step, and which requests continue their ring, [requests], bool.
 
-    Graph-safe: no (owner tags come from the host).
+    Graph-safe: no (the number of tasks follows from the number of tokens).
     """
     tile_tokens, requests = state.config.tile_tokens, rows.shape[0]
-    own_start, continued = state.begin_chunk(rows, prefix_lens, seq_lens, tags, block_table)
+    own_start, continued = state.begin(rows, prefix_lens, seq_lens, block_table, tags)
     query_lens = seq_lens - prefix_lens
     query_start = torch.nn.functional.pad(query_lens.cumsum(0), (1, 0)).to(torch.int32)
     token_request, token_index = _spread(query_lens, num_tokens)
     token_request = token_request.clamp_min(0)
     token_position = token_index + prefix_lens[token_request.long()]
     seal_request, seal_tile = _full_tiles(prefix_lens, seq_lens, tile_tokens, num_tokens // tile_tokens + requests)
-    columns = max(_CHUNK_COLUMNS, _power_of_two(group))
+    columns = max(CHUNK_COLUMNS, _power_of_two(group))
     rows_per_task = columns // group
     tasks = (query_lens + rows_per_task - 1) // rows_per_task
     task_request, task_index = _spread(tasks, num_tokens // rows_per_task + requests)

@@ -1,8 +1,8 @@
 """Who owns which raw rows: the state of tail rings and sink slots, kept on the device.
 
-A ring belongs to a row of the engine's request table. Nothing tells us when a request ends, and nothing has to: a
-chunk either *continues* what its ring holds (same owner tag, same length, same physical page, written by nobody else
-since) or takes the ring over.
+A ring belongs to a row of the engine's request table, or to a block of its own. Nothing tells us when a request ends,
+and nothing has to: a step either *continues* what a ring holds (same length, same physical page, written by nobody
+else since, and for a chunk the same owner tag where the engine tells us names) or takes the ring over.
 Rows of an earlier owner are never read, because reads start at `own_start`, the first position that the present
 owner wrote itself.
 
@@ -32,31 +32,34 @@ class TailState:
 
     Args:
         config: shared numbers.
-        rows: rows of the engine's request table.
-        pages: pages of the cache; page 0 is the engine's padding page and never gets a sink slot.
+        rows: rings.
+        blocks: blocks of the cache; block 0 is the engine's padding block, whose pages never get a sink slot.
         sink_slots: slots of the sink store.
         device: where the state lives.
     """
 
-    def __init__(self, config: CacheConfig, rows: int, pages: int, sink_slots: int, device: torch.device | str) -> None:
+    def __init__(
+        self, config: CacheConfig, rows: int, blocks: int, sink_slots: int, device: torch.device | str
+    ) -> None:
         self.config = config
         self.ring_end = torch.zeros(rows, dtype=torch.int32, device=device)
         self.ring_page = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self.own_start = torch.zeros(rows, dtype=torch.int32, device=device)
         self.owner = torch.zeros(rows, 2, dtype=torch.int64, device=device)
         self.faults = torch.zeros(1, dtype=torch.int32, device=device)
+        pages = blocks * config.tiles_per_block
         self.page_writer = torch.full((pages,), -1, dtype=torch.int32, device=device)
         self.page_slot = torch.full((pages,), -1, dtype=torch.int32, device=device)
         self.free_slots = torch.arange(sink_slots, dtype=torch.int32, device=device)
         self.free_count = torch.full((1,), sink_slots, dtype=torch.int32, device=device)
 
-    def begin_chunk(
+    def begin(
         self,
         rows: torch.Tensor,
         prefix_lens: torch.Tensor,
         seq_lens: torch.Tensor,
-        tags: torch.Tensor,
         block_table: torch.Tensor,
+        tags: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Note that every request writes positions prefix_lens to seq_lens.
 
@@ -64,30 +67,32 @@ class TailState:
             rows: [requests], the requests' rings.
             prefix_lens: [requests], tokens that stand in the cache already.
             seq_lens: [requests], tokens after this step.
-            tags: [requests, 2], `owner_tags`.
             block_table: [requests, pages], physical pages in order.
+            tags: [requests, 2], `owner_tags`; None if the engine names no requests here.
 
         Returns:
             own_start [requests], int32: first position whose raw rows the request wrote itself; and
             continued [requests], bool. A request that neither continues its ring nor starts on a tile boundary is
-            counted in `faults`: its open tile is lost.
+            counted in `faults`: its open tile is lost. Graph-safe: yes.
         """
         at = rows.long()
-        continued = (self.owner[at] == tags).all(dim=-1) & (self.ring_end[at] == prefix_lens) & (prefix_lens > 0)
         last_page = self._page_of(block_table, prefix_lens - 1)
+        continued = (self.ring_end[at] == prefix_lens) & (prefix_lens > 0)
         continued &= (self.ring_page[at] == last_page) & (self.page_writer[last_page.long()] == rows)
+        if tags is not None:
+            continued &= (self.owner[at] == tags).all(dim=-1)
+            self.owner[at] = tags
         own_start = torch.where(continued, self.own_start[at], prefix_lens)
-        self.faults += (own_start % self.config.tile_tokens != 0).sum().to(torch.int32)
+        real = last_page >= self.config.tiles_per_block
+        self.faults += (real & (own_start % self.config.tile_tokens != 0)).sum().to(torch.int32)
         self.own_start[at] = own_start
-        self.owner[at] = tags
-        self._end_at(at, seq_lens, block_table)
+        self.ring_end[at] = seq_lens
+        self.ring_page[at] = self._page_of(block_table, seq_lens - 1)
         return own_start, continued
 
-    def begin_decode(self, rows: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor) -> torch.Tensor:
-        """Note that every request writes one row, at seq_lens - 1. Returns own_start. Graph-safe: yes."""
-        at = rows.long()
-        self._end_at(at, seq_lens, block_table)
-        return self.own_start[at]
+    def forget(self, rows: torch.Tensor) -> None:
+        """Declare rings empty, int64 [rows]: whoever writes next takes them over. Graph-safe: yes."""
+        self.ring_end[rows] = -1
 
     def note_writers(self, token_page: torch.Tensor, token_row: torch.Tensor) -> None:
         """Note which ring's request writes a page: [tokens] pages, [tokens] rows, int32. Graph-safe: yes."""
@@ -119,6 +124,7 @@ class TailState:
             token_page,
             token_position.shape[0],
             G=self.config.tile_tokens,
+            PADDING_PAGES=self.config.tiles_per_block,
             BLOCK=_SINK_BLOCK,
         )
 
@@ -129,16 +135,12 @@ class TailState:
         if sorted(free + held) != list(range(self.free_slots.shape[0])):
             raise RuntimeError(f"Sink slots leaked or shared: free {sorted(free)}, held {sorted(held)}.")
 
-    def _end_at(self, at: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor) -> None:
-        self.ring_end[at] = seq_lens
-        self.ring_page[at] = self._page_of(block_table, seq_lens - 1)
-
     def _page_of(self, block_table: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
         tile = position.clamp_min(0).long() // self.config.tile_tokens
         return block_table.gather(1, tile[:, None]).squeeze(1)
 
     def _update_sinks_reference(self, position: torch.Tensor, page: torch.Tensor) -> None:
-        starts = (position % self.config.tile_tokens == 0) & (page > 0)
+        starts = (position % self.config.tile_tokens == 0) & (page >= self.config.tiles_per_block)
         for is_first, p in zip(position[starts].eq(0).tolist(), page[starts].tolist(), strict=True):
             if not is_first and int(self.page_slot[p]) >= 0:
                 self.free_slots[int(self.free_count)] = self.page_slot[p]

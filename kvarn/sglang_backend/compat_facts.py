@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from kvarn.core.capacity import CacheShape
+from kvarn.core.capacity import CacheShape, cache_shape
 from kvarn.core.support import DeviceFacts, ModelFacts
 from kvarn.presets import get_preset, is_preset_name
 from kvarn.sglang_backend.compat_tables import UNSUPPORTED_ENVIRONMENT
-from kvarn.sglang_backend.settings import BACKEND_NAME, cache_shape
+from kvarn.sglang_backend.settings import BACKEND_NAME
 
 if TYPE_CHECKING:
     import torch

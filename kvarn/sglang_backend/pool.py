@@ -8,10 +8,7 @@ import torch
 from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
-from kvarn import env
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer, layer_bytes
-from kvarn.core.capacity import ring_tokens
-from kvarn.core.layout import TileLayout
 from kvarn.core.tail import TailState
 from kvarn.sglang_backend.settings import PoolSettings
 
@@ -29,14 +26,7 @@ class TilePool(MHATokenToKVPool):
 
     def _create_buffers(self) -> None:
         settings = self.settings
-        config = CacheConfig(
-            layout=TileLayout.of(settings.preset, self.head_dim),
-            kv_heads=self.head_num,
-            tail_tokens=settings.tail_tokens,
-            sink_tokens=settings.sink_tokens,
-            ring_tokens=ring_tokens(settings.preset, settings.tail_tokens),
-            canonical=env.canonical(),
-        )
+        config = CacheConfig.of(settings.shape)
         pages = self.size // self.page_size + 1
         with self.memory_saver_adapter.region(GPU_MEMORY_TYPE_KV_CACHE):
             self.layers = [

@@ -8,10 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from kvarn import env
 from kvarn.core.capacity import CacheShape, CapacityPlan, plan_capacity
 from kvarn.errors import CapacityError
-from kvarn.presets import Preset
 
 if TYPE_CHECKING:
     import torch
@@ -24,42 +22,22 @@ class PoolSettings:
     """What a TilePool can't read from SGLang's own constructor arguments.
 
     Args:
-        preset: the preset in use.
-        tail_tokens: newest tokens that stay exact (R).
-        sink_tokens: first tokens that stay exact (S).
+        shape: what this rank caches.
         num_rows: rows of ``req_to_token``, the padding row included; one tail ring each.
         sink_slots: slots of the sink store.
         raw_dtype: dtype of the model, in which tails and sinks are kept.
     """
 
-    preset: Preset
-    tail_tokens: int
-    sink_tokens: int
+    shape: CacheShape
     num_rows: int
     sink_slots: int
     raw_dtype: torch.dtype
 
 
-def exact_tokens(preset: Preset) -> tuple[int, int]:
-    """Return how many newest and how many first tokens stay exact: the preset's, unless the environment says else."""
-    if env.canonical():
-        return 0, 0
-    tail_tokens = env.tail_tokens()
-    return (preset.tail_tokens if tail_tokens is None else tail_tokens), preset.sink_tokens
-
-
-def cache_shape(preset: Preset, *, layers: int, kv_heads: int, head_dim: int, raw_bytes: int) -> CacheShape:
-    """Return what one rank caches, exact tokens taken from preset and environment."""
-    tail_tokens, sink_tokens = exact_tokens(preset)
-    return CacheShape(preset, layers, kv_heads, head_dim, raw_bytes, tail_tokens, sink_tokens)
-
-
 def pool_settings(shape: CacheShape, num_rows: int, raw_dtype: torch.dtype) -> PoolSettings:
     """Return the settings of a pool whose ``req_to_token`` has that many rows, the padding row included."""
     return PoolSettings(
-        preset=shape.preset,
-        tail_tokens=shape.tail_tokens,
-        sink_tokens=shape.sink_tokens,
+        shape=shape,
         num_rows=num_rows,
         sink_slots=shape.sink_slots(num_rows - 1),
         raw_dtype=raw_dtype,

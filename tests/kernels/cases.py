@@ -1,5 +1,6 @@
 """Ragged batches over a small cache, brought to life by the torch references, for kernels to be compared on."""
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -29,14 +30,17 @@ class Case:
 
 
 def poisoned_layer(
-    config: CacheConfig, pages: int, rows: int, slots: int, dtype: torch.dtype, device: str, pad: int
+    config: CacheConfig, blocks: int, rows: int, slots: int, dtype: torch.dtype, device: str, pad: int
 ) -> LayerCache:
-    """Allocate a cache full of NaN, with padding between records, pages, heads and ring rows of requests."""
-    layout, heads = config.layout, config.kv_heads
-    records = torch.full((pages, heads + pad, layout.record_bytes + 128 * pad), 0xFF, dtype=torch.uint8, device=device)
+    """Allocate a cache full of NaN, with padding between records, tiles, heads and ring rows of requests."""
+    layout, heads, tiles = config.layout, config.kv_heads, config.tiles_per_block
+    shape = (blocks, tiles + pad, heads + pad, layout.record_bytes + 128 * pad)
+    records = torch.full(shape, 0xFF, dtype=torch.uint8, device=device)
     tails = torch.full((rows, 2, heads + pad, config.ring_tokens, layout.head_dim), NAN, dtype=dtype, device=device)
     sinks = torch.full((slots, 2, heads + pad, config.sink_tokens, layout.head_dim), NAN, dtype=dtype, device=device)
-    return LayerCache(config, records[:, :heads, : layout.record_bytes], tails[:, :, :heads], sinks[:, :, :heads])
+    return LayerCache(
+        config, records[:, :tiles, :heads, : layout.record_bytes], tails[:, :, :heads], sinks[:, :, :heads]
+    )
 
 
 def make_case(
@@ -57,6 +61,7 @@ def make_case(
     seed: int = 0,
     slots: int = 2,
     outliers: bool = False,
+    tiles_per_block: int = 1,
 ) -> Case:
     """Grow requests to `lengths` (one chunk each, after `hits` tokens of prefix hit), then make a step of `new` rows.
 
@@ -66,19 +71,15 @@ def make_case(
     generator = torch.Generator().manual_seed(seed)
     layout = TileLayout.of(get_preset(preset), head_dim)
     ring = layout.tile_tokens + tail
-    config = CacheConfig(layout, kv_heads, tail, sink, ring, canonical)
+    config = CacheConfig(layout, kv_heads, tail, sink, ring, canonical, tiles_per_block=tiles_per_block)
     hits = hits or [0] * len(lengths)
     pages_each = [-(-(a + b) // layout.tile_tokens) for a, b in zip(lengths, new, strict=True)]
-    total = sum(pages_each) + 1
-    table = shuffled_table(pages_each, generator)
-    layer = poisoned_layer(config, total, len(lengths) + 2, slots, dtype, "cpu", pad)
-    state = TailState(config, len(lengths) + 2, total, slots, "cpu")
+    blocks = 1 + -(-sum(pages_each) // tiles_per_block)
+    table = shuffled_table(pages_each, generator) + tiles_per_block - 1
+    layer = poisoned_layer(config, blocks, len(lengths) + 2, slots, dtype, "cpu", pad)
+    state = TailState(config, len(lengths) + 2, blocks, slots, "cpu")
 
-    def rows(count: int, heads: int) -> torch.Tensor:
-        x = torch.randn(count, heads, head_dim, generator=generator)
-        if outliers and heads == kv_heads:
-            x[..., :3] += torch.tensor([300.0, -80.0, 40.0])
-        return x.to(dtype)
+    rows = functools.partial(_random_rows, head_dim, kv_heads if outliers else 0, dtype, generator)
 
     request_rows = torch.arange(1, len(lengths) + 1, dtype=torch.int32).flip(0)
     tags = owner_tags([f"request-{i}" for i in range(len(lengths))])
@@ -99,6 +100,15 @@ def make_case(
     q, k, v = rows(sum(new), kv_heads * group), rows(sum(new), kv_heads), rows(sum(new), kv_heads)
     case = Case(layer, state, step, rotate_rows_reference(q, k, v), q, k, v)
     return case if device == "cpu" else to_device(case, device)
+
+
+def _random_rows(
+    head_dim: int, outlier_heads: int, dtype: torch.dtype, generator: torch.Generator, count: int, heads: int
+) -> torch.Tensor:
+    x = torch.randn(count, heads, head_dim, generator=generator)
+    if heads == outlier_heads:
+        x[..., :3] += torch.tensor([300.0, -80.0, 40.0])
+    return x.to(dtype)
 
 
 def shuffled_table(pages_each: list[int], generator: torch.Generator) -> torch.Tensor:

@@ -45,6 +45,11 @@ def test_decode_matches_reference_for_wide_heads(head_dim, device):
     check(make_case([400], [1], preset="kvarn_k4v2_g64", head_dim=head_dim, kv_heads=1, tail=64), device)
 
 
+@pytest.mark.parametrize("new", [[1, 1], [70, 1]])
+def test_pages_that_share_a_block_are_found(new, device):
+    check(make_case([700, 300], new, tiles_per_block=3), device)
+
+
 @pytest.mark.parametrize("splits", [1, 2, 8])
 def test_result_does_not_depend_on_splits(splits, device, monkeypatch):
     monkeypatch.setattr(attend_module, "num_splits", lambda *args: splits)

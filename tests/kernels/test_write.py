@@ -73,7 +73,7 @@ def test_seal_matches_reference(preset, head_dim, device, dtype):
     layout = case.layer.config.layout
     done = case.step.seal_tile >= 0
     pages = case.step.block_table[case.step.seal_request[done].long(), case.step.seal_tile[done].long()].long()
-    got, want = moved.layer.records.cpu()[pages], case.layer.records[pages]
+    got, want = (x.layer.records.cpu()[case.layer.pages_of(pages)] for x in (moved, case))
     for ours, theirs, bits in zip(
         unpack_record(got, layout), unpack_record(want, layout), (layout.key_bits, layout.value_bits), strict=True
     ):
@@ -83,15 +83,17 @@ def test_seal_matches_reference(preset, head_dim, device, dtype):
         assert relative_rms(ours, theirs) < 0.02
 
 
-def test_padding_of_pages_is_left_alone(device):
-    case = make_case([200], [60], pad=1)
+@pytest.mark.parametrize("tiles_per_block", [1, 3])
+def test_padding_of_pages_is_left_alone(tiles_per_block, device):
+    case = make_case([200], [60], pad=1, tiles_per_block=tiles_per_block)
     moved = to_device(case, device)
     seal(moved.rotated, moved.layer, moved.step)
     whole = torch.as_strided(moved.layer.records, (moved.layer.records.untyped_storage().nbytes(),), (1,), 0).cpu()
-    pages, heads, record = moved.layer.records.shape
-    whole = whole.view(pages, heads + 1, record + 128)
-    assert (whole[:, heads:] == 0xFF).all()
-    assert (whole[:, :, record:] == 0xFF).all()
+    blocks, tiles, heads, record = moved.layer.records.shape
+    whole = whole.view(blocks, tiles + 1, heads + 1, record + 128)
+    assert (whole[:, tiles:] == 0xFF).all()
+    assert (whole[:, :, heads:] == 0xFF).all()
+    assert (whole[..., record:] == 0xFF).all()
 
 
 @pytest.mark.parametrize("dtype_name", ["float16"])
@@ -105,7 +107,7 @@ def test_seal_survives_extreme_rows(scale, dtype_name, device):
     moved = to_device(case, device)
     seal(moved.rotated, moved.layer, moved.step)
     page = int(case.step.block_table[0, 0])
-    k, v = decode_record(moved.layer.records[page].cpu(), case.layer.config.layout)
+    k, v = decode_record(moved.layer.records[moved.layer.pages_of(page)].cpu(), case.layer.config.layout)
     assert torch.isfinite(k).all() and torch.isfinite(v).all()
     assert (k.transpose(0, 1) - case.rotated.k.float()).norm() <= 0.2 * case.rotated.k.float().norm() + 1e-6
     assert (v - scale).abs().max() <= 0.01 * scale + 1e-6
@@ -118,7 +120,7 @@ def test_a_nan_token_harms_only_its_own_record(device):
     moved = to_device(case, device)
     seal(moved.rotated, moved.layer, moved.step)
     pages = case.step.block_table[:, 0].long()
-    k, v = decode_record(moved.layer.records.cpu()[pages], case.layer.config.layout)
+    k, v = decode_record(moved.layer.records.cpu()[moved.layer.pages_of(pages)], case.layer.config.layout)
     assert torch.isfinite(k[1]).all() and torch.isfinite(v[1]).all()
 
 
@@ -137,7 +139,9 @@ def test_sealing_in_a_batch_gives_the_bytes_of_sealing_alone(device, dtype):
             **{**{f: getattr(batch.step, f) for f in batch.step.__dataclass_fields__}, "seal_tile": alone}
         )
         seal(batch.rotated, batch.layer, step)
-        page = int(batch.step.block_table[int(batch.step.seal_request[i]), int(batch.step.seal_tile[i])])
+        page = batch.layer.pages_of(
+            batch.step.block_table[int(batch.step.seal_request[i]), int(batch.step.seal_tile[i])].long()
+        )
         assert torch.equal(batch.layer.records[page], want[page])
 
 
@@ -145,4 +149,4 @@ def test_references_agree_with_themselves_after_store_and_seal():
     case = make_case([127, 255], [1, 1])
     store_and_seal(case)
     pages = case.step.block_table[torch.arange(2), torch.tensor([0, 1])].long()
-    assert (case.layer.records[pages] != 0xFF).any()
+    assert (case.layer.records[case.layer.pages_of(pages)] != 0xFF).any()

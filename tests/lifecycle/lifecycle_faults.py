@@ -13,6 +13,8 @@ from kvarn.core.step import Step
 from kvarn.core.tail import TailState
 
 Inject = Callable[[pytest.MonkeyPatch], None]
+# What TailState.begin is called with for a chunk; a decode step names no owner.
+_CHUNK_ARGUMENTS = 5
 
 
 @dataclass(frozen=True)
@@ -59,16 +61,17 @@ def _steps(change: Callable[[Step], Step]) -> Inject:
 
 def _before_chunk(change: Callable[..., None]) -> Inject:
     """Alter the state just before a chunk is compared with it."""
-    real = TailState.begin_chunk
+    real = TailState.begin
 
     def lie(state: TailState, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        change(state, *args)
+        if len(args) == _CHUNK_ARGUMENTS:
+            change(state, *args)
         return real(state, *args)
 
-    return lambda patch: patch.setattr(TailState, "begin_chunk", lie)
+    return lambda patch: patch.setattr(TailState, "begin", lie)
 
 
-def _forget_owner(state: TailState, rows: torch.Tensor, _p: object, _s: object, tags: torch.Tensor, _t: object) -> None:
+def _forget_owner(state: TailState, rows: torch.Tensor, _p: object, _s: object, _t: object, tags: torch.Tensor) -> None:
     state.owner[rows.long()] = tags
 
 
@@ -77,13 +80,13 @@ def _forget_length(state: TailState, rows: torch.Tensor, prefix: torch.Tensor, *
 
 
 def _forget_page(
-    state: TailState, rows: torch.Tensor, prefix: torch.Tensor, _s: object, _t: object, table: torch.Tensor
+    state: TailState, rows: torch.Tensor, prefix: torch.Tensor, _s: object, table: torch.Tensor, _t: object
 ) -> None:
     state.ring_page[rows.long()] = state._page_of(table, prefix - 1)
 
 
 def _forget_writer(
-    state: TailState, rows: torch.Tensor, prefix: torch.Tensor, _s: object, _t: object, table: torch.Tensor
+    state: TailState, rows: torch.Tensor, prefix: torch.Tensor, _s: object, table: torch.Tensor, _t: object
 ) -> None:
     state.page_writer[state._page_of(table, prefix - 1).long()] = rows
 
@@ -108,7 +111,14 @@ def _own_start_zero(patch: pytest.MonkeyPatch) -> None:
 
 
 def _decode_keeps_no_end(patch: pytest.MonkeyPatch) -> None:
-    patch.setattr(TailState, "begin_decode", lambda state, rows, _seq_lens, _table: state.own_start[rows.long()])
+    real = TailState.begin
+
+    def lie(state: TailState, rows: torch.Tensor, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        if len(args) == _CHUNK_ARGUMENTS - 1:
+            return real(state, rows, *args)
+        return state.own_start[rows.long()], torch.ones_like(rows, dtype=torch.bool)
+
+    patch.setattr(TailState, "begin", lie)
 
 
 def _sinks(*, gives: bool, counts: bool, takes_any: bool = False) -> Inject:
@@ -134,8 +144,8 @@ def _nothing(_patch: pytest.MonkeyPatch) -> None:
     """Leave the code as it is; the fault is in the config."""
 
 
-# Comparisons that `begin_chunk` makes, left out. Who wrote the page last tells a wrong length or page, mostly,
-# so those are left out together with it.
+# Comparisons that `TailState.begin` makes for a chunk, left out. Who wrote the page last tells a wrong length or page,
+# mostly, so those are left out together with it.
 FORGETS: dict[str, Inject] = {
     "owner": _before_chunk(_forget_owner),
     "length": _before_chunk(_together(_forget_length, _forget_writer)),

@@ -111,6 +111,24 @@ def test_owners_are_compared_in_all_their_bits(half: int) -> None:
     table = torch.tensor([world.engine.table[request.row]], dtype=torch.int32)
     tags = owner_tags(["first"])
     tags[0, half] ^= 1
-    _, continued = world.state.begin_chunk(rows, prefix, length, tags, table)
+    _, continued = world.state.begin(rows, prefix, length, table, tags)
     assert continued.tolist() == [False]
     assert int(world.state.faults) == 1
+
+
+def test_a_forgotten_ring_is_taken_over_though_nothing_else_changed() -> None:
+    """An engine that lends a ring's memory to others in between says so at the next admission."""
+    world = World(SETTINGS["tail-64-sinks-4"])
+    (request,) = started(world, ("first", ONE + TWO + NEXT))
+    world.chunk([(request, 2 * TILE)])
+    row = torch.tensor([request.row], dtype=torch.int32)
+    prefix, length = row.new_tensor([2 * TILE]), row.new_tensor([2 * TILE + 1])
+    table = row.new_tensor([world.engine.table[request.row]])
+    _, continued = world.state.begin(row, prefix, length, table)
+    assert continued.tolist() == [True]
+    world.state.begin(row, row.new_tensor([0]), prefix, table)
+    world.state.forget(row.long())
+    own_start, continued = world.state.begin(row, prefix, length, table)
+    assert continued.tolist() == [False]
+    assert own_start.tolist() == [2 * TILE]
+    assert int(world.state.faults) == 0

@@ -63,7 +63,7 @@ class CleanLayer:
         if tags[-1] not in self._records:
             rotated, layer, step = self._fresh(tags)
             seal(rotated, layer, step)
-            self._records[tags[-1]] = layer.records[1].clone()
+            self._records[tags[-1]] = layer.records[layer.pages_of(1)].clone()
         return self._records[tags[-1]]
 
     def _fresh(self, tags: Sequence[int]) -> tuple[RotatedRows, object, Step]:
@@ -100,7 +100,7 @@ class LiveWorld(World):
     def poison_free_memory(self) -> None:
         """NaN in records of free pages and in sinks of slots that are free or whose page is."""
         free_pages = list(self.engine.free_pages)
-        self.layer.records[free_pages] = 0xFF
+        self.layer.records[self.layer.pages_of(torch.tensor(free_pages, dtype=torch.int64))] = 0xFF
         slots = self.state.page_slot[free_pages]
         free = self.state.free_slots[: int(self.state.free_count)]
         self.layer.sinks[torch.cat((slots[slots >= 0], free)).long()] = NAN
@@ -109,7 +109,9 @@ class LiveWorld(World):
         for tile in range(request.computed // TILE, (request.computed + count) // TILE):
             page = self.engine.table[request.row][tile]
             alone = self.clean.record(request.tags[tile * TILE : (tile + 1) * TILE])
-            assert torch.equal(self.layer.records[page], alone), f"record of tile {tile} of {request.rid}"
+            assert torch.equal(self.layer.records[self.layer.pages_of(page)], alone), (
+                f"record of tile {tile} of {request.rid}"
+            )
             self.records_checked += 1
 
     def check_output(self, step: Step, i: int, request: Request, out: torch.Tensor) -> None:

@@ -122,7 +122,7 @@ class Replay:
     def kept(self, request: int) -> list[torch.Tensor]:
         """Everything that a request left: full records, ring rows in order, sinks."""
         config, length = self.layer.config, self.done[request]
-        records = self.layer.records[self.table[request, : length // config.tile_tokens].long()]
+        records = self.layer.records[self.layer.pages_of(self.table[request, : length // config.tile_tokens].long())]
         ring = torch.arange(max(0, length - config.ring_tokens), length, device=DEVICE) % config.ring_tokens
         slot = int(self.state.page_slot[int(self.table[request, 0])])
         sinks = [self.layer.sinks[slot]] if slot >= 0 else []

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kvarn.core.cache import CacheConfig, allocate_layer, layer_bytes
-from kvarn.core.capacity import CacheShape, plan_capacity, ring_tokens
+from kvarn.core.capacity import CacheShape, exact_tokens, plan_capacity, ring_tokens
 from kvarn.core.layout import HEAD_DIMS
 from kvarn.errors import CapacityError, KVarNError
 from kvarn.presets import PRESETS, get_preset
@@ -196,3 +196,25 @@ def test_too_small_a_budget_is_refused_with_numbers_and_a_remedy(budget: int) ->
 def test_smallest_budget_that_is_not_refused_holds_one_page() -> None:
     plan = plan_capacity(QWEN3_8B, QWEN3_8B.fixed_bytes(8) + 2 * QWEN3_8B.page_bytes, 8)
     assert plan.tokens == K4V2.tile_tokens
+
+
+def test_environment_changes_what_stays_exact(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert exact_tokens(K4V2) == (128, 4)
+    monkeypatch.setenv("KVARN_TAIL_TOKENS", "256")
+    assert exact_tokens(K4V2) == (256, 4)
+    monkeypatch.setenv("KVARN_CANONICAL", "1")
+    assert exact_tokens(K4V2) == (0, 0)
+
+
+@given(SHAPES, st.integers(1, 8))
+@repeatable
+def test_tail_blocks_hold_the_ring_of_every_layer(shape: CacheShape, tiles_per_block: int) -> None:
+    rings, blocks = shape.rings_per_block(tiles_per_block), shape.tail_blocks(tiles_per_block)
+    assert shape.ring_bytes * shape.layers == shape.tail_bytes_per_request
+    assert (blocks - 1) * rings < shape.layers <= blocks * rings
+    assert rings == 1 or rings * shape.ring_bytes <= tiles_per_block * shape.page_bytes
+
+
+def test_tail_blocks_of_a_real_model() -> None:
+    assert (QWEN3_8B.rings_per_block(1), QWEN3_8B.tail_blocks(1)) == (3, 12)
+    assert (QWEN3_8B.rings_per_block(4), QWEN3_8B.tail_blocks(4)) == (15, 3)

@@ -12,7 +12,7 @@ from kvarn.core.support import ModelFacts
 from kvarn.errors import CapacityError, EngineIncompatible, UnknownPreset, UnsupportedConfig
 from kvarn.presets import PRESETS, get_preset
 from kvarn.sglang_backend import compat, compat_facts, compat_hooks, plugin, resolution
-from kvarn.sglang_backend.settings import PoolSettings, divide_budget, exact_tokens, pool_settings
+from kvarn.sglang_backend.settings import PoolSettings, divide_budget, pool_settings
 
 PRESET = get_preset("kvarn_k4v2_g128")
 SHAPE = CacheShape(PRESET, layers=28, kv_heads=2, head_dim=128, raw_bytes=2, tail_tokens=128, sink_tokens=4)
@@ -142,13 +142,6 @@ class TestBudget:
         with pytest.raises(CapacityError, match=r"4000 requests.*--max-running-requests and --mem-fraction-static"):
             divide_budget(SHAPE, GIB, 4000, None)
 
-    def test_environment_changes_what_stays_exact(self, monkeypatch):
-        assert exact_tokens(PRESET) == (128, 4)
-        monkeypatch.setenv("KVARN_TAIL_TOKENS", "256")
-        assert exact_tokens(PRESET) == (256, 4)
-        monkeypatch.setenv("KVARN_CANONICAL", "1")
-        assert exact_tokens(PRESET) == (0, 0)
-
 
 class TilePool:
     """Stands for the pool: keeps what it was made with."""
@@ -205,7 +198,7 @@ class TestPoolHooks:
         pool = plugin.build_pool(None, configurator, sizes=sizes, req_to_token_pool=table)
         assert isinstance(pool, TilePool)
         assert pool.tokens == 1280
-        assert pool.settings == PoolSettings(PRESET, 128, 4, num_rows=8, sink_slots=56, raw_dtype="bfloat16")
+        assert pool.settings == PoolSettings(SHAPE, num_rows=8, sink_slots=56, raw_dtype="bfloat16")
         assert not hasattr(TilePool, "settings")
 
     def test_rows_that_were_not_charged_are_refused(self, configurator):

@@ -9,6 +9,7 @@ into the scores, the V token scale into the weights, the V channel scale into th
 import triton
 import triton.language as tl
 
+from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.unpack import (
     BIAS,
     dot_steps,
@@ -168,11 +169,12 @@ def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
     task_request_ptr, task_row_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr, query_start_ptr,
     block_table_ptr, partial_ptr, partial_lse_ptr, scale,
-    q_heads, record_page_stride, record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride,
-    sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride, chunk_head_stride, block_table_stride,
+    q_heads, record_block_stride, record_tile_stride, record_head_stride, tail_row_stride, tail_kv_stride,
+    tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride, chunk_head_stride,
+    block_table_stride,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TAIL: tl.constexpr, SINK: tl.constexpr,
-    K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, SOFTCAP: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
+    SINK: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr, RAW_BLOCK: tl.constexpr, STAGES: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):  # fmt: skip
@@ -235,8 +237,9 @@ def attend_kernel(
         second_planes = _query_planes(q_cols, col_ok, q_unit, K_FIELDS[1][0], K_FIELDS[1][3])
     table = block_table_ptr + request.to(tl.int64) * block_table_stride
     for tile in tl.range(begin, tl.minimum(end, tiles), num_stages=STAGES):
-        page = tl.load(table + tile).to(tl.int64)
-        record = records_ptr + page * record_page_stride + head * record_head_stride
+        record = find_record(
+            records_ptr, tl.load(table + tile), head, record_block_stride, record_tile_stride, record_head_stride, TILES
+        )  # fmt: skip
         m, total, acc = _attend_tile(
             m, total, acc, record, first_planes, second_planes, q_scale, tile * G + tokens >= sinks,
             (tile + 1) * G <= record_end, K_FIELDS, V_FIELDS, OFFSETS, D, G, SOFTCAP, USE_ASM,

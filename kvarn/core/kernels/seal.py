@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from kvarn.core.kernels.address import find_record
+
 _STD_MIN = tl.constexpr(1e-3)
 _STD_MAX = tl.constexpr(1e3)
 _LOG_SCALE_MAX = tl.constexpr(10.0)
@@ -153,12 +155,12 @@ def _store_value_words(
 @triton.jit
 def seal_kernel(
     tails_ptr, chunk_k_ptr, chunk_v_ptr, records_ptr, task_request_ptr, task_tile_ptr, rows_ptr, prefix_ptr,
-    length_ptr, query_start_ptr, block_table_ptr, record_page_stride, record_head_stride, tail_row_stride,
-    tail_kv_stride, tail_head_stride, chunk_token_stride, chunk_head_stride, block_table_stride,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, K_FIELDS: tl.constexpr,
-    V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
-    KEY_CLIP: tl.constexpr, VALUE_CLIP: tl.constexpr, ITERATIONS: tl.constexpr, LOG_SCALE_MIN: tl.constexpr,
-    MARGIN: tl.constexpr, SCALE_FREE: tl.constexpr, ROWS_IN_RING: tl.constexpr,
+    length_ptr, query_start_ptr, block_table_ptr, record_block_stride, record_tile_stride, record_head_stride,
+    tail_row_stride, tail_kv_stride, tail_head_stride, chunk_token_stride, chunk_head_stride, block_table_stride,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TILES: tl.constexpr,
+    K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr, KEY_CLIP: tl.constexpr, VALUE_CLIP: tl.constexpr, ITERATIONS: tl.constexpr,
+    LOG_SCALE_MIN: tl.constexpr, MARGIN: tl.constexpr, SCALE_FREE: tl.constexpr, ROWS_IN_RING: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tasks, kv_heads, 2); the last axis is keys, values. A task with tile -1 does nothing."""
     task = tl.program_id(0)
@@ -190,8 +192,10 @@ def seal_kernel(
         fresh = tl.load(chunk_ptrs[:, None] + channels[None, :], mask=chunk_mask, other=0.0)
         x = tl.where(in_ring[:, None], x, fresh)
     x = x.to(tl.float32)  # [G, DP]
-    page = tl.load(block_table_ptr + request.to(tl.int64) * block_table_stride + tile).to(tl.int64)
-    record = records_ptr + page * record_page_stride + head * record_head_stride
+    page = tl.load(block_table_ptr + request.to(tl.int64) * block_table_stride + tile)
+    record = find_record(
+        records_ptr, page, head, record_block_stride, record_tile_stride, record_head_stride, TILES
+    )  # fmt: skip
     halfs = record.to(tl.pointer_type(tl.float16))
     token_at = tl.arange(0, G)[:, None]
     channel_at = channels[None, :]

@@ -7,7 +7,7 @@ import triton.language as tl
 @triton.jit
 def update_sinks_kernel(
     page_slot_ptr, free_slots_ptr, free_count_ptr, token_position_ptr, token_page_ptr, num_tokens,
-    G: tl.constexpr, BLOCK: tl.constexpr,
+    G: tl.constexpr, PADDING_PAGES: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One program. Pages that start as another page give their slot back; pages that start at position 0 take one."""
     count = tl.load(free_count_ptr)
@@ -16,7 +16,7 @@ def update_sinks_kernel(
         ok = token < num_tokens
         position = tl.load(token_position_ptr + token, mask=ok, other=1)
         page = tl.load(token_page_ptr + token, mask=ok, other=0)
-        starts = ok & (position % G == 0) & (page > 0)
+        starts = ok & (position % G == 0) & (page >= PADDING_PAGES)
         slot = tl.load(page_slot_ptr + page, mask=starts, other=-1)
         gives = starts & (position > 0) & (slot >= 0)
         rank = tl.cumsum(gives.to(tl.int32), axis=0) - 1
