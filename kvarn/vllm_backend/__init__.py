@@ -1,0 +1,1 @@
+"""The vLLM adapter: from vLLM's plugin to the core."""

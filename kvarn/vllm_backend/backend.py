@@ -1,0 +1,267 @@
+"""TileAttentionBackend: vLLM's attention over the tile cache. Every method hands over to the core."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import (
+    AttentionBackend,
+    AttentionCGSupport,
+    AttentionImpl,
+    AttentionMetadata,
+    AttentionMetadataBuilder,
+    MultipleOf,
+)
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from kvarn.core.attention import attention, reserve_scratch
+from kvarn.core.cache import CacheConfig
+from kvarn.core.capacity import cache_shape
+from kvarn.core.layout import HEAD_DIMS, TileLayout
+from kvarn.core.step import Step, chunk_step, decode_step
+from kvarn.errors import UnsupportedConfig
+from kvarn.presets import PRESETS, Preset
+from kvarn.vllm_backend import compat, compat_tables, resolution
+from kvarn.vllm_backend.tails import TailCache, TilePool
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+
+class TileAttentionBackend(AttentionBackend):
+    """What vLLM asks a backend before it makes layers and caches."""
+
+    # The preset of the model that this process loads; known when vLLM selects the backend.
+    preset: ClassVar[Preset]
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes = list(PRESETS)
+    forward_includes_kv_cache_update = True
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the name under which the backend is registered."""
+        return compat_tables.BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[TileAttention]:
+        """Return the attention of one layer."""
+        return TileAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[TileMetadataBuilder]:
+        """Return what describes a step."""
+        return TileMetadataBuilder
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        """Return the head widths that have a tile layout."""
+        return list(HEAD_DIMS)
+
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
+        """Return that a block holds any number of tiles."""
+        del kv_cache_spec
+        return [MultipleOf(cls.preset.tile_tokens)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Return the layout in which a head's record is in one piece and groups of other page sizes share a pool."""
+        return (KVCacheLayout.BLHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Return the spec with a record's share as the bytes of a token and head."""
+        if spec.state_content_bytes is not None:  # vLLM may ask twice
+            return spec
+        layout = TileLayout.of(cls.preset, spec.head_size)
+        return replace(spec, state_content_bytes=layout.record_bytes // layout.tile_tokens)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """Return that records can't be moved without their tails."""
+        return False
+
+    @classmethod
+    def validate_configuration(cls, device_capability: Any, **fields: Any) -> list[str]:
+        """Return every reason why a layer can't be served, one sentence each."""
+        return resolution.reasons_against(fields, get_current_vllm_config(), device_capability)
+
+
+@dataclass
+class TileMetadata(AttentionMetadata):
+    """A step as vLLM tells it; the first layer makes the core's description of it, inside the graph if there is one.
+
+    Args:
+        seq_lens: [requests], int32, tokens after the step; 0 for padding.
+        query_start: [requests + 1], int32.
+        block_table: [requests, blocks], int32.
+        num_tokens: rows of the step that hold tokens, padding of a decode step included.
+        is_decode: every request has one row.
+        steps: the step for every column of the tail's block table.
+    """
+
+    seq_lens: torch.Tensor
+    query_start: torch.Tensor
+    block_table: torch.Tensor
+    num_tokens: int
+    is_decode: bool
+    steps: list[Step] | None = None
+
+
+class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
+    """Describes steps. No host sync."""
+
+    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+
+    def __init__(
+        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
+    ) -> None:
+        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
+        compat.require_watched()
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> TileMetadata:
+        """Note what a step is.
+
+        Raises:
+            RuntimeError: an earlier step found that a request had lost its open tile.
+        """
+        del common_prefix_len, fast_build
+        common = common_attn_metadata
+        pool: TilePool = compat.tail_of(self.vllm_config).pool
+        is_decode = common.max_query_len == 1
+        if is_decode:
+            table, tokens = common.block_table_tensor, common.num_reqs
+        else:
+            pool.check_faults()
+            blocks = -(-common.max_seq_len // self.kv_cache_spec.block_size)
+            table, tokens = common.block_table_tensor[:, :blocks], int(common.query_start_loc_cpu[-1])
+        return TileMetadata(common.seq_lens, common.query_start_loc, table, tokens, is_decode)
+
+
+class TileAttention(AttentionImpl[TileMetadata]):
+    """Attention of one layer over records, exact tails and sinks. The arguments are vLLM's.
+
+    Raises:
+        NotImplementedError: the layer shares another one's cache.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None,
+        sliding_window: int | None = None,
+        kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None,
+        attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None,
+        **extras: Any,
+    ) -> None:
+        asked = [f"{name}={value!r}" for name, value in extras.items() if value]
+        asked += ["ALiBi slopes"] * bool(alibi_slopes) + ["a sliding window"] * (sliding_window is not None)
+        asked += ["the cache of another layer"] * (kv_sharing_target_layer_name is not None)
+        if asked:
+            raise NotImplementedError(
+                f"A layer asks for {', '.join(asked)}, which KVarN can't serve yet. "
+                "Serve this model without a kvarn cache dtype."
+            )
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.num_kv_heads = num_kv_heads or num_heads
+        self.kv_cache_dtype = kv_cache_dtype
+        self._logit_cap = logits_soft_cap or 0.0
+        self._index = 0
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Find the layer's place in the model; the first layer also makes the companion of all. May be called again."""
+        config = get_current_vllm_config()
+        layers = compat.layers_with(config, TileAttentionBackend)
+        self._index = next(i for i, layer in enumerate(layers.values()) if layer.impl is self)
+        self._tail = compat.tail_of(config) or _add_tail(config, layers, act_dtype)
+
+    def forward(
+        self,
+        layer: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: TileMetadata | None,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+        output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Append, seal and attend; rows of padding are left alone. Graph-safe: yes for decode steps."""
+        tail: TailCache = self._tail
+        if attn_metadata is None:
+            reserve_scratch(query, CacheConfig.of(tail.shape))
+            return output.fill_(0)
+        pool = tail.pool
+        if self._index == 0:
+            tail_blocks = compat.metadata_of(tail.layer_name).block_table
+            attn_metadata.steps = _describe(pool, attn_metadata, tail_blocks, self.num_heads // self.num_kv_heads)
+        step = attn_metadata.steps[self._index // pool.rings_per_block]
+        rows = slice(0, attn_metadata.num_tokens)
+        attention(
+            query[rows],
+            key[rows],
+            value[rows],
+            pool.layers[self._index],
+            step,
+            self.scale,
+            self._logit_cap,
+            output[rows],
+        )
+        return output
+
+
+def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype) -> TailCache:
+    """Make the companion of a model's attention layers and let vLLM allocate its cache."""
+    heads = {(layer.num_kv_heads, layer.head_size, layer.head_size_v) for layer in layers.values()}
+    if len(heads) > 1:
+        raise UnsupportedConfig(
+            [
+                f"The model's layers differ in their K and V heads (number, width of K, width of V: {sorted(heads)}), "
+                "which one pool of tiles can't hold; serve it with --kv-cache-dtype auto."
+            ]
+        )
+    first, layer = next(iter(layers.items()))
+    shape = cache_shape(
+        TileAttentionBackend.preset,
+        layers=len(layers),
+        kv_heads=layer.num_kv_heads,
+        head_dim=layer.head_size,
+        raw_bytes=raw_dtype.itemsize,
+    )
+    requests, device = config.scheduler_config.max_num_seqs, config.device_config.device
+    tail = TailCache(first + compat_tables.TAIL_SUFFIX, list(layers.values()), shape, raw_dtype, requests, device)
+    compat.add_layer(config, tail.layer_name, tail)
+    compat.announce(shape, raw_dtype, tail.get_kv_cache_spec(config).blocks_per_request)
+    return tail
+
+
+def _describe(pool: TilePool, metadata: TileMetadata, tail_blocks: torch.Tensor, group: int) -> list[Step]:
+    """Return the core's description of a step for every column of the tail's block table. Graph-safe for decode."""
+    rows = tail_blocks.t().contiguous()
+    table = metadata.block_table
+    tiles = pool.config.tiles_per_block
+    if tiles > 1:
+        table = (table[:, :, None] * tiles + torch.arange(tiles, dtype=torch.int32, device=table.device)).flatten(1)
+    if metadata.is_decode:
+        step = decode_step(pool.state, rows[0], metadata.seq_lens, table, group)
+    else:
+        prefix_lens = metadata.seq_lens - metadata.query_start.diff()
+        step, _ = chunk_step(
+            pool.state, rows[0], prefix_lens, metadata.seq_lens, None, table, group, metadata.num_tokens
+        )
+    return [replace(step, rows=column) for column in rows]

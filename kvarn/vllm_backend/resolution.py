@@ -1,0 +1,114 @@
+"""Which configurations of vLLM can be served, and why others can't."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from kvarn.core.support import DeviceFacts, ModelFacts, unsupported_reasons
+from kvarn.presets import get_preset
+from kvarn.vllm_backend.compat_tables import SELECTOR_FLAGS
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_DRAFTS = "drafts are not kept out of sealed tiles yet"
+_NOT_TESTED = "no test covers it yet"
+
+
+@dataclass(frozen=True, slots=True)
+class Limit:
+    """A setting of vLLM that can't be combined with a kvarn dtype.
+
+    Args:
+        path: attribute of the VllmConfig, dotted.
+        flag: what a user types.
+        harmless: values with which it can be served.
+        why: ends the sentence "... can't be used, because".
+    """
+
+    path: str
+    flag: str
+    harmless: tuple[object, ...]
+    why: str
+
+    def reason(self, config: VllmConfig) -> str | None:
+        """Return the sentence for a user; None if the setting is harmless."""
+        value: Any = config
+        for name in self.path.split("."):
+            value = getattr(value, name, None)
+        if value in (None, *self.harmless):
+            return None
+        return f"{self.flag} can't be used, because {self.why}; leave it out."
+
+
+_OFF = (False, 0, 1, "")
+LIMITS = (
+    Limit("speculative_config", "--speculative-config", (), _DRAFTS),
+    Limit("cache_config.kv_offloading_size", "--kv-offloading-size", _OFF, "records move without their exact tails"),
+    Limit("cache_config.kv_sharing_fast_prefill", "--kv-sharing-fast-prefill", _OFF, "layers there share caches"),
+    Limit("parallel_config.pipeline_parallel_size", "--pipeline-parallel-size", _OFF, _NOT_TESTED),
+    Limit("parallel_config.data_parallel_size", "--data-parallel-size", _OFF, _NOT_TESTED),
+    Limit("parallel_config.enable_dbo", "--enable-dbo", _OFF, "two half batches would write the same tails at once"),
+    Limit("model_config.enable_sleep_mode", "--enable-sleep-mode", _OFF, _NOT_TESTED),
+)
+
+
+def reasons_against(fields: Mapping[str, Any], config: VllmConfig, capability: tuple[int, int] | None) -> list[str]:
+    """Return why a layer can't be served, one sentence each; empty if it can.
+
+    Args:
+        fields: what vLLM's selector asks of a backend for this layer.
+        config: vLLM's configuration.
+        capability: CUDA compute capability; None without an NVIDIA GPU.
+    """
+    preset = get_preset(fields["kv_cache_dtype"])
+    asked = [why for flag, why in SELECTOR_FLAGS.items() if fields.get(flag)]
+    limits = (limit.reason(config) for limit in LIMITS)
+    return [
+        *unsupported_reasons(_facts(fields, config), preset, _device(config, capability)),
+        *(f"The model or a flag {why}; serve it with --kv-cache-dtype auto." for why in asked),
+        *_block_reasons(config, preset.tile_tokens),
+        *(reason for reason in limits if reason is not None),
+    ]
+
+
+def _facts(fields: Mapping[str, Any], config: VllmConfig) -> ModelFacts:
+    model = config.model_config
+    head_dim = fields["head_size"]
+    return ModelFacts(
+        architecture=model.architecture,
+        dtype=str(fields["dtype"]).removeprefix("torch."),
+        head_dim=head_dim,
+        v_head_dim=head_dim,
+        latent_attention=fields["use_mla"],
+        encoder_decoder=fields["attn_type"] in ("encoder_decoder", "encoder", "encoder_only"),
+        windowed=fields["has_sliding_window"],
+        recurrent=model.is_hybrid,
+        learned_sinks=fields["has_sink"],
+        generates=model.runner_type == "generate",
+    )
+
+
+def _device(config: VllmConfig, capability: tuple[int, int] | None) -> DeviceFacts:
+    kind = config.device_config.device_type
+    return DeviceFacts(kind, tuple(capability) if kind == "cuda" and capability is not None else None)
+
+
+def _block_reasons(config: VllmConfig, tile: int) -> list[str]:
+    cache = config.cache_config
+    reasons = []
+    if cache.user_specified_block_size and cache.block_size % tile:
+        reasons.append(
+            f"--block-size {cache.block_size} is not a multiple of the tile of {tile} tokens; leave the flag out."
+        )
+    if cache.kv_cache_dtype_skip_layers:
+        reasons.append(
+            "--kv-cache-dtype-skip-layers can't be used, because a cache of two dtypes has blocks that no tile fits "
+            "yet; leave it out."
+        )
+    unit = getattr(cache, "prefix_match_unit", None)
+    if unit is not None and unit % tile:
+        reasons.append(f"--prefix-match-unit {unit} is not a multiple of the tile of {tile} tokens; leave it out.")
+    return reasons

@@ -1,0 +1,206 @@
+"""TailCache: the companion layer that owns what a model's attention layers share, and makes their caches."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
+from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
+
+from kvarn.core.cache import CacheConfig, LayerCache
+from kvarn.core.capacity import CacheShape
+from kvarn.core.tail import TailState
+from kvarn.vllm_backend.spec import TailSpec
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+
+# More requests than this hardly start new prompts at the same time.
+_REQUESTS_WITH_SINKS = 128
+
+
+class TailMetadata(AttentionMetadata):
+    """The tail blocks of a step's requests, [requests, blocks_per_request], int32."""
+
+    def __init__(self, block_table: torch.Tensor) -> None:
+        self.block_table = block_table
+
+
+class TailMetadataBuilder(AttentionMetadataBuilder[TailMetadata]):
+    """Hands the block table on. Graph-safe: yes."""
+
+    _cudagraph_support = AttentionCGSupport.ALWAYS
+
+    def __init__(self, *args: object) -> None:
+        super().__init__(*args)
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> TailMetadata:
+        """Return the tail blocks of the step's requests."""
+        del common_prefix_len, fast_build
+        return TailMetadata(common_attn_metadata.block_table_tensor)
+
+
+class TailBackend(AttentionBackend):
+    """What vLLM asks a cache layer for. No attention is computed by it."""
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the name in logs."""
+        return "KVARN_TAIL"
+
+    @staticmethod
+    def get_builder_cls() -> type[TailMetadataBuilder]:
+        """Return the builder of the block table."""
+        return TailMetadataBuilder
+
+    @staticmethod
+    def get_impl_cls() -> type:
+        """Refuse: the attention layers do the work."""
+        raise NotImplementedError("KVARN_TAIL holds tails for other layers and computes nothing.")
+
+
+def forget_rings(tail: TailCache, blocks: list[int]) -> None:
+    """Note that tail blocks went to new requests: what was written to them before is nobody's.
+
+    Without this a ring's state could outlive its memory, which vLLM may have used for records in between.
+    """
+    if blocks:
+        rows = torch.tensor(blocks, pin_memory=tail.kv_cache.is_cuda)
+        tail.pool.state.forget(rows.to(tail.kv_cache.device, non_blocking=True))
+
+
+class TilePool:
+    """The caches of all layers, over the memory that vLLM allocated.
+
+    Args:
+        config: shared numbers.
+        layers: of every attention layer in order, over records, rings and sinks.
+        state: ring owners and sinks. A ring is known by its request's first tail block.
+        rings_per_block: layers whose rings share a column of the tail's block table.
+    """
+
+    def __init__(self, config: CacheConfig, layers: list[LayerCache], state: TailState, rings_per_block: int) -> None:
+        self.config = config
+        self.layers = layers
+        self.state = state
+        self.rings_per_block = rings_per_block
+        self._faults = torch.zeros(1, dtype=torch.int32, pin_memory=state.faults.is_cuda)
+
+    def check_faults(self) -> None:
+        """Raise RuntimeError if a step before the last found a lost tail; then ask for the present count."""
+        if int(self._faults) > 0:
+            raise RuntimeError(
+                "KVarN was given tokens that start inside a tile which their request didn't write. The open tile of "
+                "that request is lost, so its answer would be wrong. Please report the flags of this server."
+            )
+        self._faults.copy_(self.state.faults, non_blocking=True)
+
+
+class TailCache(torch.nn.Module, AttentionLayerBase):
+    """Companion of a model's attention layers: its cache holds the rings, itself the sinks and the state.
+
+    Args:
+        name: its name among vLLM's layers.
+        layers: the attention layers, in the model's order.
+        shape: what this rank caches.
+        raw_dtype: dtype of tails and sinks.
+        max_requests: requests that may run at once.
+        device: where the model is.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        layers: list[Attention],
+        shape: CacheShape,
+        raw_dtype: torch.dtype,
+        max_requests: int,
+        device: torch.device,
+    ) -> None:
+        super().__init__()
+        self.layer_name = name
+        self.shape = shape
+        self.raw_dtype = raw_dtype
+        self.kv_cache = torch.empty(0)
+        # Plain attributes: the attention layers are modules of the model, not of this one.
+        object.__setattr__(self, "layers", layers)
+        object.__setattr__(self, "_pool", None)
+        slots = shape.sink_slots(min(max_requests, _REQUESTS_WITH_SINKS))
+        # Taken before vLLM measures what is left for the cache, so that it is charged.
+        rows = (shape.layers, slots, 2, shape.kv_heads, shape.sink_tokens, shape.head_dim)
+        self.sinks = torch.zeros(rows, dtype=raw_dtype, device=device)
+
+    def get_attn_backend(self) -> type[TailBackend]:
+        """Return the backend that hands out the tail's block table."""
+        return TailBackend
+
+    def get_kv_cache_spec(self, vllm_config: VllmConfig) -> TailSpec:
+        """Return how many bytes a block of rings has and how many blocks a request needs."""
+        block_size = vllm_config.cache_config.block_size
+        tiles = block_size // self.shape.preset.tile_tokens
+        page_bytes = self.shape.rings_per_block(tiles) * self.shape.ring_bytes
+        return TailSpec(
+            # That of the records: another would coarsen prefix hits to a common multiple.
+            block_size=block_size,
+            num_kv_heads=1,
+            head_size=self.shape.head_dim,
+            # As the records', or vLLM would take the cache for one of mixed precision and clear every new block.
+            dtype=torch.uint8,
+            state_content_bytes=page_bytes // block_size,
+            blocks_per_request=self.shape.tail_blocks(tiles),
+        )
+
+    def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
+        """Take the memory of the rings; caches made over an earlier one are dropped."""
+        self.kv_cache = kv_cache
+        object.__setattr__(self, "_pool", None)
+
+    @property
+    def is_bound(self) -> bool:
+        """Whether vLLM has allocated the cache."""
+        return self.kv_cache.numel() > 0
+
+    @property
+    def pool(self) -> TilePool:
+        """The caches of all layers; made when first asked for, with every layer's memory bound."""
+        if self._pool is None:
+            object.__setattr__(self, "_pool", self._make_pool())
+        return self._pool
+
+    def _make_pool(self) -> TilePool:
+        records = [_records(layer.kv_cache, self.shape) for layer in self.layers]
+        blocks, tiles = records[0].shape[:2]
+        config = CacheConfig.of(self.shape, tiles)
+        rings_per_block = self.shape.rings_per_block(tiles)
+        layers = [
+            LayerCache(config, memory, self._rings(i % rings_per_block), sinks)
+            for i, (memory, sinks) in enumerate(zip(records, self.sinks, strict=True))
+        ]
+        state = TailState(config, blocks, blocks, self.sinks.shape[1], self.sinks.device)
+        return TilePool(config, layers, state, rings_per_block)
+
+    def _rings(self, place: int) -> torch.Tensor:
+        """View one place of every block as a ring, [blocks, 2, kv_heads, ring_tokens, head_dim]."""
+        shape = self.shape
+        blocks, _, tokens, content = self.kv_cache.shape
+        memory = self.kv_cache.as_strided((blocks, tokens * content), (self.kv_cache.stride(0), 1))
+        ring = memory[:, place * shape.ring_bytes : (place + 1) * shape.ring_bytes].view(self.raw_dtype)
+        return ring.unflatten(1, (2, shape.kv_heads, shape.ring_tokens, shape.head_dim))
+
+
+def _records(kv_cache: torch.Tensor, shape: CacheShape) -> torch.Tensor:
+    """View a layer's blocks, [blocks, kv_heads, tokens, bytes a token], as [blocks, tiles, kv_heads, record_bytes]."""
+    blocks, heads, tokens, content = kv_cache.shape
+    tile = shape.preset.tile_tokens
+    if content * tile != shape.layout.record_bytes or kv_cache.stride()[2:] != (content, 1):
+        raise RuntimeError(
+            f"vLLM laid the cache out as {tuple(kv_cache.shape)} with strides {kv_cache.stride()}, which doesn't keep "
+            f"a record of {shape.layout.record_bytes} bytes in one piece."
+        )
+    strides = (kv_cache.stride(0), tile * content, kv_cache.stride(1), 1)
+    return kv_cache.as_strided((blocks, tokens // tile, heads, tile * content), strides, kv_cache.storage_offset())
