@@ -1,0 +1,1 @@
+"""Benchmarks of single operations on one GPU: `python -m benchmarks.kernels decode`."""

@@ -1,0 +1,97 @@
+"""Kernel benchmarks on one GPU: correctness first, then time, against the read bandwidth and against peers.
+
+    python -m benchmarks.kernels decode                  about four minutes, writes benchmarks/results/decode-h100.json
+    python -m benchmarks.kernels decode --only gqa16     cases whose name matches; --quick for one of each kind
+    python -m benchmarks.kernels list                    names of all cases, with peers and whether they can run
+
+The exit status is 1 if an output was wrong or a case could not run; bars that are lost are told, and don't change it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import torch
+
+from benchmarks.kernels import bandwidth, cases, decode, measure, timing, warm
+from benchmarks.kernels.peers import registry
+from benchmarks.kernels.workload import TABLE_TOKENS
+
+_OUT = Path(__file__).resolve().parents[1] / "results" / "decode-h100.json"
+
+
+def main() -> None:
+    """Parse arguments and run the command."""
+    args = _arguments()
+    if args.command == "list":
+        _list()
+    elif not torch.cuda.is_available():
+        sys.exit("Timing needs a CUDA device; there is none. Tests run the same code on the CPU.")
+    elif args.command == "warm":
+        _warm(args)
+    else:
+        sys.exit(0 if _decode(args) else 1)
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(dest="command", required=True)
+    run = commands.add_parser("decode", help="measure decode attention")
+    run.add_argument("--only", metavar="PATTERN", help="regular expression, searched in the names of cases")
+    run.add_argument("--quick", action="store_true", help="one case of each kind")
+    run.add_argument("--out", type=Path, default=_OUT, help="result file")
+    run.add_argument("--peers", nargs="*", help="peers to compare with (default: all that can run)")
+    run.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so many seconds")
+    run.add_argument("--no-warm", action="store_true", help="compile kernels as they are measured, not ahead")
+    names = commands.add_parser("warm", help="compile the kernels of some cases; `decode` calls it")
+    names.add_argument("names", nargs="+")
+    names.add_argument("--peers", nargs=1, help="compile this peer's kernels instead of KVarN's")
+    for command in (run, names):
+        command.add_argument("--table-tokens", type=int, default=TABLE_TOKENS, help="width of page tables, in tokens")
+    commands.add_parser("list", help="print the names of cases and peers")
+    return parser.parse_args()
+
+
+def _decode(args: argparse.Namespace) -> bool:
+    began = time.monotonic()
+    chosen = cases.select(cases.registry(), args.only, args.quick)
+    if not chosen:
+        sys.exit(f"No case matches {args.only!r}; `python -m benchmarks.kernels list` prints their names.")
+    peers = registry.select(args.peers)
+    if not args.no_warm:
+        for problem in warm.compile_all(chosen, peers, args.table_tokens):
+            print(f"compiling ahead failed, {problem}", file=sys.stderr)
+        print(f"compiled ahead in {time.monotonic() - began:.0f} s", file=sys.stderr)
+    device = torch.device("cuda")
+    limit = bandwidth.read_limit_tbps(timing.graph_timer, device)
+    l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
+    bench = measure.Bench(device, timing.graph_timer, l2_bytes, limit, peers, args.table_tokens)
+    passed = decode.run(chosen, bench, args.out, began + args.seconds)
+    print(f"{time.monotonic() - began:.0f} s in all; {args.out}", file=sys.stderr)
+    return passed
+
+
+def _warm(args: argparse.Namespace) -> None:
+    chosen = [case for case in cases.registry() if case.name in args.names]
+    device = torch.device("cuda")
+    if args.peers:
+        warm.compile_peers(chosen, device, registry.select(args.peers))
+    else:
+        warm.compile_own(chosen, device, args.table_tokens)
+    torch.cuda.synchronize()
+
+
+def _list() -> None:
+    for case in cases.registry():
+        print(case.name)
+    for peer in registry.PEERS:
+        print(f"peer {peer.name} ({peer.kind}): {peer.installed or 'missing: ' + ' or '.join(peer.packages)}")
+
+
+if __name__ == "__main__":
+    main()

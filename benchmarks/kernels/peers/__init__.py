@@ -1,0 +1,1 @@
+"""Peers: other implementations of decode attention, imported lazily, on the same shapes under the same rules."""
