@@ -1,29 +1,40 @@
-# Everything runs in one virtual environment, .venv, which the first call makes. `make help` lists the targets.
+# Everything runs in virtual environments that the first call makes: .venv with SGLang, .venv-vllm with vLLM, which pin
+# different versions of the same packages. `make help` lists the targets.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help env serve test lint clean
+.PHONY: help env env-vllm serve serve-vllm test test-vllm lint clean
 
 # A model of tools/fetch_model.py, a checkpoint folder, or the name of a model on a hub.
 MODEL ?= smollm2
 KV_CACHE_DTYPE ?= kvarn_k4v2_g128
-# More flags for tools/serve.py (--once, --port N), and any flag of SGLang.
+# More flags for tools/serve.py (--once, --port N), and any flag of the engine.
 ARGS ?=
 
 BIN := $(CURDIR)/.venv/bin
+VLLM_BIN := $(CURDIR)/.venv-vllm/bin
 # Last on the path, so that an environment which brings its own SGLang keeps its own start-up hooks.
 TEST_ENV := PYTHONPATH="$${PYTHONPATH:+$$PYTHONPATH:}$(CURDIR)/tools/sglang_cpu" OMP_NUM_THREADS=1
 
 help: ## show this list
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## (.*)/make \1\t\2/' | expand -t 14
 
 env: ## make or update .venv
-	@tools/setup_env.sh
+	@tools/setup_env.sh sglang
 
-serve: env ## serve a small model with KVarN and ask it something (MODEL=, KV_CACHE_DTYPE=, ARGS="--once")
+env-vllm: ## make or update .venv-vllm
+	@tools/setup_env.sh vllm
+
+serve: env ## serve a small model with SGLang and ask it something (MODEL=, KV_CACHE_DTYPE=, ARGS="--once")
 	@"$(BIN)/python" tools/serve.py --model "$(MODEL)" --kv-cache-dtype "$(KV_CACHE_DTYPE)" $(ARGS)
 
-test: lint ## check the code and run the tests
+serve-vllm: env-vllm ## the same with vLLM
+	@"$(VLLM_BIN)/python" tools/serve.py --engine vllm --model "$(MODEL)" --kv-cache-dtype "$(KV_CACHE_DTYPE)" $(ARGS)
+
+test: lint test-vllm ## check the code and run all tests
 	$(TEST_ENV) "$(BIN)/python" -m pytest -n 2
+
+test-vllm: env-vllm ## run the tests that need vLLM
+	"$(VLLM_BIN)/python" -m pytest tests/vllm
 
 lint: env ## check style, types and import contracts
 	"$(BIN)/ruff" check .
@@ -32,5 +43,5 @@ lint: env ## check style, types and import contracts
 	"$(BIN)/lint-imports"
 
 clean: ## remove .venv and everything else that was made here (models stay in their cache)
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
+	rm -rf .venv .venv-vllm build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis .import_linter_cache
 	find kvarn tests tools benchmarks -name __pycache__ -prune -exec rm -rf {} +

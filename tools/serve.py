@@ -1,9 +1,9 @@
-"""Serve a real model with KVarN through SGLang, ask it something, and say what its KV cache costs.
+"""Serve a real model with KVarN, ask it something, and say what its KV cache costs.
 
-    python tools/serve.py [--model NAME] [--kv-cache-dtype PRESET] [--port N] [--once] [FLAGS OF SGLANG ...]
+    python tools/serve.py [--engine sglang|vllm] [--model NAME] [--kv-cache-dtype PRESET] [--port N] [--once] [FLAG ...]
 
-What `make serve` runs. Everything that this file does not know is handed to ``sglang.launch_server`` as it is; KVarN
-itself gets no flag but the cache dtype. Without a CUDA device the same server runs on SGLang's CPU engine.
+What `make serve` and `make serve-vllm` run. Everything that this file does not know is handed to the engine as it is;
+KVarN itself gets no flag but the cache dtype. Without a CUDA device the same server runs on the engine's CPU build.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import NoReturn
 
 from kvarn.errors import KVarNError
 from kvarn.presets import PRESETS, get_preset, is_preset_name
+from serve_engines import ENGINES
 from serve_report import ServeError, report
 
 TOOLS = Path(__file__).resolve().parent
@@ -32,8 +33,6 @@ LOGS = TOOLS.parent / "build"
 HOST = "127.0.0.1"
 DEFAULT_PORT = 30000
 LOG_TAIL_LINES = 25
-# float32, because 16-bit maths is slow on CPUs; limits, because SGLang would plan with most of the machine's memory.
-CPU_FLAGS = ("--device", "cpu", "--dtype", "float32", "--max-total-tokens", "65536", "--max-running-requests", "8")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,7 @@ def main() -> int:
         model = fetch_model(args.model)
         with started(args, model, flags) as server:
             wait_until_healthy(server, args.timeout)
-            report(server.url, model, preset)
+            report(server.url, ENGINES[args.engine].facts(server.url), model, preset)
             if not args.once:
                 serve_until_interrupted(server)
     except (ServeError, KVarNError) as error:
@@ -84,20 +83,6 @@ def fetch_model(name: str) -> str:
     return fetched.stdout.splitlines()[-1]
 
 
-def server_environment(cuda: bool, model: str) -> dict[str, str]:
-    """Return the server's environment: this one, and the stand-ins for what SGLang lacks without a GPU."""
-    environment = dict(os.environ, PYTHONUNBUFFERED="1")
-    if Path(model).is_dir():
-        environment.setdefault("HF_HUB_OFFLINE", "1")
-    if not cuda:
-        paths = (str(TOOLS / "sglang_cpu"), environment.get("PYTHONPATH"))
-        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
-        environment["SGLANG_USE_CPU_ENGINE"] = "1"
-        # One core stays free for the other processes; threads of torch that wait for a core slow it down by far more.
-        environment.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) - 1)))
-    return environment
-
-
 def has_cuda() -> bool:
     """Tell whether the server will run on a GPU, and say so where that may surprise."""
     import torch
@@ -105,7 +90,7 @@ def has_cuda() -> bool:
     cuda = torch.cuda.is_available()
     if not cuda and Path("/dev/nvidiactl").exists():
         print("An NVIDIA GPU is here, but this torch can't use it: serving on the CPU. Put a CUDA build of torch and")
-        print("SGLang into the python3 that make uses, then remove .venv and try again.")
+        print("the engine into the python3 that make uses, then remove .venv and try again.")
     return cuda
 
 
@@ -125,9 +110,8 @@ def choose_port(asked: int | None) -> int:
 def started(args: argparse.Namespace, model: str, flags: list[str]) -> Iterator[Server]:
     """Start the server in a process group of its own, its output in a file; stop the whole group at the end."""
     cuda, port = has_cuda(), choose_port(args.port)
-    command = [sys.executable, "-m", "sglang.launch_server", "--model-path", model]
-    command += ["--kv-cache-dtype", args.kv_cache_dtype, "--host", HOST, "--port", str(port)]
-    command += [*(() if cuda else CPU_FLAGS), *flags]
+    engine = ENGINES[args.engine]
+    command = [*engine.command(model, args.kv_cache_dtype, HOST, port, cuda=cuda), *flags]
     LOGS.mkdir(exist_ok=True)
     log = LOGS / f"serve-{port}.log"
     print(f"$ {' '.join(command)}\nlog: {log}", flush=True)
@@ -137,7 +121,7 @@ def started(args: argparse.Namespace, model: str, flags: list[str]) -> Iterator[
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
-            env=server_environment(cuda, model),
+            env=engine.environment(model, cuda=cuda),
             start_new_session=True,
         )
     try:
@@ -215,9 +199,10 @@ def _leave(number: int, _frame: object) -> NoReturn:
 
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:
-    parser = argparse.ArgumentParser(description="Serve a model with KVarN through SGLang.", allow_abbrev=False)
+    parser = argparse.ArgumentParser(description="Serve a model with KVarN.", allow_abbrev=False)
+    parser.add_argument("--engine", default="sglang", choices=ENGINES, help="(%(default)s)")
     parser.add_argument("--model", default="smollm2", help="a model of fetch_model.py, a folder, or a hub name")
-    parser.add_argument("--kv-cache-dtype", default="kvarn_k4v2_g128", help=f"{', '.join(PRESETS)}, or one of SGLang's")
+    parser.add_argument("--kv-cache-dtype", default="kvarn_k4v2_g128", help=f"{', '.join(PRESETS)} or the engine's")
     parser.add_argument("--port", type=int, help=f"port (default: {DEFAULT_PORT}, or any free one if that is taken)")
     parser.add_argument("--once", action="store_true", help="stop after the first answer")
     parser.add_argument(

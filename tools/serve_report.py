@@ -7,6 +7,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,18 +39,40 @@ def call(url: str, body: dict[str, object] | None = None) -> Any:
         raise ServeError(f"{url} gave no answer ({error}); the server's log has the cause.") from error
 
 
-def report(url: str, model: str, preset: Preset | None) -> None:
+@dataclass(frozen=True)
+class CacheFacts:
+    """What a server tells of itself."""
+
+    engine: str
+    """Name and version."""
+    model: str
+    """Under which name it serves the model."""
+    dtype: str
+    """Cache dtype."""
+    tokens: int
+    """Tokens that its cache holds."""
+    ranks: int = 1
+    """Ranks that share the kv heads."""
+    raw_bytes: int = 2
+    """Bytes of a number in the model's dtype."""
+    requests: int | None = None
+    """Requests at once, whose exact tails are allocated apart from the tokens; None if they come out of the tokens."""
+    gib: float | None = None
+    """Memory of the cache; None if it is not told."""
+
+
+def report(url: str, facts: CacheFacts, model: str, preset: Preset | None) -> None:
     """Ask the server, and print question, answer and what the cache costs.
 
     Args:
         url: address of the server.
+        facts: what the server tells of itself.
         model: folder or hub name of the model.
-        preset: the preset in use; None for a cache dtype of SGLang's own.
+        preset: the preset in use; None for a cache dtype of the engine's own.
     """
-    info = call(f"{url}/server_info")
     messages = [{"role": "user", "content": f"{PASSAGE.read_text()}\n{QUESTION}"}]
     began = time.monotonic()
-    request = {"model": "default", "messages": messages, "max_tokens": ANSWER_TOKENS, "temperature": 0}
+    request = {"model": facts.model, "messages": messages, "max_tokens": ANSWER_TOKENS, "temperature": 0}
     answer = call(f"{url}/v1/chat/completions", request)
     seconds = time.monotonic() - began
     text, usage = (answer["choices"][0]["message"]["content"] or "").strip(), answer["usage"]
@@ -57,36 +80,37 @@ def report(url: str, model: str, preset: Preset | None) -> None:
         raise ServeError("The server's answer is empty, so that something is wrong; see its log.")
     print(f"\nquestion   {QUESTION} (about the text in tools/{PASSAGE.name})")
     print(f"answer     {text}")
-    print(f"           {usage['completion_tokens']} tokens in {seconds:.1f} s, SGLang {info['version']}")
-    for line in cache_lines(info, model, preset, usage["prompt_tokens"]):
+    print(f"           {usage['completion_tokens']} tokens in {seconds:.1f} s, {facts.engine}")
+    for line in cache_lines(facts, model, preset, usage["prompt_tokens"]):
         print(line)
-    example = json.dumps({"model": "default", "messages": [{"role": "user", "content": "Hello!"}]})
+    example = json.dumps({"model": facts.model, "messages": [{"role": "user", "content": "Hello!"}]})
     print(f"\nserver     {url}, an OpenAI endpoint:")
     print(f"           curl {url}/v1/chat/completions -H 'Content-Type: application/json' -d '{example}'", flush=True)
 
 
-def cache_lines(info: dict[str, Any], model: str, preset: Preset | None, prompt_tokens: int) -> Iterator[str]:
+def cache_lines(facts: CacheFacts, model: str, preset: Preset | None, prompt_tokens: int) -> Iterator[str]:
     """Yield what the server reports of its cache, beside what kvarn.core.capacity plans for the model."""
-    tokens, state = info["max_total_num_tokens"], info["internal_states"][0]
-    requests = state["effective_max_running_requests_per_dp"]
     if preset is None:
-        yield f"KV cache   {tokens:,} tokens, dtype {info['kv_cache_dtype']}, at most {requests} requests"
+        yield f"KV cache   {facts.tokens:,} tokens, dtype {facts.dtype}"
         return
-    shape = shape_of(preset, model, info)
+    shape = shape_of(preset, model, facts)
     tile, token_bytes = preset.tile_tokens, shape.bytes_per_token
     fp16_bytes = 2 * shape.raw_bytes_per_token // shape.raw_bytes
-    records, exact = (tokens // tile + 1) * shape.page_bytes, shape.fixed_bytes(requests)
-    planned, fp16 = records + exact, tokens * fp16_bytes
     sealed = max(0, prompt_tokens - shape.tail_tokens) // tile * tile
     yield f"           {sealed} of the {prompt_tokens} prompt tokens were read from {preset.name} records meanwhile"
-    yield f"KV cache   {tokens:,} tokens in records, {token_bytes:,} bytes a token"
+    yield f"KV cache   {facts.tokens:,} tokens in records, {token_bytes:,} bytes a token"
     yield f"           fp16 takes {fp16_bytes:,} bytes a token, {fp16_bytes / token_bytes:.2f} times as many"
-    yield f"memory     {state['memory_usage']['kvcache']:.2f} GiB says the server, {planned / GIB:.2f} GiB the plan:"
-    yield f"           {records / GIB:.2f} of records, {exact / GIB:.2f} of exact rows for {requests} requests at once"
+    if facts.requests is None or facts.gib is None:
+        yield "           exact tails are counted among the tokens, as vLLM counts them for its longest context"
+        return
+    records, exact = (facts.tokens // tile + 1) * shape.page_bytes, shape.fixed_bytes(facts.requests)
+    planned, fp16 = records + exact, facts.tokens * fp16_bytes
+    yield f"memory     {facts.gib:.2f} GiB says the server, {planned / GIB:.2f} GiB the plan:"
+    yield f"           {records / GIB:.2f} of records, {exact / GIB:.2f} of exact rows for {facts.requests} requests"
     yield f"           fp16 takes {fp16 / GIB:.2f} GiB for as many tokens, {fp16 / planned:.2f} times the plan"
 
 
-def shape_of(preset: Preset, model: str, info: dict[str, Any]) -> CacheShape:
+def shape_of(preset: Preset, model: str, facts: CacheFacts) -> CacheShape:
     """Return what one rank caches, from the model's config.json."""
     path = Path(model) / "config.json"
     if not path.is_file():
@@ -99,7 +123,7 @@ def shape_of(preset: Preset, model: str, info: dict[str, Any]) -> CacheShape:
     return cache_shape(
         preset,
         layers=config["num_hidden_layers"],
-        kv_heads=max(1, (config.get("num_key_value_heads") or heads) // info["tp_size"]),
+        kv_heads=max(1, (config.get("num_key_value_heads") or heads) // facts.ranks),
         head_dim=config.get("head_dim") or config["hidden_size"] // heads,
-        raw_bytes=4 if info["dtype"] == "float32" else 2,
+        raw_bytes=facts.raw_bytes,
     )

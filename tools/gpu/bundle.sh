@@ -1,12 +1,14 @@
 #!/usr/bin/env bash
-# Builds what a GPU machine without internet needs to serve a real model with SGLang 0.5.23, in pieces of at most
-# 58 MiB under .gpu/ (ignored by git). That machine has Python 3.12, torch 2.11+cu130, triton 3.6, transformers, nvcc.
+# Builds what a GPU machine without internet needs to serve a real model with SGLang 0.5.23 and vLLM 0.33.0, in pieces of
+# at most 61 MiB under .gpu/ (ignored by git). It has Python 3.12, torch 2.11+cu130, triton 3.6, transformers, nvcc.
 #
-#   tools/gpu/bundle.sh [engine] [model] [prose]      default: all three, in about 2 minutes
-#   Needs pip, unzip, xz, apt-get and 4 GB of scratch; about 1 GB on disk after.
+#   tools/gpu/bundle.sh [engine] [model] [prose] [vllm]      default: all four, in about 5 minutes
+#   Needs pip, unzip, xz, apt-get and 5 GB of scratch; about 1.1 GB on disk after.
 #
 #   .gpu/engine/      site.txz (SGLang, sgl_kernel for sm_90), whl/, prose.txt, the model's short last piece
 #   .gpu/w00..w15/    one piece each of Qwen2.5-Coder-1.5B-Instruct (GGUF, Q4_K_M, Apache-2.0)
+#   .gpu/vllm/        vLLM's Python, FlashAttention 3, vllm-whl/ (the wheels that the machine lacks)
+#   .gpu/vllm-c/      vLLM's compiled library
 #
 # Every folder has a NAME.sha256 that receive.sh checks. prose.txt is 40,000 characters of the Debian package
 # `anarchism` (GPL-2), text for perplexity; neither it nor the weights may be committed.
@@ -79,8 +81,26 @@ sys.stdout.write(text[60_000:100_000])
 PY
 }
 
+vllm() {
+  local site=$TMP/vllm-site
+  mkdir -p "$OUT/vllm" "$OUT/vllm-c"
+  wheels "$TMP/vllm" vllm==0.33.0
+  python3 -m zipfile -e "$TMP"/vllm/vllm-*.whl "$site"
+  xz -T2 -6 -c "$site/vllm/_C_stable_libtorch.abi3.so" >"$OUT/vllm-c/vllm-c.so.xz"
+  xz -T2 -3 -c "$site/vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so" >"$OUT/vllm/vllm-fa3.so.xz"
+  # What is left is Python; the other libraries are for MoE, MLA and other GPUs, and vLLM does without them.
+  find "$site" -name '*.so' -delete
+  rm -rf "$site/vllm/vllm-rs" "$site/vllm/third_party/deep_gemm"
+  tar cf - --sort=name --owner=0 --group=0 --transform 's|^vllm-site|site|' -C "$TMP" vllm-site |
+    xz -T2 -4 >"$OUT/vllm/vllm-site.txz"
+  rm -rf "$OUT/vllm/vllm-whl"
+  wheels "$OUT/vllm/vllm-whl" -r "$HERE/wheels-vllm.txt"
+  sums vllm
+  sums vllm-c
+}
+
 mkdir -p "$OUT"
-[ $# -gt 0 ] || set -- engine model prose
+[ $# -gt 0 ] || set -- engine model prose vllm
 for step in "$@"; do "$step"; done
-sums engine
+if [ -d "$OUT/engine" ]; then sums engine; fi
 du -sm "$OUT"/*

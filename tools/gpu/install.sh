@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On the GPU machine, in the repository root: tools/gpu/install.sh [engine] [model] [plugin]    default: all three
-# engine and model install once, from the pieces received; plugin installs this repository each time. No network.
+# On the GPU machine, in the repository root: tools/gpu/install.sh [engine] [vllm] [model] [plugin]   default: all four
+# engines and model install once, from the pieces received; plugin installs this repository each time. No network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . tools/gpu/env.sh
@@ -12,15 +12,26 @@ engine() {
   wait $!
 }
 
+vllm() { # into a folder of its own: SGLang wants other versions of the same packages
+  local home=$KVARN_GPU_HOME/vllm
+  mkdir -p "$home"
+  tar xJf "$pieces/vllm-site.txz" -C "$home"
+  xz -dc "$pieces/vllm-c.so.xz" >"$home/site/vllm/_C_stable_libtorch.abi3.so" &
+  xz -dc "$pieces/vllm-fa3.so.xz" >"$home/site/vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
+  python3 -m pip install -q --no-index --no-deps --no-compile --target "$home/wheels" "$pieces"/vllm-whl/*.whl
+  wait $!
+}
+
 model() { python3 tools/gpu/convert.py "$pieces" "$KVARN_GPU_MODEL"; }
 
 plugin() { # a copy with its metadata: SGLang finds the plugin by the entry points named there
   rm -rf "$KVARN_GPU_HOME/plugin" build ./*.egg-info
   python3 -m pip install -q --no-index --no-deps --no-build-isolation --no-compile --target "$KVARN_GPU_HOME/plugin" .
-  python3 -c 'from importlib.metadata import entry_points as e; print(*e(group="sglang.srt.plugins"))'
+  python3 -c 'from importlib.metadata import entry_points as e
+for group in "sglang.srt.plugins", "vllm.general_plugins": print(*e(group=group))'
 }
 
-[ $# -gt 0 ] || set -- engine model plugin
+[ $# -gt 0 ] || set -- engine vllm model plugin
 for step in "$@"; do
   if [ -e "$KVARN_GPU_HOME/$step.done" ]; then continue; fi
   began=$SECONDS

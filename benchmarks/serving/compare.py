@@ -1,10 +1,11 @@
-"""KVarN against the model dtype in SGLang: capacity, KL, greedy agreement and decode speed at the same memory.
+"""KVarN against the model dtype in an engine: capacity, KL, greedy agreement and decode speed at the same memory.
 
-    python -m benchmarks.serving.sglang_compare --model DIR --text FILE --out benchmarks/results/sglang-h100.json
+    python -m benchmarks.serving.compare --engine vllm --model DIR --text FILE --out benchmarks/results/vllm-h100.json
 
 KL is that of the next-token distributions over prose which is prefilled in chunks of one tile, so that the context is
 read from records as in decode. Logits are computed here, in float32, from the hidden states that the engine's own
-language model head reads. No speed is reported if the KL is above the bar.
+language model head reads. No speed is reported if the KL is above the bar. Other cache dtypes of the engine may be
+named as peers; one that can't run is left out, and said.
 """
 
 from __future__ import annotations
@@ -23,44 +24,62 @@ import numpy as np
 import torch
 
 from benchmarks import results
+from benchmarks.serving.engines import BASELINE, ENGINES
+from kvarn.presets import is_preset_name
 
-_TILE = 128
 _KL_BAR = 0.0035
-_BASELINE = "auto"
 _KL_BLOCK = 256
+
+
+class EngineFailed(Exception):
+    """An engine didn't do what it was asked to; says its last words."""
 
 
 def main() -> None:
     """Measure every dtype in a process of its own, compare, write the rows."""
     args = _arguments()
     ids = _tokens(args.model, args.text)
+    head = _head_weight(args.model)
+    quality: dict[str, dict[str, float]] = {}
+    served: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        hidden = {dtype: _hidden_states(args, dtype, ids[: args.kl_tokens], work) for dtype in args.dtypes}
-        head = _head_weight(args.model)
-        quality = {dtype: _divergence(head, hidden[_BASELINE], hidden[dtype]) for dtype in args.dtypes}
-        for dtype, figures in quality.items():
-            print(f"{dtype}: {figures}", flush=True)
-            if figures["kl_mean"] > args.kl_bar:
-                sys.exit(
-                    f"{dtype} has a mean KL of {figures['kl_mean']:.5f}, above {args.kl_bar}: no speed is reported."
-                )
-        served = {dtype: _serve(args, dtype, ids, work) for dtype in args.dtypes}
-    rows = [row for dtype in args.dtypes for row in _rows(args, dtype, quality[dtype], served)]
-    results.write(args.out, rows, engine="sglang")
+        reference = _hidden_states(args, BASELINE, ids[: args.kl_tokens], work)
+        for dtype in [BASELINE, *args.dtypes]:
+            try:
+                hidden = _hidden_states(args, dtype, ids[: args.kl_tokens], work) if dtype != BASELINE else reference
+                quality[dtype] = _divergence(head, reference, hidden)
+                print(f"{dtype}: {quality[dtype]}", flush=True)
+                _check_quality(dtype, quality[dtype], args.kl_bar)
+                served[dtype] = _serve(args, dtype, ids, work)
+            except EngineFailed as error:
+                if dtype == BASELINE or is_preset_name(dtype):
+                    sys.exit(str(error))
+                print(f"{dtype} is left out: {error}", flush=True)
+    rows = [row for dtype in served for row in _rows(args, dtype, quality[dtype], served)]
+    results.write(args.out, rows, engine=args.engine)
     for row in rows:
         print(json.dumps(row))
 
 
+def _check_quality(dtype: str, figures: dict[str, float], bar: float) -> None:
+    """Stop before a speed is measured whose answers are not good enough; peers are only reported."""
+    if is_preset_name(dtype) and figures["kl_mean"] > bar:
+        sys.exit(f"{dtype} has a mean KL of {figures['kl_mean']:.5f}, above {bar}: no speed is reported.")
+
+
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--engine", required=True, choices=ENGINES)
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--text", type=Path, required=True, help="prose, a plain text file")
     parser.add_argument("--out", type=Path, required=True, help="result file")
-    parser.add_argument("--dtypes", nargs="+", default=[_BASELINE, "kvarn_k4v2_g128"], help="the baseline comes first")
+    parser.add_argument("--dtypes", nargs="+", default=["kvarn_k4v2_g128"], help="cache dtypes beside the model's own")
     parser.add_argument("--model-dtype", default="float16")
-    parser.add_argument("--engine", type=json.loads, default={}, help="more arguments of every engine, JSON")
-    parser.add_argument("--baseline-engine", type=json.loads, default={}, help="more arguments of the baseline's, JSON")
+    parser.add_argument("--arguments", type=json.loads, default={}, help="more arguments of the engine, JSON")
+    parser.add_argument(
+        "--baseline-arguments", type=json.loads, default={}, help="more for the model's own dtype, JSON"
+    )
     parser.add_argument("--requests", type=int, default=64, help="running requests allowed")
     parser.add_argument("--kl-tokens", type=int, default=4096)
     parser.add_argument("--kl-bar", type=float, default=_KL_BAR)
@@ -84,39 +103,33 @@ def _model_config(model: str) -> dict[str, Any]:
     return json.loads((Path(model) / "config.json").read_text())
 
 
-def _engine_arguments(args: argparse.Namespace, dtype: str, extra: dict[str, Any]) -> dict[str, Any]:
-    common = {"model_path": args.model, "dtype": args.model_dtype, "kv_cache_dtype": dtype, "random_seed": 0}
-    baseline = {"page_size": _TILE, **args.baseline_engine} if dtype == _BASELINE else {}
-    return {**common, "skip_server_warmup": True, "log_level": "info", **args.engine, **baseline, **extra}
+def _engine_arguments(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
+    ours = ENGINES[args.engine].arguments(args.model, args.model_dtype, dtype, args.requests)
+    return {**ours, **args.arguments, **(args.baseline_arguments if dtype == BASELINE else {})}
 
 
-def _run(job: dict[str, Any], work: Path, name: str) -> dict[str, Any]:
+def _run(engine: str, job: dict[str, Any], work: Path, name: str) -> dict[str, Any]:
     path, result = work / f"{name}.json", work / f"{name}.result.json"
     path.write_text(json.dumps({**job, "result": str(result)}))
     log_dir = Path(os.environ.get("KVARN_BENCH_LOGS", work))
     with (log_dir / f"{name}.log").open("w") as log:
-        command = [sys.executable, "-m", "benchmarks.serving.sglang_worker", str(path)]
+        command = [sys.executable, "-m", "benchmarks.serving.worker", engine, str(path)]
         code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
     if code or not result.exists():
-        sys.exit(f"The engine for {name} failed with code {code}:\n{(log_dir / f'{name}.log').read_text()[-4000:]}")
+        said = (log_dir / f"{name}.log").read_text()[-4000:]
+        raise EngineFailed(f"The engine for {name} failed with code {code}:\n{said}")
     return json.loads(result.read_text())
 
 
 def _hidden_states(args: argparse.Namespace, dtype: str, ids: list[int], work: Path) -> torch.Tensor:
     """Return the final hidden states of a prefill in chunks of one tile, [tokens, hidden], float32."""
     file = work / f"{dtype}.hidden"
-    hook = {
-        "name": "hidden",
-        "target_modules": ["model.norm"],
-        "hook_factory": "benchmarks.serving.capture:save_hidden",
-        "config": {"file": str(file)},
-    }
-    extra = {"chunked_prefill_size": _TILE, "disable_cuda_graph": True, "forward_hooks": [hook]}
-    _run({"engine": _engine_arguments(args, dtype, extra), "prefill": {"ids": ids}}, work, f"kl-{dtype}")
+    arguments = {**_engine_arguments(args, dtype), **ENGINES[args.engine].prefill_arguments(file)}
+    _run(args.engine, {"engine": arguments, "prefill": {"ids": ids, "file": str(file)}}, work, f"kl-{dtype}")
     width = _model_config(args.model)["hidden_size"]
     hidden = np.fromfile(file, dtype=np.float16).reshape(-1, width)[: len(ids)]
     if len(hidden) != len(ids):
-        sys.exit(f"The hook saw {len(hidden)} of {len(ids)} tokens.")
+        raise EngineFailed(f"The hook saw {len(hidden)} of {len(ids)} tokens.")
     return torch.from_numpy(hidden.astype(np.float32))
 
 
@@ -158,24 +171,24 @@ def _serve(args: argparse.Namespace, dtype: str, ids: list[int], work: Path) -> 
     vocab = _model_config(args.model)["vocab_size"]
     case = {"context": args.context, "new_tokens": args.decode_tokens, "repeats": args.repeats, "vocab": vocab}
     job = {
-        "engine": _engine_arguments(args, dtype, {"max_running_requests": args.requests}),
+        "engine": _engine_arguments(args, dtype),
         "greedy": {"prompts": prompts, "new_tokens": args.new_tokens},
         "decode": [{"batch": batch, **case} for batch in args.batches],
     }
-    return _run(job, work, f"serve-{dtype}")
+    return _run(args.engine, job, work, f"serve-{dtype}")
 
 
 def _rows(
     args: argparse.Namespace, dtype: str, quality: dict[str, float], served: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
-    baseline, mine = served[_BASELINE], served[dtype]
+    baseline, mine = served[BASELINE], served[dtype]
     diverged = sorted(_first_divergence(a, b) for a, b in zip(baseline["greedy"], mine["greedy"], strict=True))
     quartiles = statistics.quantiles(diverged, n=4) if len(diverged) > 1 else [diverged[0]] * 3
     common = {
-        "engine": "sglang",
+        "engine": args.engine,
         "model": Path(args.model).name,
         "model_dtype": args.model_dtype,
-        "dtype": args.model_dtype if dtype == _BASELINE else dtype,
+        "dtype": args.model_dtype if dtype == BASELINE else dtype,
         "max_running_requests": args.requests,
         "kv_tokens": mine["kv_tokens"],
         "capacity_ratio": round(mine["kv_tokens"] / baseline["kv_tokens"], 3),

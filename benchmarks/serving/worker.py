@@ -1,4 +1,4 @@
-"""One SGLang engine, measured: `python -m benchmarks.serving.sglang_worker JOB.json` writes JOB's result file.
+"""One engine, measured: `python -m benchmarks.serving.worker ENGINE JOB.json` writes the job's result file.
 
 A process of its own, because an engine keeps the memory that it was given.
 """
@@ -11,66 +11,56 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serving.engines import ENGINES, Engine
+
 _WARM_TOKENS = 16
 
 
 def main() -> None:
     """Start the engine that a job describes, run its measurements, write their results."""
-    import sglang
-
-    job = json.loads(Path(sys.argv[1]).read_text())
-    engine = sglang.Engine(**job["engine"])
-    result: dict[str, Any] = {"kv_tokens": engine.get_server_info()["max_total_num_tokens"]}
+    job = json.loads(Path(sys.argv[2]).read_text())
+    engine = ENGINES[sys.argv[1]](job["engine"])
+    result: dict[str, Any] = {"kv_tokens": engine.kv_tokens}
     if "greedy" in job:
-        result["greedy"] = greedy(engine, job["greedy"]["prompts"], job["greedy"]["new_tokens"])
+        engine.flush()
+        result["greedy"] = engine.generate(job["greedy"]["prompts"], job["greedy"]["new_tokens"])
     if "prefill" in job:
-        generate(engine, [job["prefill"]["ids"]], 1)
+        engine.save_hidden(Path(job["prefill"]["file"]))
+        engine.generate([job["prefill"]["ids"]], 1)
     if "decode" in job:
         result["decode"] = [decode_speed(engine, **case) for case in job["decode"]]
-    engine.shutdown()
+    engine.close()
     Path(job["result"]).write_text(json.dumps(result))
 
 
-def generate(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """Generate greedily, exactly that many tokens a prompt."""
-    sampling = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
-    return [out["output_ids"] for out in engine.generate(input_ids=prompts, sampling_params=sampling)]
-
-
-def greedy(engine: Any, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
-    """Generate for all prompts at once, after the cache was flushed."""
-    engine.flush_cache()
-    return generate(engine, prompts, new_tokens)
-
-
-def decode_speed(engine: Any, batch: int, context: int, new_tokens: int, repeats: int, vocab: int) -> dict[str, Any]:
+def decode_speed(engine: Engine, batch: int, context: int, new_tokens: int, repeats: int, vocab: int) -> dict[str, Any]:
     """Measure decode tokens a second over cached contexts.
 
     The contexts are prefilled once; then two generations of different length hit the cache, and their difference is
     decode alone.
 
     Args:
-        engine: an sglang.Engine.
+        engine: the engine.
         batch: requests at once.
         context: tokens of each request before the first measured one.
         new_tokens: tokens measured.
         repeats: measurements; the median, lowest and highest are reported.
         vocab: ids are drawn below this.
     """
-    engine.flush_cache()
+    engine.flush()
     prompts = [
         [(i * 7919 + j * 104729 + j * j * 31) % (vocab - 100) + 50 for j in range(context)] for i in range(batch)
     ]
     began = time.perf_counter()
-    generate(engine, prompts, 1)
+    engine.generate(prompts, 1)
     prefill_s = time.perf_counter() - began
-    generate(engine, prompts, _WARM_TOKENS)
+    engine.generate(prompts, _WARM_TOKENS)
     rates = []
     for _ in range(repeats):
         seconds = []
         for count in (_WARM_TOKENS, _WARM_TOKENS + new_tokens):
             began = time.perf_counter()
-            generate(engine, prompts, count)
+            engine.generate(prompts, count)
             seconds.append(time.perf_counter() - began)
         rates.append(batch * new_tokens / (seconds[1] - seconds[0]))
     rates.sort()

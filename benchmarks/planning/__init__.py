@@ -1,0 +1,1 @@
+"""Measurements of planning and scheduling, which need no GPU."""

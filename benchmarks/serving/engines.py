@@ -1,0 +1,148 @@
+"""The engines that are compared, behind one interface: what they are started with and how they are asked."""
+
+from __future__ import annotations
+
+import functools
+import os
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving.capture import append_hidden, save_hidden
+
+BASELINE = "auto"
+_TILE = 128
+
+
+class Engine(ABC):
+    """A running engine.
+
+    Args:
+        arguments: of the engine's own constructor.
+    """
+
+    kv_tokens: int
+
+    @staticmethod
+    @abstractmethod
+    def arguments(model: str, model_dtype: str, dtype: str, requests: int) -> dict[str, Any]:
+        """Return what the engine is started with to serve."""
+
+    @staticmethod
+    @abstractmethod
+    def prefill_arguments(file: Path) -> dict[str, Any]:
+        """Return what it is started with besides, to prefill in chunks of one tile without graphs."""
+
+    @abstractmethod
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        """Generate greedily, exactly that many tokens a prompt."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Empty the cache."""
+
+    @abstractmethod
+    def save_hidden(self, file: Path) -> None:
+        """From now on append the hidden states that the language model head reads to a file, float16."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """End the engine."""
+
+
+class SGLang(Engine):
+    """SGLang's offline engine."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        import sglang
+
+        self._engine = sglang.Engine(**arguments)
+        self.kv_tokens = self._engine.get_server_info()["max_total_num_tokens"]
+
+    @staticmethod
+    def arguments(model: str, model_dtype: str, dtype: str, requests: int) -> dict[str, Any]:
+        """Return what the engine is started with to serve."""
+        common = {"model_path": model, "dtype": model_dtype, "kv_cache_dtype": dtype, "random_seed": 0}
+        pages = {"page_size": _TILE} if dtype == BASELINE else {}
+        return {**common, **pages, "skip_server_warmup": True, "log_level": "info", "max_running_requests": requests}
+
+    @staticmethod
+    def prefill_arguments(file: Path) -> dict[str, Any]:
+        """Return what it is started with besides, to prefill in chunks of one tile without graphs."""
+        hook = {
+            "name": "hidden",
+            "target_modules": ["model.norm"],
+            "hook_factory": f"{save_hidden.__module__}:{save_hidden.__name__}",
+            "config": {"file": str(file)},
+        }
+        return {"chunked_prefill_size": _TILE, "disable_cuda_graph": True, "forward_hooks": [hook]}
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        """Generate greedily, exactly that many tokens a prompt."""
+        sampling = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        return [out["output_ids"] for out in self._engine.generate(input_ids=prompts, sampling_params=sampling)]
+
+    def flush(self) -> None:
+        """Empty the cache."""
+        self._engine.flush_cache()
+
+    def save_hidden(self, file: Path) -> None:
+        """Do nothing: the hook is among the engine's arguments."""
+
+    def close(self) -> None:
+        """End the engine."""
+        self._engine.shutdown()
+
+
+class VLLM(Engine):
+    """vLLM's offline engine."""
+
+    def __init__(self, arguments: dict[str, Any]) -> None:
+        # The hook on the final norm must reach the worker without being pickled.
+        os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+        from vllm import LLM
+
+        self._engine = LLM(**arguments)
+        self.kv_tokens = self._engine.llm_engine.vllm_config.cache_config.kv_cache_size_tokens
+
+    @staticmethod
+    def arguments(model: str, model_dtype: str, dtype: str, requests: int) -> dict[str, Any]:
+        """Return what the engine is started with to serve."""
+        return {
+            "model": model,
+            "dtype": model_dtype,
+            "kv_cache_dtype": dtype,
+            "max_num_seqs": requests,
+            "skip_tokenizer_init": True,
+            "seed": 0,
+        }
+
+    @staticmethod
+    def prefill_arguments(file: Path) -> dict[str, Any]:
+        """Return what it is started with besides, to prefill in chunks of one tile without graphs."""
+        del file
+        return {"max_num_batched_tokens": _TILE, "max_num_seqs": 8, "enforce_eager": True}
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        """Generate greedily, exactly that many tokens a prompt."""
+        from vllm import SamplingParams
+
+        sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        asked = [{"prompt_token_ids": prompt} for prompt in prompts]
+        answers = self._engine.generate(asked, sampling, use_tqdm=False)
+        return [list(answer.outputs[0].token_ids) for answer in answers]
+
+    def flush(self) -> None:
+        """Empty the cache."""
+        self._engine.reset_prefix_cache()
+
+    def save_hidden(self, file: Path) -> None:
+        """From now on append the hidden states that the language model head reads to a file, float16."""
+        append = functools.partial(append_hidden, file)
+        self._engine.apply_model(lambda model: model.model.norm.register_forward_hook(append) and None)
+
+    def close(self) -> None:
+        """Do nothing: the engine ends with its process."""
+
+
+ENGINES: dict[str, type[Engine]] = {"sglang": SGLang, "vllm": VLLM}

@@ -1,0 +1,89 @@
+"""One model and one prompt in both engines, each in its own environment: the same records and the same answers."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from ask_engine import LAYERS, NEW_TOKENS, PROMPT_TOKENS
+from engine_process import Models, environment
+from tiny_models import LLAMA_GROUP_3, QWEN3_GROUP_2, TinyModel
+
+_ROOT = Path(__file__).resolve().parents[2]
+_ASK = Path(__file__).with_name("ask_engine.py")
+_VLLM_PYTHON = Path(os.environ.get("KVARN_VLLM_PYTHON", _ROOT / ".venv-vllm" / "bin" / "python"))
+_TIMEOUT_S = 200
+_TILE = 128
+# The engines round differently, in the last bits of float32.
+EXACT_DIFFERENCE = 1e-4
+# So a code on the edge between two values may fall to either side, which tiny random models answer with more than real
+# ones: the largest single difference of SmolLM2 is below the mean allowed here.
+MEAN_DIFFERENCE, LARGEST_DIFFERENCE = 1e-3, 1e-2
+
+Record = Callable[[str, object], None]
+pytestmark = pytest.mark.skipif(not _VLLM_PYTHON.exists(), reason="no environment with vLLM (make env-vllm)")
+
+
+def ask(engine: str, model: Path, folder: Path, *, records: bool = False, **variables: str) -> Path:
+    """Ask an engine; returns the file with its answer, or with its records."""
+    folder.mkdir(parents=True, exist_ok=True)
+    answer, kept = folder / f"{engine}.json", folder / f"{engine}.pt"
+    if records:
+        variables |= {"CROSS_TEST_RECORDS": str(kept), "CROSS_TEST_BACKEND": f"kvarn.{engine}_backend.backend"}
+    python = sys.executable if engine == "sglang" else str(_VLLM_PYTHON)
+    known = environment() if engine == "sglang" else vllm_environment()
+    command = [python, str(_ASK), engine, str(model), str(answer)]
+    done = subprocess.run(
+        command, env=known | variables, timeout=_TIMEOUT_S, capture_output=True, text=True, check=False
+    )
+    assert answer.exists(), (done.stdout + done.stderr)[-4000:]
+    return kept if records else answer
+
+
+def vllm_environment() -> dict[str, str]:
+    """Return this environment, without what belongs to the engine of the tests."""
+    kept = {name: value for name, value in os.environ.items() if not name.startswith(("KVARN_", "PYTHONPATH"))}
+    return kept | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def test_the_same_rows_give_the_same_records(models: Models) -> None:
+    folder = models.scratch("cross-records")
+    path = models.path(LLAMA_GROUP_3)
+    ours, theirs = (torch.load(ask(engine, path, folder, records=True)) for engine in ("sglang", "vllm"))
+    assert sorted(ours) == sorted(theirs) == list(range(LAYERS))
+    for layer in range(LAYERS):
+        assert ours[layer].shape[0] == (PROMPT_TOKENS + NEW_TOKENS - 1) // _TILE
+        assert ours[layer].any()
+        assert torch.equal(ours[layer], theirs[layer])
+
+
+def differences(models: Models, model: TinyModel, **variables: str) -> list[float]:
+    """Return how far the log probabilities of the engines' answers are apart; the tokens must be the same."""
+    folder = models.scratch(f"cross-{model.name}-{len(variables)}")
+    ours, theirs = (
+        json.loads(ask(engine, models.path(model), folder, **variables).read_text()) for engine in ("sglang", "vllm")
+    )
+    assert len(ours["tokens"]) == NEW_TOKENS
+    assert ours["tokens"] == theirs["tokens"]
+    return [abs(a - b) for a, b in zip(ours["logprobs"], theirs["logprobs"], strict=True)]
+
+
+def test_the_same_model_gives_the_same_answers_from_exact_rows(models: Models, record_property: Record) -> None:
+    found = differences(models, QWEN3_GROUP_2, KVARN_TAIL_TOKENS="1024")
+    record_property("engines, log probabilities from exact rows, largest difference", max(found))
+    assert max(found) < EXACT_DIFFERENCE
+
+
+@pytest.mark.parametrize("model", [LLAMA_GROUP_3, QWEN3_GROUP_2], ids=lambda model: model.name)
+def test_the_same_model_gives_the_same_answers(model: TinyModel, models: Models, record_property: Record) -> None:
+    found = differences(models, model)
+    mean = sum(found) / len(found)
+    record_property(f"engines, log probabilities of {model.name}, mean and largest difference", (mean, max(found)))
+    assert mean < MEAN_DIFFERENCE
+    assert max(found) < LARGEST_DIFFERENCE
