@@ -4,12 +4,14 @@ from dataclasses import dataclass
 
 import torch
 
-from kvarn.core.cache import CacheConfig
+from kvarn.core.cache import CacheConfig, runs_triton
 from kvarn.core.tail import TailState
 
 # Query columns of one program in a chunk; 8 is the narrow side of the MMA, which decode uses.
 CHUNK_COLUMNS = 16
 _DECODE_COLUMNS = 8
+# Requests that the kernel of a decode step handles at a time.
+_STEP_BLOCK = 1024
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,27 +70,66 @@ def decode_step(
 
     Graph-safe: yes; every shape follows from the number of requests.
     """
+    if not runs_triton(state.page_slot):
+        return decode_step_reference(state, rows, seq_lens, block_table, group)
+    from kvarn.core.kernels.step import decode_step_kernel
+
+    requests = rows.shape[0]
+    # Rows start at multiples of 128 bytes: kernels are compiled for aligned pointers.
+    out = torch.empty(7, -(-(requests + 1) // 32) * 32, dtype=torch.int32, device=rows.device)
+    decode_step_kernel[(1,)](
+        rows, seq_lens, block_table, state.ring_end, state.ring_page, state.own_start, state.page_writer,
+        state.page_slot, state.free_slots, state.free_count, state.faults, out, requests, block_table.stride(0),
+        out.stride(0), G=state.config.tile_tokens, PADDING_PAGES=state.config.tiles_per_block,
+        SINKS=state.config.sink_tokens > 0, BLOCK=_STEP_BLOCK,
+    )  # fmt: skip
+    prefix_lens, lengths, own_start, sink_slots, seal_tile, _, zeros = out[:, :requests]
+    index = out[5, : requests + 1]
+    return _decode_step(rows, block_table, prefix_lens, lengths, own_start, sink_slots, seal_tile, index, zeros, group)
+
+
+def decode_step_reference(
+    state: TailState, rows: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, group: int
+) -> Step:
+    """Describe a decode step by operations of torch."""
     tile_tokens = state.config.tile_tokens
     seq_lens = seq_lens.clamp_min(1)
     prefix_lens = seq_lens - 1
     own_start, _ = state.begin(rows, prefix_lens, seq_lens, block_table)
     index = torch.arange(rows.shape[0] + 1, dtype=torch.int32, device=rows.device)
-    request = index[:-1]
-    full = seq_lens % tile_tokens == 0
+    sink_slots = _start_pages(state, rows, index[:-1], prefix_lens, block_table)
+    seal_tile = torch.where(seq_lens % tile_tokens == 0, seq_lens // tile_tokens - 1, -1)
+    zeros = torch.zeros_like(index[:-1])
+    return _decode_step(rows, block_table, prefix_lens, seq_lens, own_start, sink_slots, seal_tile, index, zeros, group)
+
+
+def _decode_step(
+    rows: torch.Tensor,
+    block_table: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    own_start: torch.Tensor,
+    sink_slots: torch.Tensor,
+    seal_tile: torch.Tensor,
+    index: torch.Tensor,
+    zeros: torch.Tensor,
+    group: int,
+) -> Step:
+    """Make a Step in which every request has one row and may fill one tile. index: 0 to requests."""
     return Step(
         rows=rows,
         block_table=block_table,
         prefix_lens=prefix_lens,
         seq_lens=seq_lens,
         own_start=own_start,
-        sink_slots=_start_pages(state, rows, request, prefix_lens, block_table),
+        sink_slots=sink_slots,
         query_start=index,
-        token_request=request,
+        token_request=index[:-1],
         token_position=prefix_lens,
-        seal_request=request,
-        seal_tile=torch.where(full, seq_lens // tile_tokens - 1, -1),
-        task_request=request,
-        task_row=torch.zeros_like(request),
+        seal_request=index[:-1],
+        seal_tile=seal_tile,
+        task_request=index[:-1],
+        task_row=zeros,
         rows_per_task=1,
         columns=max(_DECODE_COLUMNS, _power_of_two(group)),
         rows_in_ring=True,

@@ -1,0 +1,104 @@
+"""The kernel that describes decode steps against the operations of torch: the same steps, and the same state after."""
+
+import copy
+import random
+from dataclasses import fields
+
+import pytest
+import torch
+
+from kvarn.core.cache import CacheConfig
+from kvarn.core.layout import TileLayout
+from kvarn.core.step import Step, decode_step, decode_step_reference
+from kvarn.core.tail import TailState
+from kvarn.presets import get_preset
+
+G, PAGES_EACH, GROUP = 64, 6, 4
+STATE = ("ring_end", "ring_page", "own_start", "page_writer", "page_slot", "free_slots", "free_count", "faults")
+
+
+def make_state(requests: int, slots: int, tiles_per_block: int) -> TailState:
+    layout = TileLayout.of(get_preset("kvarn_k4v2_g64"), 64)
+    config = CacheConfig(layout, 1, 64, 4 if slots else 0, 128, tiles_per_block=tiles_per_block)
+    return TailState(config, requests + 1, 1 + -(-requests * PAGES_EACH // tiles_per_block), slots, "cpu")
+
+
+def same(ours: Step, theirs: Step) -> None:
+    for field in fields(Step):
+        a, b = getattr(ours, field.name), getattr(theirs, field.name)
+        assert torch.equal(a.cpu(), b) if isinstance(a, torch.Tensor) else a == b, field.name
+
+
+def same_state(ours: TailState, theirs: TailState) -> None:
+    free = int(theirs.free_count)
+    for name in STATE:
+        a, b = getattr(ours, name).cpu(), getattr(theirs, name)
+        if name == "free_slots":  # past the count it holds leftovers
+            a, b = a[:free], b[:free]
+        assert torch.equal(a, b), name
+
+
+def moved(state: TailState, device: str) -> TailState:
+    other = copy.deepcopy(state)
+    for name, value in vars(other).items():
+        if isinstance(value, torch.Tensor):
+            setattr(other, name, value.to(device))
+    return other
+
+
+def tamper(dice: random.Random, states: list[TailState], lengths: list[int], table: torch.Tensor) -> None:
+    """Start a request anew, give it other pages, or lie about a ring, in all states alike."""
+    who, tile = dice.randrange(len(lengths)), dice.randrange(PAGES_EACH)
+    row, page = dice.randrange(1, len(lengths) + 1), table[who, tile]
+    event = dice.randrange(6)
+    if event == 0:
+        lengths[who] = dice.choice([0, G, 2 * G, 5])
+    elif event == 1:
+        table[who] = table[who, torch.tensor(dice.sample(range(PAGES_EACH), PAGES_EACH))]
+    elif event == 2:
+        lengths[who] -= lengths[who] % G
+    for state in states:
+        if event == 3:
+            state.page_writer[int(page)] = row
+        elif event == 4:
+            state.ring_end[row] = lengths[who]
+        elif event == 5:
+            state.forget(torch.tensor([row], device=state.ring_end.device))
+
+
+@pytest.mark.parametrize(("requests", "slots"), [(1, 1), (7, 3), (7, 0), (40, 40)])
+@pytest.mark.parametrize("tiles_per_block", [1, 2])
+def test_steps_and_state_are_those_of_the_reference(requests, slots, tiles_per_block, device):
+    """Whatever the state says, be it true or not: rings are continued, taken over or lost by the same rule."""
+    dice = random.Random(requests)
+    state = make_state(requests, slots, tiles_per_block)
+    ours = moved(state, device)
+    table = torch.randperm(requests * PAGES_EACH, generator=torch.Generator().manual_seed(0)).int() + tiles_per_block
+    table = table.view(requests, PAGES_EACH)
+    rows = torch.randperm(requests, generator=torch.Generator().manual_seed(1)).int() + 1
+    lengths = [dice.choice([0, 1, G - 2, G - 1, G, 2 * G - 1]) for _ in range(requests)]
+    for _ in range(120):
+        for _ in range(dice.randrange(3)):
+            tamper(dice, [state, ours], lengths, table)
+        at, pages = rows.clone(), table.clone()
+        lengths = [(length + 1) % (PAGES_EACH * G) for length in lengths]
+        ends = ints(lengths)
+        if dice.random() < 0.5:  # padding of a captured graph, with any length
+            who = dice.randrange(requests)
+            at[who], ends[who], pages[who] = 0, dice.choice([0, 1, 77]), 0
+            lengths[who] -= 1
+        theirs = decode_step_reference(state, at, ends, pages, GROUP)
+        same(decode_step(ours, at.to(device), ends.to(device), pages.to(device), GROUP), theirs)
+        same_state(ours, state)
+    assert int(state.faults) > 0
+
+
+def test_a_lost_tile_is_counted(device):
+    state = moved(make_state(3, 3, 1), device)
+    rows, table = ints([1, 2, 3]).to(device), ints([[1, 2], [3, 4], [5, 6]]).to(device)
+    decode_step(state, rows, ints([1, G + 1, 7]).to(device), table, GROUP)
+    assert state.faults.tolist() == [1]
+
+
+def ints(values: list) -> torch.Tensor:
+    return torch.tensor(values, dtype=torch.int32)
