@@ -75,8 +75,7 @@ def decode_step(
     from kvarn.core.kernels.step import decode_step_kernel
 
     requests = rows.shape[0]
-    # Rows start at multiples of 128 bytes: kernels are compiled for aligned pointers.
-    out = torch.empty(7, -(-(requests + 1) // 32) * 32, dtype=torch.int32, device=rows.device)
+    out = aligned_ints(7, requests + 1, rows.device)
     decode_step_kernel[(1,)](
         rows, seq_lens, block_table, state.ring_end, state.ring_page, state.own_start, state.page_writer,
         state.page_slot, state.free_slots, state.free_count, state.faults, out, requests, block_table.stride(0),
@@ -84,7 +83,7 @@ def decode_step(
         SINKS=state.config.sink_tokens > 0, BLOCK=_STEP_BLOCK,
     )  # fmt: skip
     prefix_lens, lengths, own_start, sink_slots, seal_tile, _, zeros = out[:, :requests]
-    index = out[5, : requests + 1]
+    index = out[5]
     return _decode_step(rows, block_table, prefix_lens, lengths, own_start, sink_slots, seal_tile, index, zeros, group)
 
 
@@ -194,6 +193,14 @@ def chunk_step(
         rows_in_ring=False,
     )
     return step, continued
+
+
+def aligned_ints(rows: int, columns: int, device: torch.device) -> torch.Tensor:
+    """Return an uninitialised int32 tensor whose rows all start at multiples of 128 bytes, [rows, columns].
+
+    Triton compiles a kernel once for aligned pointers and once more for others.
+    """
+    return torch.empty(rows, -(-columns // 32) * 32, dtype=torch.int32, device=device)[:, :columns]
 
 
 def record_end(config: CacheConfig, step: Step, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,7 @@ from kvarn.core.attention import attention, reserve_scratch
 from kvarn.core.cache import CacheConfig
 from kvarn.core.capacity import cache_shape
 from kvarn.core.layout import HEAD_DIMS, TileLayout
-from kvarn.core.step import Step, chunk_step, decode_step
+from kvarn.core.step import Step, aligned_ints, chunk_step, decode_step
 from kvarn.errors import UnsupportedConfig
 from kvarn.presets import PRESETS, Preset
 from kvarn.vllm_backend import compat, compat_tables, resolution
@@ -252,7 +252,7 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
 
 def _describe(pool: TilePool, metadata: TileMetadata, tail_blocks: torch.Tensor, group: int) -> list[Step]:
     """Return the core's description of a step for every column of the tail's block table. Graph-safe for decode."""
-    rows = tail_blocks.t().contiguous()
+    rows = aligned_ints(*tail_blocks.shape[::-1], tail_blocks.device).copy_(tail_blocks.t())
     table = metadata.block_table
     tiles = pool.config.tiles_per_block
     if tiles > 1:
