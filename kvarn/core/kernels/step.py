@@ -10,7 +10,7 @@ def decode_step_kernel(
     free_slots_ptr, free_count_ptr, faults_ptr, out_ptr, requests, table_stride, out_stride,
     G: tl.constexpr, PADDING_PAGES: tl.constexpr, SINKS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program. Rows of out: prefix, length, own_start, sink slot, tile to seal or -1, index to `requests`, zeros."""
+    """One program. Rows of out: prefix, length, own_start, sink slot, tile to seal or -1, index, zeros."""
     count = tl.load(free_count_ptr)
     faults = tl.load(faults_ptr)
     for start in range(0, requests, BLOCK):
