@@ -1,0 +1,235 @@
+"""KVarN in transformers, for evaluation and notebooks: a Cache over tiles, and the attention that reads it.
+
+    model.set_attn_implementation(kvarn.hf.ATTENTION)
+    cache = kvarn.hf.TileCache(model, "kvarn_k4v2_g128", max_tokens=4096)
+    model.generate(ids, past_key_values=cache)
+
+The same tiles, read rule and kernels as in a serving engine; pages are not shared, and nothing is scheduled.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any, NoReturn
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, Cache
+from transformers.cache_utils import CacheLayerMixin
+
+from kvarn.core.attention import attention
+from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
+from kvarn.core.capacity import CacheShape, cache_shape
+from kvarn.core.step import Step, chunk_step, decode_step
+from kvarn.core.support import DeviceFacts, ModelFacts, unsupported_reasons
+from kvarn.core.tail import TailState
+from kvarn.errors import CapacityError, UnsupportedConfig
+from kvarn.presets import Preset, get_preset
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+ATTENTION = "kvarn"
+_PLAIN_LAYERS = (None, "full_attention")
+
+
+class TileCache(Cache):
+    """Cache of a model's K and V as tiles.
+
+    Args:
+        model: the model; its attention must be `ATTENTION`.
+        preset: cache dtype.
+        max_tokens: longest sequence; memory is allocated for it at once.
+        batch: sequences, all of one length.
+
+    Raises:
+        UnknownPreset: there is no such preset.
+        UnsupportedConfig: the model can't be served; lists every reason.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, preset: str = "kvarn_k4v2_g128", max_tokens: int = 4096, batch: int = 1
+    ) -> None:
+        shape = _shape(model, get_preset(preset))
+        pages = -(-max_tokens // shape.preset.tile_tokens)
+        self.config = CacheConfig.of(shape)
+        self.max_tokens = max_tokens
+        self.batch = batch
+        dtype, device = model.dtype, model.device
+        # Page 0 and ring 0 stay unused, as padding does in an engine.
+        rings, blocks = batch + 1, batch * pages + 1
+        self._state = TailState(self.config, rings, blocks, batch, device)
+        self._rows = torch.arange(1, rings, dtype=torch.int32, device=device)
+        self._block_table = torch.arange(1, blocks, dtype=torch.int32, device=device).view(batch, pages)
+        self._group = model.config.get_text_config().num_attention_heads // shape.kv_heads
+        self._step: Step | None = None
+        self.length = 0
+        caches = [allocate_layer(self.config, blocks, rings, batch, dtype, device) for _ in range(shape.layers)]
+        super().__init__(layers=[TileLayer(self, layer) for layer in caches])
+
+    def begin(self, tokens: int) -> None:
+        """Describe the forward pass that adds tokens to every sequence.
+
+        Raises:
+            CapacityError: the cache was made for shorter sequences.
+        """
+        end = self.length + tokens
+        if end > self.max_tokens:
+            raise CapacityError(f"The cache was made for {self.max_tokens} tokens, not {end}; raise max_tokens.")
+        ends = torch.full_like(self._rows, end)
+        if tokens == 1 and self.length:
+            self._step = decode_step(self._state, self._rows, ends, self._block_table, self._group)
+        else:
+            starts = torch.full_like(self._rows, self.length)
+            self._step, _ = chunk_step(
+                self._state, self._rows, starts, ends, None, self._block_table, self._group, self.batch * tokens
+            )
+        self.length = end
+
+    @property
+    def step(self) -> Step:
+        """The forward pass that is running."""
+        assert self._step is not None
+        return self._step
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, layer_idx: int, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Hand the rows on to the attention, which appends them; the first layer's begin a step.
+
+        Args:
+            key_states: [batch, kv_heads, tokens, head_dim]; value_states: the same.
+            layer_idx: the layer.
+        """
+        if key_states.shape[0] != self.batch:
+            raise ValueError(f"The cache was made for {self.batch} sequences, not {key_states.shape[0]}.")
+        if layer_idx == 0:
+            self.begin(key_states.shape[2])
+        return self.layers[layer_idx].update(key_states, value_states)
+
+    def reset(self) -> None:
+        """Forget all sequences."""
+        self.length = 0
+        self._state.forget(self._rows.long())
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> NoReturn:
+        """Refuse: sealed tiles belong to their sequences."""
+        raise NotImplementedError("Beams can't be reordered in a tile cache; use num_beams=1.")
+
+
+class TileLayer(CacheLayerMixin):
+    """One layer of a TileCache."""
+
+    def __init__(self, cache: TileCache, layer: LayerCache) -> None:
+        super().__init__()
+        self._cache = cache
+        self.layer = layer
+        self.is_initialized = True
+
+    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
+        """Do nothing: memory was allocated with the cache."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the rows as they are, and with the keys where they belong."""
+        key_states.tile_layer = self  # type: ignore[attr-defined]
+        return key_states, value_states
+
+    @property
+    def step(self) -> Step:
+        """The forward pass that is running."""
+        return self._cache.step
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        """Return the length and offset of the keys that a mask would cover."""
+        return self.get_seq_length() + query_length, 0
+
+    def get_seq_length(self) -> int:
+        """Return the tokens that are cached."""
+        return self._cache.length
+
+    def get_max_length(self) -> int:
+        """Return the tokens that fit."""
+        return self._cache.max_tokens
+
+    def reset(self) -> None:
+        """Do nothing: the cache forgets for all layers."""
+
+
+def attend_tiles(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float | None = None,
+    softcap: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Append, seal and attend, as transformers asks an attention function to.
+
+    Args:
+        module: the attention layer.
+        query: [batch, q_heads, tokens, head_dim].
+        key: [batch, kv_heads, tokens, head_dim], from `TileCache.update`; value: the same.
+        attention_mask: None.
+        scaling: factor on q . k.
+        softcap: soft cap of the logits.
+
+    Returns:
+        [batch, tokens, q_heads, head_dim], and no weights.
+
+    Raises:
+        NotImplementedError: there is no tile cache, or the layer asks for a sliding window.
+    """
+    layer = getattr(key, "tile_layer", None)
+    if layer is None or kwargs.get("sliding_window") is not None:
+        raise NotImplementedError("The attention 'kvarn' needs a kvarn.hf.TileCache and attends to all of it.")
+    batch, q_heads, tokens, head_dim = query.shape
+    q, k, v = (x.transpose(1, 2).reshape(batch * tokens, x.shape[1], head_dim) for x in (query, key, value))
+    scale = head_dim**-0.5 if scaling is None else scaling
+    out = attention(q, k, v, layer.layer, layer.step, scale, softcap or 0.0)
+    return out.view(batch, tokens, q_heads, head_dim), None
+
+
+def refuse_padding(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> None:
+    """Return that no mask is needed, or refuse one that hides tokens.
+
+    Raises:
+        NotImplementedError: some token is masked out.
+    """
+    if attention_mask is not None and not bool(attention_mask.all()):
+        raise NotImplementedError("A tile cache holds sequences of one length without padding; run others apart.")
+
+
+def _shape(model: PreTrainedModel, preset: Preset) -> CacheShape:
+    config = model.config.get_text_config()
+    heads = config.num_attention_heads
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    facts = ModelFacts(
+        architecture=type(model).__name__,
+        dtype=str(model.dtype).removeprefix("torch."),
+        head_dim=head_dim,
+        v_head_dim=getattr(config, "v_head_dim", None) or head_dim,
+        latent_attention=getattr(config, "kv_lora_rank", None) is not None,
+        encoder_decoder=bool(model.config.is_encoder_decoder),
+        windowed=any(kind not in _PLAIN_LAYERS for kind in getattr(config, "layer_types", None) or ()),
+    )
+    capability = torch.cuda.get_device_capability(model.device) if model.device.type == "cuda" else None
+    reasons = unsupported_reasons(facts, preset, DeviceFacts(model.device.type, capability))
+    if config._attn_implementation != ATTENTION:
+        reasons.append(
+            f"The model's attention is {config._attn_implementation!r}; set_attn_implementation({ATTENTION!r})."
+        )
+    if reasons:
+        raise UnsupportedConfig(reasons)
+    return cache_shape(
+        preset,
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=head_dim,
+        raw_bytes=model.dtype.itemsize,
+    )
+
+
+AttentionInterface.register(ATTENTION, attend_tiles)
+AttentionMaskInterface.register(ATTENTION, refuse_padding)
