@@ -34,7 +34,7 @@ test: lint test-vllm ## check the code and run all tests
 	$(TEST_ENV) "$(BIN)/python" -m pytest -n 2
 
 test-vllm: env-vllm ## run the tests that need vLLM
-	"$(VLLM_BIN)/python" -m pytest tests/vllm
+	"$(VLLM_BIN)/python" -m pytest -n 2 --dist loadfile tests/vllm
 
 lint: env ## check style, types and import contracts
 	"$(BIN)/ruff" check .

@@ -6,10 +6,8 @@ Private SGLang symbols stand in the ``compat`` modules and nowhere else.
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import logging
 import pkgutil
-from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import kvarn
@@ -19,6 +17,7 @@ from kvarn.presets import is_preset_name
 from kvarn.sglang_backend import compat_tables as tables
 from kvarn.sglang_backend.compat_facts import Configurator, charged_request_limit, shape_of
 from kvarn.sglang_backend.settings import BACKEND_NAME, PoolSettings, pool_settings
+from kvarn.signatures import signature_difference
 
 if TYPE_CHECKING:
     import torch
@@ -49,7 +48,7 @@ def engine_version() -> str:
 
 def signature_differences() -> list[str]:
     """Compare SGLang with the table; one phrase for each difference. Imports SGLang's memory and model modules."""
-    found = (_difference(target, names) for target, names in tables.SIGNATURES.items())
+    found = (signature_difference(target, names) for target, names in tables.SIGNATURES.items())
     return [difference for difference in (*found, _field_difference()) if difference is not None]
 
 
@@ -150,26 +149,6 @@ def _incompatible(what: str, otherwise: str) -> EngineIncompatible:
         f"KVarN {kvarn.__version__} is tested with SGLang {tested}. {what} "
         f"Install a tested version (pip install sglang=={tables.RECOMMENDED_VERSION}), {otherwise}."
     )
-
-
-def _difference(target: str, names: Iterable[str]) -> str | None:
-    try:
-        function = pkgutil.resolve_name(target)
-    except (AttributeError, ImportError, ValueError):
-        return f"{target} does not exist"
-    parameters = inspect.signature(function).parameters
-    missing = [name for name in names if name not in parameters]
-    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    added = [
-        name
-        for name, parameter in parameters.items()
-        if name not in names and parameter.default is inspect.Parameter.empty and parameter.kind not in optional
-    ]
-    if not missing and not added:
-        return None
-    takes = [f"no longer takes {', '.join(missing)}"] if missing else []
-    demands = [f"also demands {', '.join(added)}"] if added else []
-    return f"{target} {' and '.join((*takes, *demands))}"
 
 
 def _field_difference() -> str | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -23,9 +24,9 @@ from kvarn.core.capacity import cache_shape
 from kvarn.core.layout import HEAD_DIMS, TileLayout
 from kvarn.core.step import Step, aligned_ints, chunk_step, decode_step
 from kvarn.errors import UnsupportedConfig
-from kvarn.presets import PRESETS, Preset
+from kvarn.presets import PRESETS, Preset, get_preset
 from kvarn.vllm_backend import compat, compat_tables, resolution
-from kvarn.vllm_backend.tails import TailCache, TilePool
+from kvarn.vllm_backend.tails import TailCache, TilePool, forget_rings
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -34,9 +35,12 @@ if TYPE_CHECKING:
 
 
 class TileAttentionBackend(AttentionBackend):
-    """What vLLM asks a backend before it makes layers and caches."""
+    """What vLLM asks a backend before it makes layers and caches.
 
-    # The preset of the model that this process loads; known when vLLM selects the backend.
+    There is a subclass for every preset, an attribute of this module under the preset's name: vLLM asks classes, and
+    remembers which one it chose for a kind of layer.
+    """
+
     preset: ClassVar[Preset]
     supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
     supported_kv_cache_dtypes = list(PRESETS)
@@ -149,7 +153,9 @@ class TileAttention(AttentionImpl[TileMetadata]):
     """Attention of one layer over records, exact tails and sinks. The arguments are vLLM's.
 
     Raises:
-        NotImplementedError: the layer shares another one's cache.
+        UnsupportedConfig: the configuration can't be served; lists every reason. Asked here too, because vLLM
+            remembers the backend of a kind of layer when a process makes a second engine.
+        NotImplementedError: the layer asks for more than causal self-attention over the whole context.
     """
 
     def __init__(
@@ -166,6 +172,10 @@ class TileAttention(AttentionImpl[TileMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         **extras: Any,
     ) -> None:
+        reasons = resolution.config_reasons(get_current_vllm_config(), get_preset(kv_cache_dtype))
+        if reasons:
+            raise UnsupportedConfig(reasons)
+        compat.watch_admissions(forget_rings)
         asked = [f"{name}={value!r}" for name, value in extras.items() if value]
         asked += ["ALiBi slopes"] * bool(alibi_slopes) + ["a sliding window"] * (sliding_window is not None)
         asked += ["the cache of another layer"] * (kv_sharing_target_layer_name is not None)
@@ -225,6 +235,19 @@ class TileAttention(AttentionImpl[TileMetadata]):
         return output
 
 
+@functools.cache
+def backend_of(preset: Preset) -> type[TileAttentionBackend]:
+    """Return the backend of layers that are cached with a preset."""
+    return type(TileAttentionBackend.__name__, (TileAttentionBackend,), {"preset": preset})
+
+
+def __getattr__(name: str) -> type[TileAttentionBackend]:
+    """Return a preset's backend: vLLM finds backends by module and attribute."""
+    if name in PRESETS:
+        return backend_of(PRESETS[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
 def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype) -> TailCache:
     """Make the companion of a model's attention layers and let vLLM allocate its cache."""
     heads = {(layer.num_kv_heads, layer.head_size, layer.head_size_v) for layer in layers.values()}
@@ -237,7 +260,7 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
         )
     first, layer = next(iter(layers.items()))
     shape = cache_shape(
-        TileAttentionBackend.preset,
+        layer.attn_backend.preset,
         layers=len(layers),
         kv_heads=layer.num_kv_heads,
         head_dim=layer.head_size,

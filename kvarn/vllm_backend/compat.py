@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import pkgutil
 import sys
 import typing
 from collections.abc import Callable
@@ -19,6 +18,7 @@ import kvarn
 from kvarn import env
 from kvarn.errors import EngineIncompatible
 from kvarn.presets import PRESETS, is_preset_name
+from kvarn.signatures import signature_difference
 from kvarn.vllm_backend import compat_tables as tables
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ def require_compatible() -> None:
             f"vLLM {version} is not among them.",
             "or set KVARN_ALLOW_UNTESTED_ENGINE=1 to accept any version whose signatures match",
         )
-    differences = [d for target, names in tables.SIGNATURES.items() if (d := _difference(target, names))]
+    differences = [d for target, names in tables.SIGNATURES.items() if (d := signature_difference(target, names))]
     if differences:
         raise _incompatible(f"This vLLM {version} differs from them: {'; '.join(differences)}.", "or a newer KVarN")
     if not tested:
@@ -76,7 +76,7 @@ def add_backend() -> None:
     """Register the attention backend under its name."""
     from vllm.v1.attention.backends.registry import register_backend
 
-    register_backend(tables.BACKEND_NAME, tables.BACKEND_PATH)
+    register_backend(tables.BACKEND_NAME, f"{tables.BACKEND_MODULE}.{tables.BACKEND_CLASS}")
 
 
 def select_backend_by(choose: Callable[[type, Any], str]) -> None:
@@ -150,7 +150,7 @@ def tail_of(vllm_config: VllmConfig) -> Any:
 def layers_with(vllm_config: VllmConfig, backend: type) -> dict[str, Any]:
     """Return the attention layers of a backend by name, in the model's order."""
     context = vllm_config.compilation_config.static_forward_context
-    return {name: layer for name, layer in context.items() if getattr(layer, "attn_backend", None) is backend}
+    return {n: layer for n, layer in context.items() if issubclass(getattr(layer, "attn_backend", object), backend)}
 
 
 def add_layer(vllm_config: VllmConfig, name: str, layer: Any) -> None:
@@ -259,13 +259,3 @@ def _incompatible(what: str, otherwise: str) -> EngineIncompatible:
         f"KVarN {kvarn.__version__} is tested with vLLM {tested}. {what} "
         f"Install a tested version (pip install vllm=={tables.RECOMMENDED_VERSION}), {otherwise}."
     )
-
-
-def _difference(target: str, names: tuple[str, ...]) -> str | None:
-    try:
-        function = pkgutil.resolve_name(target)
-    except (AttributeError, ImportError, ValueError):
-        return f"{target} does not exist"
-    parameters = inspect.signature(function).parameters
-    missing = [name for name in names if name not in parameters]
-    return f"{target} no longer takes {', '.join(missing)}" if missing else None

@@ -7,7 +7,8 @@ TESTED_VERSIONS: Final = ("0.32.0", "0.33.0")
 RECOMMENDED_VERSION: Final = "0.33.0"
 
 BACKEND_NAME: Final = "KVARN"
-BACKEND_PATH: Final = "kvarn.vllm_backend.backend.TileAttentionBackend"
+BACKEND_CLASS: Final = "TileAttentionBackend"
+BACKEND_MODULE: Final = "kvarn.vllm_backend.backend"
 # Registered beside the first attention layer, under its name and this suffix.
 TAIL_SUFFIX: Final = ".kvarn_tail"
 

@@ -26,16 +26,14 @@ def choose_backend(platform: type, config: Any) -> str:
         EngineIncompatible: this vLLM is not one that KVarN was tested with.
         UnsupportedConfig: lists every reason why the layer can't be served.
     """
-    from kvarn.vllm_backend.backend import TileAttentionBackend
-    from kvarn.vllm_backend.tails import forget_rings
+    from kvarn.vllm_backend.backend import backend_of
 
     compat.require_compatible()
-    TileAttentionBackend.preset = get_preset(config.kv_cache_dtype)
-    reasons = TileAttentionBackend.validate_configuration(
+    preset = get_preset(config.kv_cache_dtype)
+    reasons = backend_of(preset).validate_configuration(
         device_capability=platform.get_device_capability(),
         **config._asdict(),
     )
     if reasons:
         raise UnsupportedConfig(reasons)
-    compat.watch_admissions(forget_rings)
-    return compat_tables.BACKEND_PATH
+    return f"{compat_tables.BACKEND_MODULE}.{preset.name}"

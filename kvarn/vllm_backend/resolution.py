@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvarn.core.support import DeviceFacts, ModelFacts, unsupported_reasons
-from kvarn.presets import get_preset
+from kvarn.presets import Preset, get_preset
 from kvarn.vllm_backend.compat_tables import SELECTOR_FLAGS
 
 if TYPE_CHECKING:
@@ -24,13 +24,13 @@ class Limit:
     Args:
         path: attribute of the VllmConfig, dotted.
         flag: what a user types.
-        harmless: values with which it can be served.
+        harmless: value with which it can be served, beside None.
         why: ends the sentence "... can't be used, because".
     """
 
     path: str
     flag: str
-    harmless: tuple[object, ...]
+    harmless: object
     why: str
 
     def reason(self, config: VllmConfig) -> str | None:
@@ -38,20 +38,19 @@ class Limit:
         value: Any = config
         for name in self.path.split("."):
             value = getattr(value, name, None)
-        if value in (None, *self.harmless):
+        if value is None or (type(value) is type(self.harmless) and value == self.harmless):
             return None
         return f"{self.flag} can't be used, because {self.why}; leave it out."
 
 
-_OFF = (False, 0, 1, "")
 LIMITS = (
-    Limit("speculative_config", "--speculative-config", (), _DRAFTS),
-    Limit("cache_config.kv_offloading_size", "--kv-offloading-size", _OFF, "records move without their exact tails"),
-    Limit("cache_config.kv_sharing_fast_prefill", "--kv-sharing-fast-prefill", _OFF, "layers there share caches"),
-    Limit("parallel_config.pipeline_parallel_size", "--pipeline-parallel-size", _OFF, _NOT_TESTED),
-    Limit("parallel_config.data_parallel_size", "--data-parallel-size", _OFF, _NOT_TESTED),
-    Limit("parallel_config.enable_dbo", "--enable-dbo", _OFF, "two half batches would write the same tails at once"),
-    Limit("model_config.enable_sleep_mode", "--enable-sleep-mode", _OFF, _NOT_TESTED),
+    Limit("speculative_config", "--speculative-config", None, _DRAFTS),
+    Limit("cache_config.kv_offloading_size", "--kv-offloading-size", None, "records move without their exact tails"),
+    Limit("cache_config.kv_sharing_fast_prefill", "--kv-sharing-fast-prefill", False, "layers there share caches"),
+    Limit("parallel_config.pipeline_parallel_size", "--pipeline-parallel-size", 1, _NOT_TESTED),
+    Limit("parallel_config.data_parallel_size", "--data-parallel-size", 1, _NOT_TESTED),
+    Limit("parallel_config.enable_dbo", "--enable-dbo", False, "two half batches would write the same tails at once"),
+    Limit("model_config.enable_sleep_mode", "--enable-sleep-mode", False, _NOT_TESTED),
 )
 
 
@@ -65,13 +64,17 @@ def reasons_against(fields: Mapping[str, Any], config: VllmConfig, capability: t
     """
     preset = get_preset(fields["kv_cache_dtype"])
     asked = [why for flag, why in SELECTOR_FLAGS.items() if fields.get(flag)]
-    limits = (limit.reason(config) for limit in LIMITS)
     return [
         *unsupported_reasons(_facts(fields, config), preset, _device(config, capability)),
         *(f"The model or a flag {why}; serve it with --kv-cache-dtype auto." for why in asked),
-        *_block_reasons(config, preset.tile_tokens),
-        *(reason for reason in limits if reason is not None),
+        *config_reasons(config, preset),
     ]
+
+
+def config_reasons(config: VllmConfig, preset: Preset) -> list[str]:
+    """Return why the configuration can't be served, whatever the layer, one sentence each."""
+    limits = (limit.reason(config) for limit in LIMITS)
+    return [*_block_reasons(config, preset.tile_tokens), *(reason for reason in limits if reason is not None)]
 
 
 def _facts(fields: Mapping[str, Any], config: VllmConfig) -> ModelFacts:
