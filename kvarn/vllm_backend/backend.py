@@ -24,7 +24,7 @@ from kvarn.core.capacity import cache_shape
 from kvarn.core.layout import HEAD_DIMS, TileLayout
 from kvarn.core.step import Step, aligned_ints, chunk_step, decode_step
 from kvarn.errors import UnsupportedConfig
-from kvarn.presets import PRESETS, Preset, get_preset
+from kvarn.presets import PRESETS, Preset
 from kvarn.vllm_backend import compat, compat_tables, resolution
 from kvarn.vllm_backend.tails import TailCache, TilePool, forget_rings
 
@@ -172,12 +172,21 @@ class TileAttention(AttentionImpl[TileMetadata]):
         kv_sharing_target_layer_name: str | None = None,
         **extras: Any,
     ) -> None:
-        reasons = resolution.config_reasons(get_current_vllm_config(), get_preset(kv_cache_dtype))
+        fields = {
+            "kv_cache_dtype": kv_cache_dtype,
+            "head_size": head_size,
+            "dtype": torch.get_default_dtype(),
+            "use_mla": False,
+            "attn_type": attn_type,
+            "has_sliding_window": sliding_window is not None,
+            "has_sink": extras.pop("sinks", None) is not None,
+        }
+        reasons = resolution.reasons_against(fields, get_current_vllm_config(), None)
         if reasons:
             raise UnsupportedConfig(reasons)
         compat.watch_admissions(forget_rings)
         asked = [f"{name}={value!r}" for name, value in extras.items() if value]
-        asked += ["ALiBi slopes"] * bool(alibi_slopes) + ["a sliding window"] * (sliding_window is not None)
+        asked += ["ALiBi slopes"] * bool(alibi_slopes)
         asked += ["the cache of another layer"] * (kv_sharing_target_layer_name is not None)
         if asked:
             raise NotImplementedError(

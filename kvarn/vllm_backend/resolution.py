@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvarn.core.support import DeviceFacts, ModelFacts, unsupported_reasons
-from kvarn.presets import Preset, get_preset
+from kvarn.presets import get_preset
 from kvarn.vllm_backend.compat_tables import SELECTOR_FLAGS
 
 if TYPE_CHECKING:
@@ -64,17 +64,13 @@ def reasons_against(fields: Mapping[str, Any], config: VllmConfig, capability: t
     """
     preset = get_preset(fields["kv_cache_dtype"])
     asked = [why for flag, why in SELECTOR_FLAGS.items() if fields.get(flag)]
+    limits = (limit.reason(config) for limit in LIMITS)
     return [
         *unsupported_reasons(_facts(fields, config), preset, _device(config, capability)),
         *(f"The model or a flag {why}; serve it with --kv-cache-dtype auto." for why in asked),
-        *config_reasons(config, preset),
+        *_block_reasons(config, preset.tile_tokens),
+        *(reason for reason in limits if reason is not None),
     ]
-
-
-def config_reasons(config: VllmConfig, preset: Preset) -> list[str]:
-    """Return why the configuration can't be served, whatever the layer, one sentence each."""
-    limits = (limit.reason(config) for limit in LIMITS)
-    return [*_block_reasons(config, preset.tile_tokens), *(reason for reason in limits if reason is not None)]
 
 
 def _facts(fields: Mapping[str, Any], config: VllmConfig) -> ModelFacts:

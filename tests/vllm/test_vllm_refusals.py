@@ -64,6 +64,14 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
 
 
 @pytest.fixture(autouse=True)
+def fresh_selection() -> None:
+    """Forget which backends were chosen in this process, as if there had been no engine yet."""
+    from vllm.v1.attention import selector
+
+    selector._cached_get_attn_backend.cache_clear()
+
+
+@pytest.fixture(autouse=True)
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Note every model whose weights are loaded."""
     from vllm.model_executor.model_loader.default_loader import DefaultModelLoader
@@ -126,11 +134,12 @@ def test_unknown_preset_is_refused_by_vllm_which_lists_ours(models: Models, load
     assert loaded == []
 
 
-def test_refusal_also_comes_after_an_engine_that_was_served(models: Models, loaded: list[str]) -> None:
+@pytest.mark.parametrize("case", ["skipped layers", "pooling"], ids=lambda case: case.replace(" ", "-"))
+def test_refusal_also_comes_after_an_engine_that_was_served(models: Models, loaded: list[str], case: str) -> None:
     """vLLM selects a backend once a process for all layers that look alike."""
     with serving(models.path(LLAMA_GROUP_3)):
         assert len(loaded) == 1
-    options, beginnings = FLAGS["skipped layers"]
+    options, beginnings = FLAGS[case]
     _assert_reasons(_refusal(models.path(LLAMA_GROUP_3), **options), beginnings)
     assert len(loaded) == 1
 
