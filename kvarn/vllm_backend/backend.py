@@ -139,11 +139,11 @@ class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
         del common_prefix_len, fast_build
         common = common_attn_metadata
         pool: TilePool = compat.tail_of(self.vllm_config).pool
+        pool.check_faults()
         is_decode = common.max_query_len == 1
         if is_decode:
             table, tokens = common.block_table_tensor, common.num_reqs
         else:
-            pool.check_faults()
             blocks = -(-common.max_seq_len // self.kv_cache_spec.block_size)
             table, tokens = common.block_table_tensor[:, :blocks], int(common.query_start_loc_cpu[-1])
         return TileMetadata(common.seq_lens, common.query_start_loc, table, tokens, is_decode)
