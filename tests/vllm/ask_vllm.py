@@ -1,7 +1,8 @@
 """Ask one vLLM engine in a process of its own, and write the answers: ``python ask_vllm.py MODEL RESULTS [OPTIONS]``.
 
 OPTIONS are arguments of ``vllm.LLM``, as JSON. The rest the environment says: which plugins are loaded, which model
-runner runs, and by PYTHONPATH which vLLM it is. Whoever imports this finds the requests, to ask them elsewhere.
+runner runs, and by PYTHONPATH which vLLM it is and where the helpers of the SGLang tests are. Whoever imports this can
+ask the same elsewhere.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "engines")]
+import torch
+from plan import Answer, Request
+from tiny_models import prompt
 
-from plan import Answer, Request  # noqa: E402
-from tiny_models import prompt  # noqa: E402
+from kvarn.core.tail import TailState
 
 CHUNK = 128
 NEW_TOKENS = 8
@@ -29,11 +32,21 @@ BLOCKS = 12
 
 @dataclass(frozen=True, slots=True)
 class Found:
-    """What an engine answered, its version, and the module of its model runner."""
+    """What one engine did.
+
+    Args:
+        version: version of vLLM.
+        runner: module of the model runner.
+        answers: by request name.
+        admitted: of each step in which requests started or resumed, their first tail blocks.
+        forgotten: the rings of every call of `TailState.forget`.
+    """
 
     version: str
     runner: str
     answers: dict[str, Answer]
+    admitted: list[list[int]]
+    forgotten: list[list[int]]
 
 
 def ask_everything(model: Path, **options: Any) -> Found:
@@ -41,7 +54,16 @@ def ask_everything(model: Path, **options: Any) -> Found:
     from serving import serving
     from vllm.version import __version__
 
-    with serving(model, max_num_batched_tokens=CHUNK, num_gpu_blocks_override=BLOCKS, **options) as engine:
+    forgotten: list[list[int]] = []
+    forget = TailState.forget
+
+    def watched_forget(state: TailState, rows: torch.Tensor) -> None:
+        forgotten.append(sorted(rows.tolist()))
+        forget(state, rows)
+
+    watched = mock.patch.object(TailState, "forget", watched_forget)
+    options = {"max_num_batched_tokens": CHUNK, "num_gpu_blocks_override": BLOCKS} | options
+    with watched, serving(model, **options) as engine:
         answers: dict[str, Answer] = {}
         for n in LENGTHS:
             assert engine.flush()
@@ -49,7 +71,8 @@ def ask_everything(model: Path, **options: Any) -> Found:
                 answers |= engine.ask(Request(f"{n}/{kind}", prompt(n, seed=n), NEW_TOKENS))
         assert engine.flush()
         answers |= engine.ask(*(Request(f"together/{n}", prompt(n), NEW_TOKENS) for n in TOGETHER))
-        return Found(__version__, engine.runner, answers)
+        admitted = [sorted(step.admitted.values()) for step in engine.steps if step.admitted]
+        return Found(__version__, engine.runner, answers, admitted, forgotten)
 
 
 def read_found(path: Path) -> Found:

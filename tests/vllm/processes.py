@@ -12,9 +12,11 @@ from pathlib import Path
 
 from ask_vllm import Found, read_found
 
+# Models, plans and comparisons are those of the SGLang tests.
+_HELPERS = str(Path(__file__).parents[1] / "engines")
 DRIVER = Path(__file__).parent / "ask_vllm.py"
 # Most of it goes into importing vLLM.
-TIMEOUT_S = 200
+TIMEOUT_S = 300
 
 
 @contextmanager
@@ -27,10 +29,11 @@ def started(command: list[str], log: Path, **variables: str) -> Iterator[subproc
         variables: environment variables beside those that all engines here share.
     """
     log.parent.mkdir(parents=True, exist_ok=True)
+    path = os.pathsep.join([variables.pop("PYTHONPATH", ""), _HELPERS]).lstrip(os.pathsep)
     with log.open("w") as output:
         process = subprocess.Popen(
             [sys.executable, *command],
-            env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+            env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path} | variables,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,

@@ -29,7 +29,7 @@ _NO_STEPS: Mapping[str, int] = MappingProxyType({})
 
 @dataclass(frozen=True, slots=True)
 class Scheduled:
-    """One step of the scheduler. Requests stand in the order of their rows.
+    """One step of the scheduler.
 
     Args:
         prefix_lens: tokens in the cache before the step, by request.

@@ -86,7 +86,11 @@ def test_removed_function_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_new_required_parameter_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
-    build = lambda self, common_prefix_len, common_attn_metadata, plan, fast_build=False: None  # noqa: E731
+    def build(
+        self: Any, common_prefix_len: int, common_attn_metadata: Any, plan: Any, fast_build: bool = False
+    ) -> None:
+        pass
+
     message = _reported(monkeypatch, build)
     assert TARGET in message
     assert "plan" in message

@@ -170,11 +170,18 @@ def test_second_model_runner_answers_as_the_first(
 
 
 def test_second_model_runner_was_preempted_and_hit_its_cache(processes: Processes) -> None:
-    """What the test before rests on."""
+    """What the tests of it rest on."""
     answers = processes.second_runner.answers
     assert any(answer.retractions for answer in answers.values())
     assert answers["300/hit"].cached_tokens == 2 * TILE
     same_bits(answers["300/hit"], answers["300/cold"])
+
+
+def test_second_model_runner_forgets_rings_of_started_and_resumed_requests(processes: Processes) -> None:
+    """It is told of a resumed request as of a new one."""
+    second = processes.second_runner
+    assert second.forgotten == second.admitted
+    assert sum(map(len, second.admitted)) > len(second.answers)
 
 
 def test_without_a_kvarn_dtype_nothing_of_ours_is_active(
@@ -195,6 +202,7 @@ def test_without_a_kvarn_dtype_nothing_of_ours_is_active(
         assert len(engine.scheduler.kv_cache_config.kv_cache_groups) == 1
     stock = ask_everything(model, **json.loads(STOCK))
     assert stock.answers == processes.no_plugins.answers
+    assert stock.forgotten == []
 
 
 def test_dtype_of_a_plugin_that_is_not_loaded_is_refused_by_vllm(processes: Processes) -> None:
