@@ -17,6 +17,7 @@ _HELPERS = str(Path(__file__).parents[1] / "engines")
 DRIVER = Path(__file__).parent / "ask_vllm.py"
 # Most of it goes into importing vLLM.
 TIMEOUT_S = 300
+_END_S = 20
 
 
 @contextmanager
@@ -41,6 +42,10 @@ def started(command: list[str], log: Path, **variables: str) -> Iterator[subproc
         try:
             yield process
         finally:
+            # Asked to end first, because shared memory is left behind by what is killed.
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(_END_S)
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
