@@ -5,6 +5,34 @@ import triton.language as tl
 
 
 @triton.jit
+def move_sink_slots(count, page_slot_ptr, free_slots_ptr, page, starts, at_zero):
+    """Give the slots of pages that start as another page back, hand slots to those that start at position 0.
+
+    Args:
+        count: free slots.
+        page, starts, at_zero: [tokens]; the page of each, whether it starts there, whether at position 0.
+
+    Returns:
+        The free slots left.
+    """
+    slot = tl.load(page_slot_ptr + page, mask=starts, other=-1)
+    gives = starts & ~at_zero & (slot >= 0)
+    rank = tl.cumsum(gives.to(tl.int32), axis=0) - 1
+    tl.store(free_slots_ptr + count + rank, slot, mask=gives)
+    tl.store(page_slot_ptr + page, -1, mask=gives)
+    count += tl.sum(gives.to(tl.int32), axis=0)
+    # slots that were given back are taken by other threads
+    tl.debug_barrier()
+    takes = starts & at_zero & (slot < 0)
+    rank = tl.cumsum(takes.to(tl.int32), axis=0)
+    takes = takes & (rank <= count)
+    tl.store(page_slot_ptr + page, tl.load(free_slots_ptr + count - rank, mask=takes, other=-1), mask=takes)
+    count -= tl.sum(takes.to(tl.int32), axis=0)
+    tl.debug_barrier()
+    return count
+
+
+@triton.jit
 def update_sinks_kernel(
     page_slot_ptr, free_slots_ptr, free_count_ptr, token_position_ptr, token_page_ptr, num_tokens,
     G: tl.constexpr, PADDING_PAGES: tl.constexpr, BLOCK: tl.constexpr,
@@ -17,17 +45,5 @@ def update_sinks_kernel(
         position = tl.load(token_position_ptr + token, mask=ok, other=1)
         page = tl.load(token_page_ptr + token, mask=ok, other=0)
         starts = ok & (position % G == 0) & (page >= PADDING_PAGES)
-        slot = tl.load(page_slot_ptr + page, mask=starts, other=-1)
-        gives = starts & (position > 0) & (slot >= 0)
-        rank = tl.cumsum(gives.to(tl.int32), axis=0) - 1
-        tl.store(free_slots_ptr + count + rank, slot, mask=gives)
-        tl.store(page_slot_ptr + page, -1, mask=gives)
-        count += tl.sum(gives.to(tl.int32), axis=0)
-        tl.debug_barrier()
-        takes = starts & (position == 0) & (slot < 0)
-        rank = tl.cumsum(takes.to(tl.int32), axis=0)
-        takes = takes & (rank <= count)
-        tl.store(page_slot_ptr + page, tl.load(free_slots_ptr + count - rank, mask=takes, other=-1), mask=takes)
-        count -= tl.sum(takes.to(tl.int32), axis=0)
-        tl.debug_barrier()
+        count = move_sink_slots(count, page_slot_ptr, free_slots_ptr, page, starts, position == 0)
     tl.store(free_count_ptr, count)

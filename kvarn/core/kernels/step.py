@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from kvarn.core.kernels.sinks import move_sink_slots
+
 
 @triton.jit
 def decode_step_kernel(
@@ -36,19 +38,7 @@ def decode_step_kernel(
         tl.store(page_writer_ptr + page, row, mask=ok)
         if SINKS:
             starts = ok & (prefix % G == 0) & (page >= PADDING_PAGES)
-            slot = tl.load(page_slot_ptr + page, mask=starts, other=-1)
-            gives = starts & (prefix > 0) & (slot >= 0)
-            rank = tl.cumsum(gives.to(tl.int32), axis=0) - 1
-            tl.store(free_slots_ptr + count + rank, slot, mask=gives)
-            tl.store(page_slot_ptr + page, -1, mask=gives)
-            count += tl.sum(gives.to(tl.int32), axis=0)
-            tl.debug_barrier()
-            takes = starts & (prefix == 0) & (slot < 0)
-            rank = tl.cumsum(takes.to(tl.int32), axis=0)
-            takes = takes & (rank <= count)
-            tl.store(page_slot_ptr + page, tl.load(free_slots_ptr + count - rank, mask=takes, other=-1), mask=takes)
-            count -= tl.sum(takes.to(tl.int32), axis=0)
-            tl.debug_barrier()
+            count = move_sink_slots(count, page_slot_ptr, free_slots_ptr, page, starts, prefix == 0)
         out = out_ptr + request
         tl.store(out, prefix, mask=ok)
         tl.store(out + out_stride, length, mask=ok)
