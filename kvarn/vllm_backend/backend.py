@@ -127,6 +127,7 @@ class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
     ) -> None:
         super().__init__(kv_cache_spec, layer_names, vllm_config, device)
         compat.require_watched()
+        self._tail = compat.tail_of(vllm_config)
 
     def build(
         self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
@@ -138,8 +139,9 @@ class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
         """
         del common_prefix_len, fast_build
         common = common_attn_metadata
-        pool: TilePool = compat.tail_of(self.vllm_config).pool
-        pool.check_faults()
+        state = self._tail.pool.state
+        state.check_faults()
+        state.watch_faults()
         is_decode = common.max_query_len == 1
         if is_decode:
             table, tokens = common.block_table_tensor, common.num_reqs
@@ -278,7 +280,6 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
     requests, device = config.scheduler_config.max_num_seqs, config.device_config.device
     tail = TailCache(first + compat_tables.TAIL_SUFFIX, list(layers.values()), shape, raw_dtype, requests, device)
     compat.add_layer(config, tail.layer_name, tail)
-    compat.announce(shape, raw_dtype, tail.get_kv_cache_spec(config).blocks_per_request)
     return tail
 
 

@@ -49,7 +49,19 @@ LIMITS = (
     Limit("cache_config.kv_sharing_fast_prefill", "--kv-sharing-fast-prefill", False, "layers there share caches"),
     Limit("parallel_config.pipeline_parallel_size", "--pipeline-parallel-size", 1, _NOT_TESTED),
     Limit("parallel_config.data_parallel_size", "--data-parallel-size", 1, _NOT_TESTED),
-    Limit("parallel_config.enable_dbo", "--enable-dbo", False, "two half batches would write the same tails at once"),
+    Limit(
+        "parallel_config.use_ubatching",
+        "--enable-dbo or --ubatch-size above 1",
+        False,
+        "two half batches would write the same tails at once",
+    ),
+    Limit("attention_config.backend", "--attention-backend", None, "only KVarN's own reads tiles"),
+    Limit(
+        "scheduler_config.disable_hybrid_kv_cache_manager",
+        "--disable-hybrid-kv-cache-manager",
+        False,
+        "records and tails are caches of two kinds",
+    ),
     Limit("model_config.enable_sleep_mode", "--enable-sleep-mode", False, _NOT_TESTED),
 )
 

@@ -11,6 +11,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.capacity import CacheShape
 from kvarn.core.tail import TailState
+from kvarn.vllm_backend import compat
 from kvarn.vllm_backend.spec import TailSpec
 
 if TYPE_CHECKING:
@@ -89,16 +90,6 @@ class TilePool:
         self.layers = layers
         self.state = state
         self.rings_per_block = rings_per_block
-        self._faults = torch.zeros(1, dtype=torch.int32, pin_memory=state.faults.is_cuda)
-
-    def check_faults(self) -> None:
-        """Raise RuntimeError if a step before the last found a lost tail; then ask for the present count."""
-        if int(self._faults) > 0:
-            raise RuntimeError(
-                "KVarN was given tokens that start inside a tile which their request didn't write. The open tile of "
-                "that request is lost, so its answer would be wrong. Please report the flags of this server."
-            )
-        self._faults.copy_(self.state.faults, non_blocking=True)
 
 
 class TailCache(torch.nn.Module, AttentionLayerBase):
@@ -130,6 +121,7 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         # Plain attributes: the attention layers are modules of the model, not of this one.
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "_pool", None)
+        self._announced = False
         slots = shape.sink_slots(min(max_requests, _REQUESTS_WITH_SINKS))
         # Taken before vLLM measures what is left for the cache, so that it is charged.
         rows = (shape.layers, slots, 2, shape.kv_heads, shape.sink_tokens, shape.head_dim)
@@ -175,6 +167,10 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
     def _make_pool(self) -> TilePool:
         records = [_records(layer.kv_cache, self.shape) for layer in self.layers]
         blocks, tiles = records[0].shape[:2]
+        if not self._announced:
+            # not before: vLLM settles the size of a block after the weights are loaded
+            compat.announce(self.shape, self.raw_dtype, self.shape.tail_blocks(tiles))
+            self._announced = True
         config = CacheConfig.of(self.shape, tiles)
         rings_per_block = self.shape.rings_per_block(tiles)
         layers = [

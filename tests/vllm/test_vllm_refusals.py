@@ -29,6 +29,11 @@ FLAGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["moves the cache through a KV connector", "--kv-offloading-size can't be used"],
     ),
     "fast prefill": ({"kv_sharing_fast_prefill": True}, ["--kv-sharing-fast-prefill can't be used"]),
+    "attention backend": ({"attention_backend": "CPU_ATTN"}, ["--attention-backend can't be used"]),
+    "one kind of cache": (
+        {"disable_hybrid_kv_cache_manager": True},
+        ["--disable-hybrid-kv-cache-manager can't be used"],
+    ),
     "pooling": ({"runner": "pooling"}, ["does not generate text here"]),
 }
 # Changes to the configuration of the tiny Llama, and what is said about the first layer that results.
