@@ -10,17 +10,7 @@ import triton
 import triton.language as tl
 
 from kvarn.core.kernels.address import find_record
-from kvarn.core.kernels.unpack import (
-    BIAS,
-    dot_steps,
-    lane_weights,
-    lane_width,
-    lane_words,
-    row_slices,
-    step_weight,
-    unpack_step,
-    used_lanes,
-)
+from kvarn.core.kernels.unpack import BIAS, lane_codes, lane_weights, padded_words, unpack
 
 _NEVER = tl.constexpr(-1e30)  # a finite "minus infinity" for running maxima: no inf - inf, hence no NaN
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -30,71 +20,64 @@ _QUERY_SHIFT = tl.constexpr(6.0)
 
 
 @triton.jit
-def _query_planes(q_cols, col_ok, q_unit, BITS: tl.constexpr, WORDS: tl.constexpr):
-    """Load q once per dot step of a key field: a tuple of [lane_width, columns], float32, divided by q_unit."""
-    lanes = tl.arange(0, lane_width(WORDS))
-    planes = ()
-    for step in tl.static_range(dot_steps(BITS, WORDS)):
-        mask = (lanes < used_lanes(WORDS))[:, None] & col_ok[None, :]
-        q = tl.load(q_cols[None, :] + (step * used_lanes(WORDS) + lanes)[:, None], mask=mask, other=0.0)
-        planes = planes + (q / q_unit[None, :],)
-    return planes
+def _query_lanes(q_cols, col_ok, q_unit, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """Load q in the order of a key field's lanes: [lanes, columns], float32, divided by q_unit."""
+    channel, lane_ok = lane_codes(BITS, WORDS)
+    q = tl.load(q_cols[None, :] + channel[:, None], mask=lane_ok[:, None] & col_ok[None, :], other=0.0)
+    return q / q_unit[None, :]
 
 
 @triton.jit
-def _load_lanes(ptrs, lane_ok, WORDS: tl.constexpr):
-    """Load one value or column a lane; lanes of padding give zero."""
-    if lane_width(WORDS) == used_lanes(WORDS):
-        values = tl.load(ptrs)
-    else:
+def _load_lanes(ptrs, lane_ok, PADDED: tl.constexpr):
+    """Load one value a lane; lanes of padding give zero."""
+    if PADDED:
         values = tl.load(ptrs, mask=lane_ok, other=0)
+    else:
+        values = tl.load(ptrs)
     return values
 
 
 @triton.jit
+def _load_words(record, rows, OFFSET: tl.constexpr, WORDS: tl.constexpr, ROWS: tl.constexpr):
+    """Load a field's words, [rows, padded words], int16; rows from ROWS on and words of padding give zero."""
+    word = tl.arange(0, padded_words(WORDS))
+    ptrs = record.to(tl.pointer_type(tl.int16)) + OFFSET // 2 + rows[:, None] * WORDS + word[None, :]
+    if padded_words(WORDS) == WORDS and rows.shape[0] == ROWS:
+        words = tl.load(ptrs)
+    else:
+        words = tl.load(ptrs, mask=(rows < ROWS)[:, None] & (word < WORDS)[None, :], other=0)
+    return words
+
+
+@triton.jit
 def _add_key_field(
-    x, record, planes, BITS: tl.constexpr, LOW_BIT: tl.constexpr, OFFSET: tl.constexpr, WORDS: tl.constexpr,
+    x, record, q_lanes, BITS: tl.constexpr, LOW_BIT: tl.constexpr, OFFSET: tl.constexpr, WORDS: tl.constexpr,
     K_SCALE: tl.constexpr, K_OFFSET: tl.constexpr, G: tl.constexpr, USE_ASM: tl.constexpr,
 ):  # fmt: skip
     """Add one field's part of ``q . (code * scale + offset)`` to x, [G, columns]; also return the bias correction."""
-    tokens = tl.arange(0, G)
-    lanes = tl.arange(0, lane_width(WORDS))
-    lane_ok = lanes < used_lanes(WORDS)
+    channel, lane_ok = lane_codes(BITS, WORDS)
+    padded: tl.constexpr = padded_words(WORDS) != WORDS
     halfs = record.to(tl.pointer_type(tl.float16))
-    word_ptrs = record.to(tl.pointer_type(tl.int16)) + OFFSET // 2 + tokens[:, None] * WORDS
-    word_ptrs += lane_words(WORDS)[None, :]
-    words = _load_lanes(word_ptrs, lane_ok[None, :], WORDS)
-    correction = tl.zeros((lane_width(WORDS), x.shape[1]), tl.float32)
-    for step in tl.static_range(dot_steps(BITS, WORDS)):
-        channel = step * used_lanes(WORDS) + lanes
-        scale = _load_lanes(halfs + K_SCALE // 2 + channel, lane_ok, WORDS).to(tl.float32)
-        scaled = (planes[step] * (scale * step_weight(BITS, LOW_BIT, WORDS, step))[:, None]).to(tl.float16)
-        x = tl.dot(unpack_step(words, step, BITS, WORDS, USE_ASM), scaled, x)
-        correction -= BIAS * scaled.to(tl.float32)
-        if LOW_BIT == 0:
-            offset = _load_lanes(halfs + K_OFFSET // 2 + channel, lane_ok, WORDS).to(tl.float32)
-            correction += planes[step] * offset[:, None]
+    words = _load_words(record, tl.arange(0, G), OFFSET, WORDS, G)
+    scale = _load_lanes(halfs + K_SCALE // 2 + channel, lane_ok, padded).to(tl.float32)
+    scaled = (q_lanes * (scale * lane_weights(BITS, LOW_BIT, WORDS))[:, None]).to(tl.float16)
+    x = tl.dot(unpack(words, BITS, USE_ASM), scaled, x)
+    correction = -BIAS * scaled.to(tl.float32)
+    if LOW_BIT == 0:
+        offset = _load_lanes(halfs + K_OFFSET // 2 + channel, lane_ok, padded).to(tl.float32)
+        correction += q_lanes * offset[:, None]
     return x, tl.sum(correction, axis=0)
 
 
 @triton.jit
 def _add_value_field(
     o, record, weights, v_scale, BITS: tl.constexpr, LOW_BIT: tl.constexpr, OFFSET: tl.constexpr,
-    WORDS: tl.constexpr, D: tl.constexpr, G: tl.constexpr, USE_ASM: tl.constexpr,
+    WORDS: tl.constexpr, D: tl.constexpr, USE_ASM: tl.constexpr,
 ):  # fmt: skip
     """Add one field's part of ``sum of weight * code * scale`` to o, [channels, columns]; also the bias correction."""
-    channels = tl.arange(0, o.shape[0])
-    word_ptrs = record.to(tl.pointer_type(tl.int16)) + OFFSET // 2 + channels[:, None] * WORDS
-    word_ptrs += lane_words(WORDS)[None, :]
-    if o.shape[0] == D:
-        words = tl.load(word_ptrs)
-    else:
-        words = tl.load(word_ptrs, mask=(channels < D)[:, None], other=0)
-    scaled = (weights * (v_scale * lane_weights(G, BITS, LOW_BIT, WORDS))[:, None]).to(tl.float16)
-    slices = row_slices(scaled, dot_steps(BITS, WORDS))
-    for step in tl.static_range(dot_steps(BITS, WORDS)):
-        o = tl.dot(unpack_step(words, step, BITS, WORDS, USE_ASM), slices[step], o)
-    return o, -BIAS * tl.sum(scaled.to(tl.float32), axis=0)
+    words = _load_words(record, tl.arange(0, o.shape[0]), OFFSET, WORDS, D)
+    scaled = (weights * (v_scale * lane_weights(BITS, LOW_BIT, WORDS))[:, None]).to(tl.float16)
+    return tl.dot(unpack(words, BITS, USE_ASM), scaled, o), -BIAS * scaled.to(tl.float32)
 
 
 @triton.jit
@@ -130,7 +113,7 @@ def _attend_raw(
 
 @triton.jit
 def _attend_tile(
-    m, total, acc, record, first_planes, second_planes, q_scale, token_ok, column_ok, K_FIELDS: tl.constexpr,
+    m, total, acc, record, first_lanes, second_lanes, q_scale, token_ok, column_ok, K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, D: tl.constexpr, G: tl.constexpr, SOFTCAP: tl.constexpr,
     USE_ASM: tl.constexpr,
 ):  # fmt: skip
@@ -139,10 +122,10 @@ def _attend_tile(
     channels = tl.arange(0, acc.shape[0])
     halfs = record.to(tl.pointer_type(tl.float16))
     x = tl.zeros((G, acc.shape[1]), tl.float32)
-    x, shift = _add_key_field(x, record, first_planes, K_FIELDS[0][0], K_FIELDS[0][1], K_FIELDS[0][2],
+    x, shift = _add_key_field(x, record, first_lanes, K_FIELDS[0][0], K_FIELDS[0][1], K_FIELDS[0][2],
                               K_FIELDS[0][3], OFFSETS[0], OFFSETS[1], G, USE_ASM)  # fmt: skip
     if len(K_FIELDS) == 2:
-        x, more = _add_key_field(x, record, second_planes, K_FIELDS[1][0], K_FIELDS[1][1], K_FIELDS[1][2],
+        x, more = _add_key_field(x, record, second_lanes, K_FIELDS[1][0], K_FIELDS[1][1], K_FIELDS[1][2],
                                  K_FIELDS[1][3], OFFSETS[0], OFFSETS[1], G, USE_ASM)  # fmt: skip
         shift += more
     k_token = tl.load(halfs + OFFSETS[2] // 2 + tokens).to(tl.float32)
@@ -154,13 +137,13 @@ def _attend_tile(
     v_scale = tl.load(halfs + OFFSETS[3] // 2 + tokens).to(tl.float32)
     v_offset = tl.load(halfs + OFFSETS[4] // 2 + tokens).to(tl.float32)
     v_channel = tl.load(halfs + OFFSETS[5] // 2 + channels, mask=channels < D, other=0.0).to(tl.float32)
-    shift = tl.sum(weights * v_offset[:, None], axis=0)
+    shift = weights * v_offset[:, None]
     o = tl.zeros((acc.shape[0], acc.shape[1]), tl.float32)
     for f in tl.static_range(len(V_FIELDS)):
         o, more = _add_value_field(o, record, weights, v_scale, V_FIELDS[f][0], V_FIELDS[f][1], V_FIELDS[f][2],
-                                   V_FIELDS[f][3], D, G, USE_ASM)  # fmt: skip
+                                   V_FIELDS[f][3], D, USE_ASM)  # fmt: skip
         shift += more
-    acc = acc * decay[None, :] + (o + shift[None, :]) * v_channel[:, None]
+    acc = acc * decay[None, :] + (o + tl.sum(shift, axis=0)[None, :]) * v_channel[:, None]
     return m_new, total * decay + tl.sum(weights, axis=0), acc
 
 
@@ -231,17 +214,17 @@ def attend_kernel(
 
     sinks = SINK if sink_slot >= 0 else 0
     tokens = tl.arange(0, G)
-    first_planes = _query_planes(q_cols, col_ok, q_unit, K_FIELDS[0][0], K_FIELDS[0][3])
-    second_planes = first_planes
-    if len(K_FIELDS) == 2:
-        second_planes = _query_planes(q_cols, col_ok, q_unit, K_FIELDS[1][0], K_FIELDS[1][3])
+    first_lanes = _query_lanes(q_cols, col_ok, q_unit, K_FIELDS[0][0], K_FIELDS[0][3])
+    second_lanes = first_lanes
+    if len(K_FIELDS) == 2 and padded_words(K_FIELDS[1][3]) != K_FIELDS[1][3]:
+        second_lanes = _query_lanes(q_cols, col_ok, q_unit, K_FIELDS[1][0], K_FIELDS[1][3])
     table = block_table_ptr + request.to(tl.int64) * block_table_stride
     for tile in tl.range(begin, tl.minimum(end, tiles), num_stages=STAGES):
         record = find_record(
             records_ptr, tl.load(table + tile), head, record_block_stride, record_tile_stride, record_head_stride, TILES
         )  # fmt: skip
         m, total, acc = _attend_tile(
-            m, total, acc, record, first_planes, second_planes, q_scale, tile * G + tokens >= sinks,
+            m, total, acc, record, first_lanes, second_lanes, q_scale, tile * G + tokens >= sinks,
             (tile + 1) * G <= record_end, K_FIELDS, V_FIELDS, OFFSETS, D, G, SOFTCAP, USE_ASM,
         )  # fmt: skip
 

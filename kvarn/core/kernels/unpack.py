@@ -1,11 +1,12 @@
-"""Take bit planes of packed words straight to fp16 MMA operands, and say how planes map to dot steps.
+"""Take bit planes of packed words straight to fp16 MMA operands, and say how lanes map to codes.
 
 A masked field lands in the mantissa of fp16 1024, so an element reads ``1024 + code * 2**position``. The reader
 divides ``2**position`` out of the other operand and subtracts ``1024 * sum(other operand)`` once a tile: no
 arithmetic is left per element. The MMA truncates its sums, so the constant 1024 must not dwarf the codes: fields that
 stand low in a word are shifted up in the mantissa, fields above it are shifted down.
 
-Planes narrower than a dot accepts (16 lanes) are taken several a step, each lane with a shift of its own.
+A *lane* is one element of the operand's wide side, plane by plane: lane ``plane * lane_words + word``. Where a field's
+words are no power of two (head_dim 96), they are padded, and lanes of padding carry no code.
 """
 
 import triton
@@ -17,32 +18,24 @@ _WORD_BITS = 16
 _MANTISSA_BITS = 10
 # From this mantissa position on a field is taken in place: 1024 is at most 64 code steps away.
 _LOWEST_POSITION = 4
-_MIN_DOT_LANES = 16
 
 
 @triton.constexpr_function
-def planes_per_step(words):
-    """Return the bit planes that share one dot step."""
-    narrow = words < _MIN_DOT_LANES and words & (words - 1) == 0
-    return _MIN_DOT_LANES // words if narrow else 1
+def padded_words(words):
+    """Return the words of a row, padding included: a power of two."""
+    return 1 << (words - 1).bit_length()
 
 
 @triton.constexpr_function
-def lane_width(words):
-    """Return the lanes of one dot step, padding included: a power of two that a dot accepts."""
-    return max(_MIN_DOT_LANES, 1 << (words - 1).bit_length())
+def planes(bits):
+    """Return the bit planes of a field."""
+    return _WORD_BITS // bits
 
 
 @triton.constexpr_function
-def used_lanes(words):
-    """Return the lanes of one dot step that carry codes."""
-    return words * planes_per_step(words)
-
-
-@triton.constexpr_function
-def dot_steps(bits, words):
-    """Return the dot steps that cover all lanes of a field."""
-    return _WORD_BITS // bits // planes_per_step(words)
+def lanes(bits, words):
+    """Return the lanes of a row, padding included."""
+    return planes(bits) * padded_words(words)
 
 
 @triton.constexpr_function
@@ -65,15 +58,6 @@ def _shift_up(bits, low):
 
 
 @triton.constexpr_function
-def step_weight(bits, low_bit, words, step):
-    """Return the factor that makes ``code * 2**position`` of a step count as its part of the code."""
-    if planes_per_step(words) > 1:
-        return 2.0 ** (low_bit - _top(bits))
-    low = step * bits
-    return 2.0 ** (low_bit - low - _shift_up(bits, low))
-
-
-@triton.constexpr_function
 def _plane_mask(bits, low):
     return ((1 << bits) - 1) << (low + _shift_up(bits, low))
 
@@ -90,71 +74,61 @@ def _plane_asm(bits, low):
 
 
 @triton.jit
-def lane_words(WORDS: tl.constexpr):
-    """Return the word index of every lane of a dot step, [lane_width]."""
-    lanes = tl.arange(0, lane_width(WORDS))
-    if planes_per_step(WORDS) > 1:
-        lanes = lanes % WORDS
-    return lanes
+def lane_codes(BITS: tl.constexpr, WORDS: tl.constexpr):
+    """Return the index of every lane's code in its row, [lanes], and whether it carries one."""
+    lane = tl.arange(0, lanes(BITS, WORDS))
+    word = lane % padded_words(WORDS)
+    return (lane // padded_words(WORDS)) * WORDS + word, word < WORDS
 
 
 @triton.jit
-def unpack_step(words, STEP: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr, USE_ASM: tl.constexpr):
-    """Return ``1024 + code * 2**position`` of one dot step.
-
-    Args:
-        words: [rows, lane_width], int16, loaded with `lane_words`.
-        STEP: which of the `dot_steps`.
-        USE_ASM: two words a register through one LOP3 (NVIDIA); otherwise plain integer arithmetic, same values.
-    """
-    if planes_per_step(WORDS) > 1:
-        plane = STEP * planes_per_step(WORDS) + tl.arange(0, lane_width(WORDS)) // WORDS
-        code = (words.to(tl.int32) >> (plane * BITS)[None, :]) & ((1 << BITS) - 1)
-        out = ((code << _top(BITS)) | _BIAS_BITS).to(tl.int16).to(tl.float16, bitcast=True)
-    elif USE_ASM:
-        out = tl.inline_asm_elementwise(
-            _plane_asm(BITS, STEP * BITS), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
-        )
-    else:
-        up: tl.constexpr = _shift_up(BITS, STEP * BITS)
-        code = words.to(tl.int32) << up if up >= 0 else words.to(tl.int32) >> -up
-        out = (code & _plane_mask(BITS, STEP * BITS) | _BIAS_BITS).to(tl.int16).to(tl.float16, bitcast=True)
-    return out
-
-
-@triton.jit
-def lane_weights(N: tl.constexpr, BITS: tl.constexpr, LOW_BIT: tl.constexpr, WORDS: tl.constexpr):
-    """Return `step_weight` of every lane of a field, [N], float32, computed from the lane's plane."""
-    if planes_per_step(WORDS) > 1:
-        return tl.full((N,), 1.0, tl.float32) * step_weight(BITS, LOW_BIT, WORDS, 0)
-    low = (tl.arange(0, N) // WORDS) * BITS
+def lane_weights(BITS: tl.constexpr, LOW_BIT: tl.constexpr, WORDS: tl.constexpr):
+    """Return the factor that makes ``code * 2**position`` count as the lane's part of the code, [lanes], float32."""
+    low = (tl.arange(0, lanes(BITS, WORDS)) // padded_words(WORDS)) * BITS
     top: tl.constexpr = _top(BITS)
-    lowest: tl.constexpr = _lowest(BITS)
-    position = tl.where((low >= lowest) & (low <= top), low, top)
+    position = tl.where((low >= _lowest(BITS)) & (low <= top), low, top)
     return tl.exp2((LOW_BIT - position).to(tl.float32))
 
 
 @triton.jit
-def halves(x):
-    """Split [R, N] into its first and second R / 2 rows."""
-    R: tl.constexpr = x.shape[0]
-    N: tl.constexpr = x.shape[1]
-    return tl.split(tl.permute(tl.reshape(x, (2, R // 2, N)), (1, 2, 0)))
-
-
-@triton.constexpr_function
-def _log2(n):
-    return n.bit_length() - 1
+def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, USE_ASM: tl.constexpr):
+    if USE_ASM:
+        out = tl.inline_asm_elementwise(
+            _plane_asm(BITS, PLANE * BITS), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+        )
+    else:
+        up: tl.constexpr = _shift_up(BITS, PLANE * BITS)
+        code = words.to(tl.int32) << up if up >= 0 else words.to(tl.int32) >> -up
+        out = (code & _plane_mask(BITS, PLANE * BITS) | _BIAS_BITS).to(tl.int16).to(tl.float16, bitcast=True)
+    return out
 
 
 @triton.jit
-def row_slices(x, COUNT: tl.constexpr):
-    """Split [R, N] into COUNT consecutive slices of R / COUNT rows, as a tuple. COUNT is a power of two."""
-    parts = (x,)
-    for _ in tl.static_range(_log2(COUNT)):
-        finer = ()
-        for i in tl.static_range(len(parts)):
-            first, second = halves(parts[i])
-            finer = finer + (first, second)
-        parts = finer
-    return parts
+def _side_by_side(a, b):
+    """Concatenate two [R, N] along their second axis. Registers are renamed, not moved."""
+    R: tl.constexpr = a.shape[0]
+    N: tl.constexpr = a.shape[1]
+    return tl.reshape(tl.permute(tl.join(a, b), (0, 2, 1)), (R, 2 * N))
+
+
+@triton.jit
+def unpack(words, BITS: tl.constexpr, USE_ASM: tl.constexpr):
+    """Return ``1024 + code * 2**position`` of every lane.
+
+    Args:
+        words: [rows, padded words], int16.
+        BITS: of the field.
+        USE_ASM: two words a register through one LOP3 (NVIDIA); otherwise plain integer arithmetic, same values.
+
+    Returns:
+        [rows, lanes], float16.
+    """
+    parts = ()
+    for plane in tl.static_range(planes(BITS)):
+        parts = parts + (_plane(words, plane, BITS, USE_ASM),)
+    for _ in tl.static_range(planes(BITS).bit_length() - 1):
+        pairs = ()
+        for i in tl.static_range(0, len(parts), 2):
+            pairs = pairs + (_side_by_side(parts[i], parts[i + 1]),)
+        parts = pairs
+    return parts[0]
