@@ -19,7 +19,7 @@ from kvarn.core.step import Step, chunk_step, decode_step
 from kvarn.core.tail import TailState, owner_tags
 from kvarn.presets import get_preset
 
-# An engine's page table is as wide as its longest context, whatever is in the batch; splits follow from that width.
+# An engine's page table is as wide as its longest context, whatever is in the batch.
 TABLE_TOKENS = 128 * 1024
 # Triton compiles anew where an argument stops being divisible by this.
 _WIDTH_MULTIPLE = 16

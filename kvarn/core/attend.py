@@ -6,45 +6,43 @@ from kvarn.core.append import RotatedRows, device_signs
 from kvarn.core.cache import LayerCache, layout_constants, runs_triton
 from kvarn.core.hadamard import rotate
 from kvarn.core.reference import decode_record, softmax_attention
-from kvarn.core.step import CHUNK_COLUMNS, Step, record_end
+from kvarn.core.step import CHUNK_COLUMNS, Step, power_of_two, record_end
+from kvarn.core.work import RAW_BLOCK, TASK_BLOCK
 
-_RAW_BLOCK = 32
+# Attention programs a multiprocessor: four are resident, and the second wave evens out what the first left uneven.
 _PROGRAMS_PER_SM = 8
-_MAX_SPLITS = 128
 _COMBINE_ELEMENTS = 8192
-_COMBINE_ROWS = 16
+_COMBINE_COLUMNS = 16
+# Up to so many query rows and heads, every one is merged by a program of its own.
 _FEW_ROWS = 512
 # A rotation matrix wider than this doesn't fit into shared memory.
 _WIDEST_DOT = 256
 _RECORD, _SINK, _RAW = range(3)
 
 
-def num_splits(tasks: int, kv_heads: int, units: int, sm_count: int) -> int:
-    """Return into how many parts a task's positions are split: enough programs to fill the GPU, a power of two.
-
-    It follows from shapes alone, so that a captured graph keeps it.
+def num_programs(kv_heads: int, device: torch.device) -> int:
+    """Return how many programs share the work of one kv head. It follows from shapes alone: a captured graph keeps it.
 
     Args:
-        tasks: attention tasks of the step.
         kv_heads: kv heads.
-        units: most tiles and raw blocks that a task can have.
-        sm_count: multiprocessors of the GPU.
+        device: where the step runs.
     """
-    wanted = max(1, sm_count * _PROGRAMS_PER_SM // max(1, tasks * kv_heads))
-    splits = min(wanted, units, _MAX_SPLITS)
-    return 1 << (splits.bit_length() - 1)
+    return max(1, _sm_count(device) * _PROGRAMS_PER_SM // kv_heads)
 
 
-def most_partial_rows(query_rows: int, group: int, device: torch.device) -> int:
-    """Return the most rows, splits counted, that a step of at most that many query rows keeps before it merges them.
+def most_partial_rows(tokens: int, requests: int, kv_heads: int, group: int, device: torch.device) -> int:
+    """Return the most partial results, rows of head_dim numbers, that any step leaves before it merges them.
 
     Args:
-        query_rows: tokens times query heads.
+        tokens: most tokens of a step.
+        requests: most requests of a step.
+        kv_heads: kv heads.
         group: query heads of one kv head.
         device: where the step runs.
     """
-    # Positions are split only while the programs are too few to fill the GPU.
-    return max(query_rows, _sm_count(device) * _PROGRAMS_PER_SM * max(CHUNK_COLUMNS, group))
+    columns = max(CHUNK_COLUMNS, power_of_two(group))
+    tasks = tokens // (columns // group) + requests
+    return (num_programs(kv_heads, device) + tasks) * kv_heads * columns
 
 
 def attend(
@@ -82,32 +80,35 @@ def attend(
     if out is None:
         out = torch.empty(rotated.q.shape, dtype=layer.tails.dtype, device=device)
     group = q_heads // config.kv_heads
-    tasks = step.task_request.shape[0]
-    units = step.block_table.shape[1] + config.ring_tokens // _RAW_BLOCK
-    splits = num_splits(tasks, config.kv_heads, units, _sm_count(device))
-    partial = torch.empty(tokens * q_heads, splits, head_dim, dtype=torch.float32, device=device)
-    partial_lse = torch.empty(tokens * q_heads, splits, dtype=torch.float32, device=device)
-    attend_kernel[(splits, config.kv_heads, tasks)](
+    tasks, programs = step.task_request.shape[0], num_programs(config.kv_heads, device)
+    parts = (programs + tasks, config.kv_heads, step.columns)
+    partial = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
+    partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
+    attend_kernel[(programs, config.kv_heads)](
         rotated.q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
-        step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
-        step.block_table, partial, partial_lse, scale, q_heads, *layer.records.stride()[:3],
+        step.work_end, step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
+        step.block_table, partial, partial_lse, scale, tasks, q_heads, *layer.records.stride()[:3],
         *layer.tails.stride()[:3], *layer.sinks.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
         **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
-        RAW_BLOCK=_RAW_BLOCK, USE_ASM=_has_lop3(device),
+        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=TASK_BLOCK, USE_ASM=_has_lop3(device),
         **_launch_shape(head_dim, step.columns),
     )  # fmt: skip
-    return out, combine(partial, partial_lse, layer, out)
+    return out, combine(partial, partial_lse, layer, step, out)
 
 
-def combine(partial: torch.Tensor, partial_lse: torch.Tensor, layer: LayerCache, out: torch.Tensor) -> torch.Tensor:
-    """Merge the splits, rotate back and cast to the model dtype.
+def combine(
+    partial: torch.Tensor, partial_lse: torch.Tensor, layer: LayerCache, step: Step, out: torch.Tensor
+) -> torch.Tensor:
+    """Merge the partial results of every task, rotate back and cast to the model dtype.
 
     Args:
-        partial: [tokens * q_heads, splits, head_dim], float32. Splits that saw nothing may hold anything.
-        partial_lse: [tokens * q_heads, splits], float32, base 2; -inf for a split that saw nothing.
+        partial: [programs + tasks, kv_heads, columns, head_dim], float32: what program p made of task t stands in row
+            p + t. Parts that saw nothing may hold anything.
+        partial_lse: [programs + tasks, kv_heads, columns], float32, base 2; -inf for a part that saw nothing.
         layer: the layer's cache.
+        step: the forward pass.
         out: [tokens, q_heads, head_dim], contiguous; written.
 
     Returns:
@@ -116,14 +117,16 @@ def combine(partial: torch.Tensor, partial_lse: torch.Tensor, layer: LayerCache,
     from kvarn.core.kernels.combine import combine_kernel
 
     tokens, q_heads, head_dim = out.shape
-    rows, splits = partial_lse.shape
+    kv_heads, columns = partial_lse.shape[1:]
+    tasks = step.task_request.shape[0]
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
     padded = layer.config.layout.padded_dim
-    block_rows = 1 if rows <= _FEW_ROWS or padded > _WIDEST_DOT else _COMBINE_ROWS
-    combine_kernel[(-(-rows // block_rows),)](
-        partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse, rows,
-        splits, SPLIT_BLOCK=max(1, _COMBINE_ELEMENTS // (block_rows * padded)), ROWS=block_rows,
-        D=head_dim, DP=padded, NORM=layer.config.rotation_norm,
+    block = 1 if tokens * q_heads <= _FEW_ROWS or padded > _WIDEST_DOT else _COMBINE_COLUMNS
+    combine_kernel[(tasks, kv_heads, -(-columns // block))](
+        partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse,
+        step.task_request, step.task_row, step.work_end, step.query_start, tasks, partial.shape[0] - tasks, q_heads,
+        GROUP=q_heads // kv_heads, ROWS=step.rows_per_task, COLUMNS=columns, BLOCK=block,
+        PARTS=max(1, _COMBINE_ELEMENTS // (block * padded)), D=head_dim, DP=padded, NORM=layer.config.rotation_norm,
         num_warps=16 if padded > _WIDEST_DOT else 4,
     )  # fmt: skip
     return lse
@@ -190,7 +193,7 @@ def _launch_shape(head_dim: int, columns: int) -> dict[str, int]:
 
 
 def _sm_count(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
 def _has_lop3(device: torch.device) -> bool:

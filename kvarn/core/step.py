@@ -1,11 +1,14 @@
 """Step: what one forward pass does, as device tensors that all layers share. Built without a host sync."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
+from kvarn.core import read_rule
 from kvarn.core.cache import CacheConfig, runs_triton
 from kvarn.core.tail import TailState
+from kvarn.core.work import count_work
 
 # Query columns of one program in a chunk; 8 is the narrow side of the MMA, which decode uses.
 CHUNK_COLUMNS = 16
@@ -32,6 +35,7 @@ class Step:
         seal_tile: [seal tasks], its tile; -1 for none.
         task_request: [tasks], request whose query rows an attention task serves; -1 for none.
         task_row: [tasks], first query row of the task, counted inside the request.
+        work_end: [tasks], units of attention's work up to and including each task's.
         rows_per_task: query rows of one task.
         columns: query columns of one program, padding included.
         rows_in_ring: this step's rows are stored before they are attended to (decode), or after (chunks, whose rows
@@ -51,6 +55,7 @@ class Step:
     seal_tile: torch.Tensor
     task_request: torch.Tensor
     task_row: torch.Tensor
+    work_end: torch.Tensor
     rows_per_task: int
     columns: int
     rows_in_ring: bool
@@ -84,7 +89,9 @@ def decode_step(
     )  # fmt: skip
     prefix_lens, lengths, own_start, sink_slots, seal_tile, _, zeros = out[:, :requests]
     index = out[5]
-    return _decode_step(rows, block_table, prefix_lens, lengths, own_start, sink_slots, seal_tile, index, zeros, group)
+    return _decode_step(
+        state.config, rows, block_table, prefix_lens, lengths, own_start, sink_slots, seal_tile, index, zeros, group
+    )
 
 
 def decode_step_reference(
@@ -99,10 +106,13 @@ def decode_step_reference(
     sink_slots = _start_pages(state, rows, index[:-1], prefix_lens, block_table)
     seal_tile = torch.where(seq_lens % tile_tokens == 0, seq_lens // tile_tokens - 1, -1)
     zeros = torch.zeros_like(index[:-1])
-    return _decode_step(rows, block_table, prefix_lens, seq_lens, own_start, sink_slots, seal_tile, index, zeros, group)
+    return _decode_step(
+        state.config, rows, block_table, prefix_lens, seq_lens, own_start, sink_slots, seal_tile, index, zeros, group
+    )
 
 
 def _decode_step(
+    config: CacheConfig,
     rows: torch.Tensor,
     block_table: torch.Tensor,
     prefix_lens: torch.Tensor,
@@ -129,8 +139,9 @@ def _decode_step(
         seal_tile=seal_tile,
         task_request=index[:-1],
         task_row=zeros,
+        work_end=count_work(config, index[:-1], zeros, 1, index, prefix_lens, seq_lens, own_start, rows_in_ring=True),
         rows_per_task=1,
-        columns=max(_DECODE_COLUMNS, _power_of_two(group)),
+        columns=max(_DECODE_COLUMNS, power_of_two(group)),
         rows_in_ring=True,
     )
 
@@ -170,10 +181,7 @@ def chunk_step(
     token_request = token_request.clamp_min(0)
     token_position = token_index + prefix_lens[token_request.long()]
     seal_request, seal_tile = _full_tiles(prefix_lens, seq_lens, tile_tokens, num_tokens // tile_tokens + requests)
-    columns = max(CHUNK_COLUMNS, _power_of_two(group))
-    rows_per_task = columns // group
-    tasks = (query_lens + rows_per_task - 1) // rows_per_task
-    task_request, task_index = _spread(tasks, num_tokens // rows_per_task + requests)
+    tasks = _chunk_tasks(state.config, query_start, prefix_lens, seq_lens, own_start, group, num_tokens)
     step = Step(
         rows=rows,
         block_table=block_table,
@@ -186,13 +194,35 @@ def chunk_step(
         token_position=token_position,
         seal_request=seal_request,
         seal_tile=seal_tile,
-        task_request=task_request,
-        task_row=task_index * rows_per_task,
-        rows_per_task=rows_per_task,
-        columns=columns,
         rows_in_ring=False,
+        **tasks,
     )
     return step, continued
+
+
+def _chunk_tasks(
+    config: CacheConfig,
+    query_start: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    own_start: torch.Tensor,
+    group: int,
+    num_tokens: int,
+) -> dict[str, Any]:
+    """Cut a chunk's query rows into attention tasks: the fields of a Step that say which there are."""
+    columns = max(CHUNK_COLUMNS, power_of_two(group))
+    rows = columns // group
+    tasks = (query_start.diff() + rows - 1) // rows
+    request, index = _spread(tasks, num_tokens // rows + query_start.shape[0] - 1)
+    row = index * rows
+    work_end = count_work(config, request, row, rows, query_start, prefix_lens, seq_lens, own_start, rows_in_ring=False)
+    return {
+        "task_request": request,
+        "task_row": row,
+        "work_end": work_end,
+        "rows_per_task": rows,
+        "columns": columns,
+    }
 
 
 def aligned_ints(rows: int, columns: int, device: torch.device) -> torch.Tensor:
@@ -204,10 +234,7 @@ def aligned_ints(rows: int, columns: int, device: torch.device) -> torch.Tensor:
 
 
 def record_end(config: CacheConfig, step: Step, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Apply the read rule: return the position up to which a query reads records. Later positions are read raw.
-
-    A tile comes from its record if it lies wholly below the committed length and ended at least tail_tokens before
-    the query, or if this request didn't write its rows (a prefix hit).
+    """Return the position up to which queries of a step read records.
 
     Args:
         config: shared numbers.
@@ -216,9 +243,7 @@ def record_end(config: CacheConfig, step: Step, request: torch.Tensor, position:
         position: [queries], int32, position of each query.
     """
     committed = (step.seq_lens if config.canonical else step.prefix_lens)[request]
-    sealed = torch.minimum(committed, position - config.tail_tokens).clamp_min(0)
-    sealed = sealed // config.tile_tokens * config.tile_tokens
-    return torch.maximum(sealed, step.own_start[request])
+    return read_rule.record_end(config, committed, position, step.own_start[request])
 
 
 def _start_pages(
@@ -257,5 +282,6 @@ def _spread(counts: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Te
     return torch.where(inside, owner, -1).to(torch.int32), torch.where(inside, index, 0).to(torch.int32)
 
 
-def _power_of_two(n: int) -> int:
+def power_of_two(n: int) -> int:
+    """Return the smallest power of two that is not below n."""
     return 1 << (n - 1).bit_length()

@@ -225,7 +225,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
         """Append, seal and attend; rows of padding are left alone. Graph-safe: yes for decode steps."""
         tail: TailCache = self._tail
         if attn_metadata is None:
-            reserve_scratch(query, CacheConfig.of(tail.shape))
+            reserve_scratch(query, CacheConfig.of(tail.shape), tail.max_requests)
             return output.fill_(0)
         pool = tail.pool
         if self._index == 0:

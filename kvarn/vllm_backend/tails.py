@@ -117,6 +117,7 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         self.layer_name = name
         self.shape = shape
         self.raw_dtype = raw_dtype
+        self.max_requests = max_requests
         self.kv_cache = torch.empty(0)
         # Plain attributes: the attention layers are modules of the model, not of this one.
         object.__setattr__(self, "layers", layers)

@@ -50,10 +50,11 @@ def test_pages_that_share_a_block_are_found(new, device):
     check(make_case([700, 300], new, tiles_per_block=3), device)
 
 
-@pytest.mark.parametrize("splits", [1, 2, 8])
-def test_result_does_not_depend_on_splits(splits, device, monkeypatch):
-    monkeypatch.setattr(attend_module, "num_splits", lambda *args: splits)
-    check(make_case([700, 3, 128], [1, 1, 1]), device)
+@pytest.mark.parametrize("programs", [1, 2, 3, 50])
+@pytest.mark.parametrize("new", [[1, 1, 1], [70, 1, 20]])
+def test_result_does_not_depend_on_how_work_is_shared(programs, new, device, monkeypatch):
+    monkeypatch.setattr(attend_module, "num_programs", lambda *args: programs)
+    check(make_case([700, 3, 128], new), device)
 
 
 def test_prefix_hit_reads_records_for_rows_it_did_not_write(device):

@@ -10,7 +10,9 @@ import triton
 import triton.language as tl
 
 from kvarn.core.kernels.address import find_record
+from kvarn.core.kernels.read_rule import record_end
 from kvarn.core.kernels.unpack import BIAS, lane_codes, lane_weights, padded_words, unpack
+from kvarn.core.kernels.work import share_of, task_at, units_of
 
 _NEVER = tl.constexpr(-1e30)  # a finite "minus infinity" for running maxima: no inf - inf, hence no NaN
 _LOG2E = tl.constexpr(1.4426950408889634)
@@ -150,115 +152,117 @@ def _attend_tile(
 @triton.jit
 def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
-    task_request_ptr, task_row_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr, query_start_ptr,
-    block_table_ptr, partial_ptr, partial_lse_ptr, scale,
+    task_request_ptr, task_row_ptr, work_end_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
+    query_start_ptr, block_table_ptr, partial_ptr, partial_lse_ptr, scale, tasks,
     q_heads, record_block_stride, record_tile_stride, record_head_stride, tail_row_stride, tail_kv_stride,
     tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride, chunk_head_stride,
     block_table_stride,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
     SINK: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, SOFTCAP: tl.constexpr,
-    ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr, RAW_BLOCK: tl.constexpr, STAGES: tl.constexpr,
-    USE_ASM: tl.constexpr,
+    ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr, RAW_BLOCK: tl.constexpr, TASK_BLOCK: tl.constexpr,
+    STAGES: tl.constexpr, USE_ASM: tl.constexpr,
 ):  # fmt: skip
-    """One program attends one split of the positions for the columns of one task and kv head.
+    """One program attends an equal stretch of all tasks' units, for one kv head. Grid: (programs, kv_heads).
 
-    Grid: (splits, kv_heads, tasks). Positions come in units, split evenly: first the tiles that any column reads from
-    records, then blocks of RAW_BLOCK ring rows, then blocks of this step's own rows.
+    The units of a task are the tiles that any column reads from records, then blocks of RAW_BLOCK ring rows, then
+    blocks of this step's own rows. partial: [programs + tasks, kv_heads, COLUMNS, D], float32; program p leaves its
+    part of task t in row p + t, with its log-sum-exp (base 2) in partial_lse.
     """
-    split = tl.program_id(0)
-    splits = tl.num_programs(0)
+    program = tl.program_id(0)
     head = tl.program_id(1)
-    task = tl.program_id(2)
-    request = tl.load(task_request_ptr + task)
-    if request < 0:
+    share_begin, share_end, _ = share_of(program, tl.num_programs(0), work_end_ptr, tasks)
+    if share_begin >= share_end:
         return
-    first_row = tl.load(task_row_ptr + task)
-    query_start = tl.load(query_start_ptr + request)
-    query_rows = tl.load(query_start_ptr + request + 1) - query_start
-    prefix = tl.load(prefix_ptr + request)
-    length = tl.load(length_ptr + request)
-    own_start = tl.load(own_start_ptr + request)
-    sink_slot = tl.load(sink_slot_ptr + request).to(tl.int64)
-    ring_row = tl.load(rows_ptr + request).to(tl.int64)
-
+    first_task = task_at(share_begin, work_end_ptr, tasks, TASK_BLOCK)
+    last_task = task_at(share_end - 1, work_end_ptr, tasks, TASK_BLOCK)
     column = tl.arange(0, COLUMNS)
-    row = first_row + column // GROUP
-    col_ok = (column < ROWS * GROUP) & (row < query_rows)
-    position = prefix + row
-    # the read rule: whole tiles below the committed length that ended TAIL tokens ago; never rows of other requests
-    committed = length if CANONICAL else prefix
-    sealed = tl.maximum(tl.minimum(committed, position - TAIL), 0) // G * G
-    record_end = tl.where(col_ok, tl.maximum(sealed, own_start), 0)
-    tiles = tl.max(record_end, axis=0) // G
-    raw_start = tl.min(tl.where(col_ok, record_end, 2147483647), axis=0)
-    last = tl.max(tl.where(col_ok, position, 0), axis=0)
-    ring_end = tl.minimum(length, last + 1) if ROWS_IN_RING else prefix
-    chunk_start = tl.maximum(raw_start, ring_end)
-    ring_units = tl.cdiv(tl.maximum(ring_end - raw_start, 0), RAW_BLOCK)
-    chunk_units = tl.cdiv(tl.maximum(last + 1 - chunk_start, 0), RAW_BLOCK)
-    units = tiles + ring_units + chunk_units
-    share = tl.cdiv(units, splits)
-    begin = split * share
-    end = tl.minimum(begin + share, units)
-
-    q_cols = q_ptr + ((query_start + row).to(tl.int64) * q_heads + head * GROUP + column % GROUP) * D
     channels = tl.arange(0, DP)
-    q_full = tl.load(q_cols[None, :] + channels[:, None], mask=(channels < D)[:, None] & col_ok[None, :], other=0.0)
-    # a power of two that brings every column to about 64, so that q times a scale stays well inside fp16
-    q_unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q_full), axis=0), 1e-30))) - _QUERY_SHIFT)
-    q_scale = q_unit * (scale * _LOG2E)
-    m = tl.full((COLUMNS,), _NEVER, tl.float32)
-    total = tl.zeros((COLUMNS,), tl.float32)
-    acc = tl.zeros((DP, COLUMNS), tl.float32)
-
-    sinks = SINK if sink_slot >= 0 else 0
     tokens = tl.arange(0, G)
-    first_lanes = _query_lanes(q_cols, col_ok, q_unit, K_FIELDS[0][0], K_FIELDS[0][3])
-    second_lanes = first_lanes
-    if len(K_FIELDS) == 2 and padded_words(K_FIELDS[1][3]) != K_FIELDS[1][3]:
-        second_lanes = _query_lanes(q_cols, col_ok, q_unit, K_FIELDS[1][0], K_FIELDS[1][3])
-    table = block_table_ptr + request.to(tl.int64) * block_table_stride
-    for tile in tl.range(begin, tl.minimum(end, tiles), num_stages=STAGES):
-        record = find_record(
-            records_ptr, tl.load(table + tile), head, record_block_stride, record_tile_stride, record_head_stride, TILES
-        )  # fmt: skip
-        m, total, acc = _attend_tile(
-            m, total, acc, record, first_lanes, second_lanes, q_scale, tile * G + tokens >= sinks,
-            (tile + 1) * G <= record_end, K_FIELDS, V_FIELDS, OFFSETS, D, G, SOFTCAP, USE_ASM,
-        )  # fmt: skip
-
-    q_full = q_full / q_unit[None, :]
-    q_high = q_full.to(tl.float16)
-    q_low = (q_full - q_high.to(tl.float32)).to(tl.float16)
     block = tl.arange(0, RAW_BLOCK)
-    if (SINK > 0) & (begin <= tiles) & (tiles < end) & (tiles > 0) & (sink_slot >= 0):
-        base = sinks_ptr + sink_slot * sink_slot_stride + head * sink_head_stride + block * D
-        visible = (block < SINK)[:, None] & (record_end > 0)[None, :]
-        m, total, acc = _attend_raw(
-            m, total, acc, q_high, q_low, q_scale, base, base + sink_kv_stride, block < SINK, visible, D, SOFTCAP
+    for task in tl.range(first_task, last_task + 1, num_stages=1):
+        task_begin = tl.load(work_end_ptr + task - 1, mask=task > 0, other=0)
+        begin = tl.maximum(share_begin - task_begin, 0)
+        end = tl.minimum(share_end, tl.load(work_end_ptr + task)) - task_begin
+        # a task of no request has no units
+        request = tl.maximum(tl.load(task_request_ptr + task), 0)
+        first_row = tl.load(task_row_ptr + task)
+        query_start = tl.load(query_start_ptr + request)
+        query_rows = tl.load(query_start_ptr + request + 1) - query_start
+        prefix = tl.load(prefix_ptr + request)
+        length = tl.load(length_ptr + request)
+        own_start = tl.load(own_start_ptr + request)
+        sink_slot = tl.load(sink_slot_ptr + request).to(tl.int64)
+        ring_row = tl.load(rows_ptr + request).to(tl.int64)
+
+        row = first_row + column // GROUP
+        col_ok = (column < ROWS * GROUP) & (row < query_rows)
+        position = prefix + row
+        last = prefix + tl.minimum(first_row + ROWS, query_rows) - 1
+        tiles, ring_units, _, raw_start, ring_end, chunk_start = units_of(
+            prefix + first_row, last, prefix, length, own_start, G, TAIL, RAW_BLOCK, ROWS_IN_RING, CANONICAL
         )
-    for unit in tl.range(tl.maximum(begin - tiles, 0), tl.minimum(end - tiles, ring_units), num_stages=2):
-        pos = raw_start + unit * RAW_BLOCK + block
-        base = tails_ptr + ring_row * tail_row_stride + head * tail_head_stride + (pos % RING) * D
-        visible = (pos[:, None] >= record_end[None, :]) & (pos[:, None] <= position[None, :])
-        m, total, acc = _attend_raw(
-            m, total, acc, q_high, q_low, q_scale, base, base + tail_kv_stride, pos < ring_end,
-            visible & (pos < ring_end)[:, None] & col_ok[None, :], D, SOFTCAP,
-        )  # fmt: skip
-    if not ROWS_IN_RING:
-        seen = tiles + ring_units
-        for unit in tl.range(tl.maximum(begin - seen, 0), end - seen, num_stages=2):
-            pos = chunk_start + unit * RAW_BLOCK + block
-            offset = (query_start + pos - prefix).to(tl.int64) * chunk_token_stride + head * chunk_head_stride
-            visible = (pos[:, None] >= record_end[None, :]) & (pos[:, None] <= position[None, :])
-            m, total, acc = _attend_raw(
-                m, total, acc, q_high, q_low, q_scale, chunk_k_ptr + offset, chunk_v_ptr + offset, pos < length,
-                visible & col_ok[None, :], D, SOFTCAP,
+        committed = length if CANONICAL else prefix
+        record_stop = tl.where(col_ok, record_end(committed, position, own_start, TAIL, G), 0)
+
+        q_cols = q_ptr + ((query_start + row).to(tl.int64) * q_heads + head * GROUP + column % GROUP) * D
+        q_mask = (channels < D)[:, None] & col_ok[None, :]
+        q_full = tl.load(q_cols[None, :] + channels[:, None], mask=q_mask, other=0.0)
+        # a power of two that brings every column to about 64, so that q times a scale stays well inside fp16
+        q_unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q_full), axis=0), 1e-30))) - _QUERY_SHIFT)
+        q_scale = q_unit * (scale * _LOG2E)
+        m = tl.full((COLUMNS,), _NEVER, tl.float32)
+        total = tl.zeros((COLUMNS,), tl.float32)
+        acc = tl.zeros((DP, COLUMNS), tl.float32)
+
+        sinks = SINK if sink_slot >= 0 else 0
+        first_lanes = _query_lanes(q_cols, col_ok, q_unit, K_FIELDS[0][0], K_FIELDS[0][3])
+        second_lanes = first_lanes
+        if len(K_FIELDS) == 2 and padded_words(K_FIELDS[1][3]) != K_FIELDS[1][3]:
+            second_lanes = _query_lanes(q_cols, col_ok, q_unit, K_FIELDS[1][0], K_FIELDS[1][3])
+        table = block_table_ptr + request.to(tl.int64) * block_table_stride
+        for tile in tl.range(begin, tl.minimum(end, tiles), num_stages=STAGES):
+            record = find_record(
+                records_ptr, tl.load(table + tile), head, record_block_stride, record_tile_stride, record_head_stride,
+                TILES,
+            )  # fmt: skip
+            m, total, acc = _attend_tile(
+                m, total, acc, record, first_lanes, second_lanes, q_scale, tile * G + tokens >= sinks,
+                (tile + 1) * G <= record_stop, K_FIELDS, V_FIELDS, OFFSETS, D, G, SOFTCAP, USE_ASM,
             )  # fmt: skip
 
-    out_row = ((query_start + row).to(tl.int64) * q_heads + head * GROUP + column % GROUP) * splits + split
-    lse = tl.where(total > 0, m + tl.log2(tl.maximum(total, 1e-37)) - _WEIGHT_SHIFT, float("-inf"))
-    tl.store(partial_lse_ptr + out_row, lse, mask=col_ok)
-    mask = (channels < D)[:, None] & (col_ok & (total > 0))[None, :]
-    tl.store(partial_ptr + out_row[None, :] * D + channels[:, None], acc / tl.maximum(total, 1e-37)[None, :], mask=mask)
+        q_full = q_full / q_unit[None, :]
+        q_high = q_full.to(tl.float16)
+        q_low = (q_full - q_high.to(tl.float32)).to(tl.float16)
+        if (SINK > 0) & (begin <= tiles) & (tiles < end) & (tiles > 0) & (sink_slot >= 0):
+            base = sinks_ptr + sink_slot * sink_slot_stride + head * sink_head_stride + block * D
+            visible = (block < SINK)[:, None] & (record_stop > 0)[None, :]
+            m, total, acc = _attend_raw(
+                m, total, acc, q_high, q_low, q_scale, base, base + sink_kv_stride, block < SINK, visible, D, SOFTCAP
+            )
+        for unit in tl.range(tl.maximum(begin - tiles, 0), tl.minimum(end - tiles, ring_units), num_stages=2):
+            pos = raw_start + unit * RAW_BLOCK + block
+            base = tails_ptr + ring_row * tail_row_stride + head * tail_head_stride + (pos % RING) * D
+            visible = (pos[:, None] >= record_stop[None, :]) & (pos[:, None] <= position[None, :])
+            m, total, acc = _attend_raw(
+                m, total, acc, q_high, q_low, q_scale, base, base + tail_kv_stride, pos < ring_end,
+                visible & (pos < ring_end)[:, None] & col_ok[None, :], D, SOFTCAP,
+            )  # fmt: skip
+        if not ROWS_IN_RING:
+            seen = tiles + ring_units
+            for unit in tl.range(tl.maximum(begin - seen, 0), end - seen, num_stages=2):
+                pos = chunk_start + unit * RAW_BLOCK + block
+                offset = (query_start + pos - prefix).to(tl.int64) * chunk_token_stride + head * chunk_head_stride
+                visible = (pos[:, None] >= record_stop[None, :]) & (pos[:, None] <= position[None, :])
+                m, total, acc = _attend_raw(
+                    m, total, acc, q_high, q_low, q_scale, chunk_k_ptr + offset, chunk_v_ptr + offset, pos < length,
+                    visible & col_ok[None, :], D, SOFTCAP,
+                )  # fmt: skip
+
+        out_ok = col_ok & (begin < end)
+        out_row = ((program + task).to(tl.int64) * tl.num_programs(1) + head) * COLUMNS + column
+        lse = tl.where(total > 0, m + tl.log2(tl.maximum(total, 1e-37)) - _WEIGHT_SHIFT, float("-inf"))
+        tl.store(partial_lse_ptr + out_row, lse, mask=out_ok)
+        out_ptrs = partial_ptr + out_row[None, :] * D + channels[:, None]
+        mask = (channels < D)[:, None] & (out_ok & (total > 0))[None, :]
+        tl.store(out_ptrs, acc / tl.maximum(total, 1e-37)[None, :], mask=mask)

@@ -1,37 +1,57 @@
-"""Merge the partial results of all splits, rotate back and cast."""
+"""Merge the partial results of every task, rotate back and cast."""
 
 import triton
 import triton.language as tl
+
+from kvarn.core.kernels.work import share_of
 
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit
 def combine_kernel(
-    partial_ptr, partial_lse_ptr, signs_ptr, out_ptr, lse_ptr, num_rows, splits,
-    SPLIT_BLOCK: tl.constexpr, ROWS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr,
-    NORM: tl.constexpr,
+    partial_ptr, partial_lse_ptr, signs_ptr, out_ptr, lse_ptr, task_request_ptr, task_row_ptr, work_end_ptr,
+    query_start_ptr, tasks, programs, q_heads,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (blocks of ROWS rows). A row is one query head of one token; inputs and outputs are contiguous.
+    """One program merges BLOCK columns of one task. Grid: (tasks, kv_heads, blocks of columns).
 
-    partial: [rows, splits, D], float32; partial_lse: [rows, splits], float32, base 2; lse: natural logarithm.
-    signs: [D, D], fp16, already transposed for the way back. ROWS is 16, rotated back by the tensor cores, or 1: then
-    there are too few rows to fill the GPU, and a whole program hurries through the splits of one.
+    partial, partial_lse: as `attend_kernel` leaves them, by that many programs; lse: natural logarithm. signs: [D, D],
+    fp16, already transposed for the way back. BLOCK is 16, rotated back by the tensor cores, or 1: then there are too
+    few columns to fill the GPU, and a whole program hurries through the parts of one.
     """
-    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-    row_ok = row < num_rows
+    task = tl.program_id(0)
+    head = tl.program_id(1)
+    kv_heads = tl.num_programs(1)
+    begin = tl.load(work_end_ptr + task - 1, mask=task > 0, other=0)
+    end = tl.load(work_end_ptr + task)
+    if begin >= end:
+        return
+    _, _, share = share_of(0, programs, work_end_ptr, tasks)
+    first_program = begin // share
+    last_program = (end - 1) // share
+    request = tl.load(task_request_ptr + task)
+    query_start = tl.load(query_start_ptr + request)
+    query_rows = tl.load(query_start_ptr + request + 1) - query_start
+    column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
+    query_row = tl.load(task_row_ptr + task) + column // GROUP
+    row_ok = (column < ROWS * GROUP) & (query_row < query_rows)
+    row = (query_start + query_row).to(tl.int64) * q_heads + head * GROUP + column % GROUP
     channels = tl.arange(0, DP)
     channel_ok = channels < D
-    m = tl.full((ROWS,), -1e30, tl.float32)
-    total = tl.zeros((ROWS,), tl.float32)
-    acc = tl.zeros((ROWS, DP), tl.float32)
-    for start in range(0, splits, SPLIT_BLOCK):
-        split = start + tl.arange(0, SPLIT_BLOCK)
-        at = row[None, :] * splits + split[:, None]  # [SPLIT_BLOCK, ROWS]
-        lse = tl.load(partial_lse_ptr + at, mask=row_ok[None, :] & (split < splits)[:, None], other=float("-inf"))
+    m = tl.full((BLOCK,), -1e30, tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    acc = tl.zeros((BLOCK, DP), tl.float32)
+    for start in range(first_program, last_program + 1, PARTS):
+        program = start + tl.arange(0, PARTS)
+        at = ((program + task).to(tl.int64) * kv_heads + head) * COLUMNS
+        at = at[:, None] + column[None, :]  # [PARTS, BLOCK]
+        ok = row_ok[None, :] & (program <= last_program)[:, None]
+        lse = tl.load(partial_lse_ptr + at, mask=ok, other=float("-inf"))
         m_new = tl.maximum(m, tl.max(lse, axis=0))
         weight = tl.exp2(lse - m_new[None, :])
-        # what a split that saw nothing left in memory may be NaN
+        # what a part that saw nothing left in memory may be NaN
         mask = (weight > 0)[:, :, None] & channel_ok[None, None, :]
         part = tl.load(partial_ptr + at[:, :, None] * D + channels[None, None, :], mask=mask, other=0.0)
         decay = tl.exp2(m - m_new)
@@ -42,7 +62,7 @@ def combine_kernel(
     signs = tl.load(
         signs_ptr + channels[:, None] * D + channels[None, :], mask=channel_ok[:, None] & channel_ok[None, :], other=0.0
     )
-    if ROWS == 1:
+    if BLOCK == 1:
         out = tl.sum(tl.reshape(acc, (DP, 1)) * signs.to(tl.float32), axis=0)[None, :]
     else:
         # two fp16 parts carry the float32 result through the tensor cores

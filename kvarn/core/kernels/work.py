@@ -1,0 +1,75 @@
+"""Count what attention tasks have to read, so that programs can share it out evenly."""
+
+import triton
+import triton.language as tl
+
+from kvarn.core.kernels.read_rule import record_end
+
+
+@triton.jit
+def units_of(
+    first, last, prefix, length, own_start, G: tl.constexpr, TAIL: tl.constexpr, RAW_BLOCK: tl.constexpr,
+    ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr,
+):  # fmt: skip
+    """Return what query rows at positions first to last of a request read, in the order in which they do.
+
+    Returns:
+        Tiles from records, blocks of ring rows, blocks of the step's own rows; where ring rows begin and end, and where
+        the step's own begin.
+    """
+    committed = length if CANONICAL else prefix
+    tiles = record_end(committed, last, own_start, TAIL, G) // G
+    raw_start = record_end(committed, first, own_start, TAIL, G)
+    ring_end = tl.minimum(length, last + 1) if ROWS_IN_RING else prefix
+    chunk_start = tl.maximum(raw_start, ring_end)
+    ring_units = tl.cdiv(tl.maximum(ring_end - raw_start, 0), RAW_BLOCK)
+    chunk_units = tl.cdiv(tl.maximum(last + 1 - chunk_start, 0), RAW_BLOCK)
+    return tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start
+
+
+@triton.jit
+def count_work_kernel(
+    task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, work_end_ptr, tasks,
+    ROWS: tl.constexpr, G: tl.constexpr, TAIL: tl.constexpr, RAW_BLOCK: tl.constexpr, ROWS_IN_RING: tl.constexpr,
+    CANONICAL: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program: the running sum of all tasks' units."""
+    done = 0
+    for start in range(0, tasks, BLOCK):
+        task = start + tl.arange(0, BLOCK)
+        request = tl.load(task_request_ptr + task, mask=task < tasks, other=-1)
+        real = request >= 0
+        query_start = tl.load(query_start_ptr + request, mask=real, other=0)
+        query_end = tl.load(query_start_ptr + request + 1, mask=real, other=0)
+        prefix = tl.load(prefix_ptr + request, mask=real, other=0)
+        length = tl.load(length_ptr + request, mask=real, other=0)
+        own_start = tl.load(own_start_ptr + request, mask=real, other=0)
+        first_row = tl.load(task_row_ptr + task, mask=real, other=0)
+        first = prefix + first_row
+        last = prefix + tl.minimum(first_row + ROWS, query_end - query_start) - 1
+        tiles, ring_units, chunk_units, _, _, _ = units_of(
+            first, last, prefix, length, own_start, G, TAIL, RAW_BLOCK, ROWS_IN_RING, CANONICAL
+        )
+        units = tl.where(real, tiles + ring_units + chunk_units, 0)
+        tl.store(work_end_ptr + task, done + tl.cumsum(units, axis=0), mask=task < tasks)
+        done += tl.sum(units, axis=0)
+
+
+@triton.jit
+def share_of(program, programs, work_end_ptr, tasks):
+    """Return the units of one program, [begin, end), counted over all tasks; and how many a program has at most."""
+    total = tl.load(work_end_ptr + tasks - 1)
+    share = tl.cdiv(total, programs)
+    begin = tl.minimum(program * share, total)
+    return begin, tl.minimum(begin + share, total), share
+
+
+@triton.jit
+def task_at(unit, work_end_ptr, tasks, BLOCK: tl.constexpr):
+    """Return the task to which a unit belongs."""
+    before = 0
+    for start in range(0, tasks, BLOCK):
+        task = start + tl.arange(0, BLOCK)
+        end = tl.load(work_end_ptr + task, mask=task < tasks, other=2147483647)
+        before += tl.sum((end <= unit).to(tl.int32), axis=0)
+    return before

@@ -1,0 +1,78 @@
+"""Work: what attention reads, counted on the device, so that programs share it out evenly whatever the lengths.
+
+A *unit* is a tile or a block of raw rows; both are about as many bytes. The units of all tasks stand in one row, and
+every program takes an equal stretch of it. A stretch may end inside a task and begin inside another: each pair of
+program and task leaves one partial result, and `combine` merges those of a task.
+"""
+
+import torch
+
+from kvarn.core.cache import CacheConfig, runs_triton
+from kvarn.core.read_rule import record_end
+
+# Raw rows of a unit.
+RAW_BLOCK = 32
+# Tasks that a kernel looks at together.
+TASK_BLOCK = 1024
+
+
+def count_work(
+    config: CacheConfig,
+    task_request: torch.Tensor,
+    task_row: torch.Tensor,
+    rows_per_task: int,
+    query_start: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    own_start: torch.Tensor,
+    *,
+    rows_in_ring: bool,
+) -> torch.Tensor:
+    """Return the running sum of all tasks' units, [tasks], int32; tasks of no request have none.
+
+    The arguments are a Step's fields. Graph-safe: yes.
+    """
+    if not runs_triton(task_request):
+        return count_work_reference(
+            config, task_request, task_row, rows_per_task, query_start, prefix_lens, seq_lens, own_start,
+            rows_in_ring=rows_in_ring,
+        )  # fmt: skip
+    from kvarn.core.kernels.work import count_work_kernel
+
+    work_end = torch.empty_like(task_request)
+    count_work_kernel[(1,)](
+        task_request, task_row, query_start, prefix_lens, seq_lens, own_start, work_end, task_request.shape[0],
+        ROWS=rows_per_task, G=config.tile_tokens, TAIL=config.tail_tokens, RAW_BLOCK=RAW_BLOCK,
+        ROWS_IN_RING=rows_in_ring, CANONICAL=config.canonical, BLOCK=TASK_BLOCK,
+    )  # fmt: skip
+    return work_end
+
+
+def count_work_reference(
+    config: CacheConfig,
+    task_request: torch.Tensor,
+    task_row: torch.Tensor,
+    rows_per_task: int,
+    query_start: torch.Tensor,
+    prefix_lens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    own_start: torch.Tensor,
+    *,
+    rows_in_ring: bool,
+) -> torch.Tensor:
+    """Count in plain torch."""
+    request = task_request.clamp_min(0).long()
+    prefix, length, own = prefix_lens[request], seq_lens[request], own_start[request]
+    first = prefix + task_row
+    last = torch.minimum(first + rows_per_task, prefix + query_start.diff()[request]) - 1
+    committed = length if config.canonical else prefix
+    tiles = record_end(config, committed, last, own) // config.tile_tokens
+    raw_start = record_end(config, committed, first, own)
+    ring_end = torch.minimum(length, last + 1) if rows_in_ring else prefix
+    own_rows = last + 1 - torch.maximum(raw_start, ring_end)
+    units = tiles + _blocks(ring_end - raw_start) + _blocks(own_rows)
+    return torch.where(task_request >= 0, units, 0).cumsum(0).to(torch.int32)
+
+
+def _blocks(rows: torch.Tensor) -> torch.Tensor:
+    return (rows.clamp_min(0) + RAW_BLOCK - 1) // RAW_BLOCK

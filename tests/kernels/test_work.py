@@ -1,0 +1,43 @@
+"""The count of attention's work: the kernel's is the reference's, and equal shares of it are what programs get."""
+
+import pytest
+import torch
+from cases import make_case
+
+from kvarn.core.step import Step
+from kvarn.core.work import RAW_BLOCK, count_work, count_work_reference
+
+FIELDS = ("task_request", "task_row", "rows_per_task", "query_start", "prefix_lens", "seq_lens", "own_start")
+
+
+def work_of(step: Step, device: str) -> list[object]:
+    """Return the arguments by which a step's work is counted, on a device."""
+    values = [getattr(step, name) for name in FIELDS]
+    return [value.to(device) if isinstance(value, torch.Tensor) else value for value in values]
+
+
+@pytest.mark.parametrize("canonical", [False, True])
+@pytest.mark.parametrize(
+    ("lengths", "new", "hits"),
+    [([700, 1, 128], [1, 1, 1], None), ([700, 0, 128], [70, 5, 1], None), ([256, 200], [300, 1], [256, 128])],
+)
+def test_kernel_counts_as_the_reference(lengths, new, hits, canonical, device):
+    exact = {"tail": 0, "sink": 0} if canonical else {}
+    case = make_case(lengths, new, hits=hits, canonical=canonical, **exact)
+    ours = count_work(case.layer.config, *work_of(case.step, device), rows_in_ring=case.step.rows_in_ring)
+    theirs = count_work_reference(case.layer.config, *work_of(case.step, "cpu"), rows_in_ring=case.step.rows_in_ring)
+    assert torch.equal(ours.cpu(), theirs)
+
+
+def test_units_are_tiles_and_blocks_of_raw_rows():
+    step = make_case([1000, 40], [1, 1], tail=128).step
+    # 1,001 tokens: 6 tiles ended 128 tokens before the last, 233 rows are raw; 41 tokens: all raw
+    assert step.work_end.diff(prepend=torch.zeros(1)).tolist() == [6 + -(-233 // RAW_BLOCK), -(-41 // RAW_BLOCK)]
+
+
+def test_tasks_of_no_request_have_no_units():
+    step = make_case([300, 10], [40, 3]).step
+    padding = step.task_request < 0
+    assert padding.any()
+    assert (step.work_end.diff()[padding[1:]] == 0).all()
+    assert int(step.work_end[-1]) == int(step.work_end[~padding][-1])
