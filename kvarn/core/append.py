@@ -7,6 +7,7 @@ import torch
 
 from kvarn.core.cache import LayerCache, runs_triton
 from kvarn.core.hadamard import rotate, sign_matrix
+from kvarn.core.launch import chained
 from kvarn.core.step import Step
 
 # Rows of one program. One value everywhere: a row must get the same bits by decode and by any chunk.
@@ -74,7 +75,8 @@ def rotate_rows(
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
         Q_HEADS=q_heads, KV_HEADS=kv_heads, D=head_dim, DP=padded,
         NORM=layer.config.rotation_norm, RING=layer.config.ring_tokens, SINK=layer.config.sink_tokens, STORE=store,
-        BLOCK=_BLOCK_TOKENS, CHUNK=min(padded, _CHUNK_CHANNELS), num_warps=4,
+        BLOCK=_BLOCK_TOKENS, CHUNK=min(padded, _CHUNK_CHANNELS),
+        **chained(k.device), num_warps=4,
     )  # fmt: skip
     return rotated
 

@@ -5,6 +5,7 @@ import torch
 from kvarn.core.append import RotatedRows, device_signs
 from kvarn.core.cache import LayerCache, layout_constants, runs_triton
 from kvarn.core.hadamard import rotate
+from kvarn.core.launch import chained
 from kvarn.core.reference import decode_record, softmax_attention
 from kvarn.core.step import CHUNK_COLUMNS, Step, power_of_two, record_end
 from kvarn.core.work import RAW_BLOCK, TASK_BLOCK
@@ -92,7 +93,7 @@ def attend(
         **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
-        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=TASK_BLOCK, USE_ASM=_has_lop3(device),
+        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=TASK_BLOCK, USE_ASM=_has_lop3(device), **chained(device),
         **_launch_shape(head_dim, step.columns),
     )  # fmt: skip
     return out, combine(partial, partial_lse, layer, step, out)
@@ -127,7 +128,7 @@ def combine(
         step.task_request, step.task_row, step.work_end, step.query_start, tasks, partial.shape[0] - tasks, q_heads,
         GROUP=q_heads // kv_heads, ROWS=step.rows_per_task, COLUMNS=columns, BLOCK=block,
         PARTS=max(1, _COMBINE_ELEMENTS // (block * padded)), D=head_dim, DP=padded, NORM=layer.config.rotation_norm,
-        num_warps=16 if padded > _WIDEST_DOT else 4,
+        **chained(partial.device), num_warps=16 if padded > _WIDEST_DOT else 4,
     )  # fmt: skip
     return lse
 

@@ -4,6 +4,7 @@ import torch
 
 from kvarn.core.append import RotatedRows
 from kvarn.core.cache import LayerCache, layout_constants, runs_triton
+from kvarn.core.launch import chained
 from kvarn.core.reference import encode
 from kvarn.core.step import Step
 
@@ -38,6 +39,7 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
         KEY_CLIP=config.recipe.key_clip(layout.key_bits), VALUE_CLIP=config.recipe.value_clip(layout.value_bits),
         ITERATIONS=config.recipe.iterations, LOG_SCALE_MIN=config.recipe.log_scale_min,
         MARGIN=config.recipe.margin, SCALE_FREE=config.recipe.scale_free, ROWS_IN_RING=step.rows_in_ring,
+        **chained(layer.records.device),
         num_warps=min(16, max(4, layout.tile_tokens * constants["DP"] // _TILE_ELEMENTS_PER_WARP)),
     )  # fmt: skip
 

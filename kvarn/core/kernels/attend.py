@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 
 from kvarn.core.kernels.address import find_record
+from kvarn.core.kernels.chain import wait_for_previous
 from kvarn.core.kernels.read_rule import record_end
 from kvarn.core.kernels.unpack import BIAS, lane_codes, lane_weights, padded_words, unpack
 from kvarn.core.kernels.work import share_of, task_at, units_of
@@ -161,7 +162,7 @@ def attend_kernel(
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
     SINK: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr, RAW_BLOCK: tl.constexpr, TASK_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, USE_ASM: tl.constexpr,
+    STAGES: tl.constexpr, USE_ASM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program attends an equal stretch of all tasks' units, for one kv head. Grid: (programs, kv_heads).
 
@@ -169,6 +170,7 @@ def attend_kernel(
     blocks of this step's own rows. partial: [programs + tasks, kv_heads, COLUMNS, D], float32; program p leaves its
     part of task t in row p + t, with its log-sum-exp (base 2) in partial_lse.
     """
+    wait_for_previous(CHAINED)
     program = tl.program_id(0)
     head = tl.program_id(1)
     share_begin, share_end, _ = share_of(program, tl.num_programs(0), work_end_ptr, tasks)

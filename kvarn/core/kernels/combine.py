@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from kvarn.core.kernels.chain import wait_for_previous
 from kvarn.core.kernels.work import share_of
 
 _LN2 = tl.constexpr(0.6931471805599453)
@@ -13,7 +14,7 @@ def combine_kernel(
     partial_ptr, partial_lse_ptr, signs_ptr, out_ptr, lse_ptr, task_request_ptr, task_row_ptr, work_end_ptr,
     query_start_ptr, tasks, programs, q_heads,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr,
+    D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program merges BLOCK columns of one task. Grid: (tasks, kv_heads, blocks of columns).
 
@@ -21,6 +22,7 @@ def combine_kernel(
     fp16, already transposed for the way back. BLOCK is 16, rotated back by the tensor cores, or 1: then there are too
     few columns to fill the GPU, and a whole program hurries through the parts of one.
     """
+    wait_for_previous(CHAINED)
     task = tl.program_id(0)
     head = tl.program_id(1)
     kv_heads = tl.num_programs(1)

@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from kvarn.core.kernels.chain import wait_for_previous
+
 # The largest number that is finite in fp16 and exact in bf16: rotated rows are clamped to it.
 _RAW_MAX = tl.constexpr(65280.0)
 
@@ -15,8 +17,10 @@ def rotate_kernel(
     tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride,
     Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr,
     RING: tl.constexpr, SINK: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of tokens, q heads + 2 kv heads). Outputs are contiguous [tokens, heads, D]."""
+    wait_for_previous(CHAINED)
     head = tl.program_id(1)
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token_ok = token < num_tokens

@@ -4,6 +4,7 @@ import triton
 import triton.language as tl
 
 from kvarn.core.kernels.address import find_record
+from kvarn.core.kernels.chain import wait_for_previous
 
 _STD_MIN = tl.constexpr(1e-3)
 _STD_MAX = tl.constexpr(1e3)
@@ -161,8 +162,10 @@ def seal_kernel(
     K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, KEY_BITS: tl.constexpr,
     VALUE_BITS: tl.constexpr, KEY_CLIP: tl.constexpr, VALUE_CLIP: tl.constexpr, ITERATIONS: tl.constexpr,
     LOG_SCALE_MIN: tl.constexpr, MARGIN: tl.constexpr, SCALE_FREE: tl.constexpr, ROWS_IN_RING: tl.constexpr,
+    CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (tasks, kv_heads, 2); the last axis is keys, values. A task with tile -1 does nothing."""
+    wait_for_previous(CHAINED)
     task = tl.program_id(0)
     head = tl.program_id(1)
     which = tl.program_id(2)
