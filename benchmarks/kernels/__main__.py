@@ -2,6 +2,7 @@
 
     python -m benchmarks.kernels decode                  about four minutes, writes benchmarks/results/decode-h100.json
     python -m benchmarks.kernels decode --only gqa16     cases whose name matches; --quick for one of each kind
+    python -m benchmarks.kernels tune --only 64x16k/gqa8$   KVarN alone under many launch shapes
     python -m benchmarks.kernels list                    names of all cases, with peers and whether they can run
 
 The exit status is 1 if an output was wrong or a case could not run; bars that are lost are told, and don't change it.
@@ -10,13 +11,15 @@ The exit status is 1 if an output was wrong or a case could not run; bars that a
 from __future__ import annotations
 
 import argparse
+import contextlib
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
-from benchmarks.kernels import bandwidth, cases, decode, measure, timing, warm
+from benchmarks.kernels import bandwidth, cases, decode, measure, timing, tune, warm
 from benchmarks.kernels.peers import registry
 from benchmarks.kernels.workload import TABLE_TOKENS
 
@@ -32,6 +35,8 @@ def main() -> None:
         sys.exit("Timing needs a CUDA device; there is none. Tests run the same code on the CPU.")
     elif args.command == "warm":
         _warm(args)
+    elif args.command == "tune":
+        _tune(args)
     else:
         sys.exit(0 if _decode(args) else 1)
 
@@ -51,7 +56,17 @@ def _arguments() -> argparse.Namespace:
     names = commands.add_parser("warm", help="compile the kernels of some cases; `decode` calls it")
     names.add_argument("names", nargs="+")
     names.add_argument("--peers", nargs=1, help="compile this peer's kernels instead of KVarN's")
-    for command in (run, names):
+    names.add_argument("--shape", nargs=2, type=int, help="warps and stages of the attention kernel")
+    tuned = commands.add_parser("tune", help="measure the attention kernel under many launch shapes")
+    tuned.add_argument(
+        "--only", metavar="PATTERN", default="", help="regular expression, searched in the names of cases"
+    )
+    tuned.add_argument("--warps", nargs="+", type=int, default=[1, 2, 4, 8])
+    tuned.add_argument("--stages", nargs="+", type=int, default=[2, 3, 5])
+    tuned.add_argument("--programs", nargs="+", type=int, default=[4, 8, 16], help="a multiprocessor")
+    tuned.add_argument("--out", type=Path, default=_OUT.with_name("tune.json"), help="result file")
+    tuned.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many seconds")
+    for command in (run, names, tuned):
         command.add_argument("--table-tokens", type=int, default=TABLE_TOKENS, help="width of page tables, in tokens")
     commands.add_parser("list", help="print the names of cases and peers")
     return parser.parse_args()
@@ -67,13 +82,25 @@ def _decode(args: argparse.Namespace) -> bool:
         for problem in warm.compile_all(chosen, peers, args.table_tokens):
             print(f"compiling ahead failed, {problem}", file=sys.stderr)
         print(f"compiled ahead in {time.monotonic() - began:.0f} s", file=sys.stderr)
+    passed = decode.run(chosen, _bench(peers, args.table_tokens), args.out, began + args.seconds)
+    print(f"{time.monotonic() - began:.0f} s in all; {args.out}", file=sys.stderr)
+    return passed
+
+
+def _bench(peers: Sequence[registry.Peer], table_tokens: int) -> measure.Bench:
     device = torch.device("cuda")
     limit = bandwidth.read_limit_tbps(timing.graph_timer, device)
     l2_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    bench = measure.Bench(device, timing.graph_timer, l2_bytes, limit, peers, args.table_tokens)
-    passed = decode.run(chosen, bench, args.out, began + args.seconds)
-    print(f"{time.monotonic() - began:.0f} s in all; {args.out}", file=sys.stderr)
-    return passed
+    return measure.Bench(device, timing.graph_timer, l2_bytes, limit, peers, table_tokens)
+
+
+def _tune(args: argparse.Namespace) -> None:
+    began = time.monotonic()
+    chosen = cases.select(cases.registry(), args.only)
+    tried = tune.shapes(args.warps, args.stages, args.programs)
+    tune.compile_all(chosen, tried)
+    print(f"compiled ahead in {time.monotonic() - began:.0f} s", file=sys.stderr)
+    tune.run(chosen, tried, _bench((), args.table_tokens), args.out, began + args.seconds)
 
 
 def _warm(args: argparse.Namespace) -> None:
@@ -82,7 +109,8 @@ def _warm(args: argparse.Namespace) -> None:
     if args.peers:
         warm.compile_peers(chosen, device, registry.select(args.peers))
     else:
-        warm.compile_own(chosen, device, args.table_tokens)
+        with tune.launched_as(tune.LaunchShape(*args.shape)) if args.shape else contextlib.nullcontext():
+            warm.compile_own(chosen, device, args.table_tokens)
     torch.cuda.synchronize()
 
 

@@ -1,5 +1,7 @@
 """Attend: queries over records, exact tail, sinks and the step's own rows, in one softmax."""
 
+from dataclasses import dataclass
+
 import torch
 
 from kvarn.core.append import RotatedRows, device_signs
@@ -7,11 +9,9 @@ from kvarn.core.cache import LayerCache, layout_constants, runs_triton
 from kvarn.core.hadamard import rotate
 from kvarn.core.launch import chained
 from kvarn.core.reference import decode_record, softmax_attention
-from kvarn.core.step import CHUNK_COLUMNS, Step, power_of_two, record_end
+from kvarn.core.step import CHUNK_COLUMNS, DECODE_COLUMNS, Step, power_of_two, record_end
 from kvarn.core.work import RAW_BLOCK, TASK_BLOCK
 
-# Attention programs a multiprocessor: four are resident, and the second wave evens out what the first left uneven.
-_PROGRAMS_PER_SM = 8
 _COMBINE_ELEMENTS = 8192
 _COMBINE_COLUMNS = 16
 # Up to so many query rows and heads, every one is merged by a program of its own.
@@ -21,17 +21,45 @@ _WIDEST_DOT = 256
 _RECORD, _SINK, _RAW = range(3)
 
 
-def num_programs(kv_heads: int, device: torch.device) -> int:
+@dataclass(frozen=True, slots=True)
+class LaunchShape:
+    """How the attention kernel is launched. `python -m benchmarks.kernels tune` measures which is fastest.
+
+    Args:
+        warps: of a program.
+        stages: of the pipeline that loads tiles; the page table takes one, computing another.
+        programs_per_sm: programs a multiprocessor, those of all kv heads together.
+    """
+
+    warps: int
+    stages: int
+    programs_per_sm: int = 8
+
+
+def launch_shape(head_dim: int, columns: int) -> LaunchShape:
+    """Return the shape for a head width and the query columns of a program.
+
+    Up to head_dim 128 two warps keep a tile in registers, and with fewer than four the MMAs stay those of one warp.
+    """
+    if columns <= CHUNK_COLUMNS and head_dim <= 128:
+        return LaunchShape(2, 3 if columns <= DECODE_COLUMNS else 2)
+    return LaunchShape(4 if columns <= CHUNK_COLUMNS and head_dim <= 256 else 8, 2)
+
+
+def num_programs(kv_heads: int, shape: LaunchShape, device: torch.device) -> int:
     """Return how many programs share the work of one kv head. It follows from shapes alone: a captured graph keeps it.
 
     Args:
         kv_heads: kv heads.
+        shape: of the launch.
         device: where the step runs.
     """
-    return max(1, _sm_count(device) * _PROGRAMS_PER_SM // kv_heads)
+    return max(1, _sm_count(device) * shape.programs_per_sm // kv_heads)
 
 
-def most_partial_rows(tokens: int, requests: int, kv_heads: int, group: int, device: torch.device) -> int:
+def most_partial_rows(
+    tokens: int, requests: int, kv_heads: int, group: int, head_dim: int, device: torch.device
+) -> int:
     """Return the most partial results, rows of head_dim numbers, that any step leaves before it merges them.
 
     Args:
@@ -39,11 +67,12 @@ def most_partial_rows(tokens: int, requests: int, kv_heads: int, group: int, dev
         requests: most requests of a step.
         kv_heads: kv heads.
         group: query heads of one kv head.
+        head_dim: channels of a head.
         device: where the step runs.
     """
     columns = max(CHUNK_COLUMNS, power_of_two(group))
     tasks = tokens // (columns // group) + requests
-    return (num_programs(kv_heads, device) + tasks) * kv_heads * columns
+    return (num_programs(kv_heads, launch_shape(head_dim, columns), device) + tasks) * kv_heads * columns
 
 
 def attend(
@@ -81,7 +110,8 @@ def attend(
     if out is None:
         out = torch.empty(rotated.q.shape, dtype=layer.tails.dtype, device=device)
     group = q_heads // config.kv_heads
-    tasks, programs = step.task_request.shape[0], num_programs(config.kv_heads, device)
+    shape = launch_shape(head_dim, step.columns)
+    tasks, programs = step.task_request.shape[0], num_programs(config.kv_heads, shape, device)
     parts = (programs + tasks, config.kv_heads, step.columns)
     partial = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
@@ -93,8 +123,8 @@ def attend(
         **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
-        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=TASK_BLOCK, USE_ASM=_has_lop3(device), **chained(device),
-        **_launch_shape(head_dim, step.columns),
+        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=TASK_BLOCK, STAGES=shape.stages, USE_ASM=_has_lop3(device),
+        **chained(device), num_warps=shape.warps,
     )  # fmt: skip
     return out, combine(partial, partial_lse, layer, step, out)
 
@@ -181,16 +211,6 @@ def _readable_rows(
     source = torch.cat([torch.full(at.shape, kind, device=device) for _, _, at, kind in parts])
     at = torch.cat([at for _, _, at, _ in parts]).to(device)
     return torch.cat([k.float() for k, *_ in parts]), torch.cat([v.float() for _, v, *_ in parts]), at, source
-
-
-def _launch_shape(head_dim: int, columns: int) -> dict[str, int]:
-    """Return warps and pipeline stages.
-
-    Up to head_dim 128 two warps keep a tile in registers, and with fewer than four the MMAs stay those of one warp.
-    """
-    if columns <= 16 and head_dim <= 128:
-        return {"num_warps": 2, "STAGES": 3 if columns <= 8 else 2}
-    return {"num_warps": 4 if columns <= 16 and head_dim <= 256 else 8, "STAGES": 2}
 
 
 def _sm_count(device: torch.device) -> int:

@@ -56,7 +56,7 @@ def reserve_scratch(q: torch.Tensor, config: CacheConfig, requests: int) -> None
     tokens, q_heads, head_dim = q.shape
     device_signs(head_dim, q.dtype, q.device, False)
     device_signs(head_dim, torch.float16, q.device, True)
-    rows = most_partial_rows(tokens, requests, config.kv_heads, q_heads // config.kv_heads, q.device)
+    rows = most_partial_rows(tokens, requests, config.kv_heads, q_heads // config.kv_heads, head_dim, q.device)
     numbers = (rows + tokens * q_heads) * head_dim + rows
     kv_bytes = 2 * tokens * config.kv_heads * head_dim * q.element_size()
     torch.empty(numbers * torch.float32.itemsize + kv_bytes, dtype=torch.uint8, device=q.device)

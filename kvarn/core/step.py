@@ -12,7 +12,7 @@ from kvarn.core.work import count_work
 
 # Query columns of one program in a chunk; 8 is the narrow side of the MMA, which decode uses.
 CHUNK_COLUMNS = 16
-_DECODE_COLUMNS = 8
+DECODE_COLUMNS = 8
 # Requests that the kernel of a decode step handles at a time.
 _STEP_BLOCK = 1024
 
@@ -141,7 +141,7 @@ def _decode_step(
         task_row=zeros,
         work_end=count_work(config, index[:-1], zeros, 1, index, prefix_lens, seq_lens, own_start, rows_in_ring=True),
         rows_per_task=1,
-        columns=max(_DECODE_COLUMNS, power_of_two(group)),
+        columns=max(DECODE_COLUMNS, power_of_two(group)),
         rows_in_ring=True,
     )
 

@@ -7,13 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.kernels import bandwidth, bars, cases, decode, measure, table, timing, workload
+from benchmarks.kernels import bandwidth, bars, cases, decode, measure, table, timing, tune, workload
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.gate import Check, checked_requests, compare
 from benchmarks.kernels.inputs import make_inputs
 from benchmarks.kernels.operation import Operation
 from benchmarks.kernels.peers import paged, registry
 from benchmarks.kernels.traffic import read_traffic
+from kvarn.core import attend
 from kvarn.core.reference import decode_record, unpack_record
 from kvarn.core.step import record_end
 
@@ -275,3 +276,13 @@ def test_percentiles_are_in_order():
     made = timing.summary([5.0, 1.0, 2.0, 4.0, 3.0])
     assert made.us_p10 < made.us < made.us_p90
     assert made.us == 3.0
+
+
+def test_tuning_measures_every_shape_behind_the_gate_and_leaves_none_behind(tmp_path):
+    chosen = attend.launch_shape
+    tried = tune.shapes([2, 4], [3], [1, 8])
+    tune.run([TINY], tried, bench(), tmp_path / "tune.json", math.inf)
+    rows = json.loads((tmp_path / "tune.json").read_text())["rows"]
+    assert [(row["warps"], row["programs_per_sm"]) for row in rows] == [(2, 1), (2, 8), (4, 1), (4, 8)]
+    assert all(row["us"] == 10.0 and row["gate_err"] < bars.ERROR_BAR and not row["failed"] for row in rows)
+    assert attend.launch_shape is chosen
