@@ -31,13 +31,18 @@ def _query_lanes(q_cols, col_ok, q_unit, BITS: tl.constexpr, WORDS: tl.constexpr
 
 
 @triton.jit
-def _load_lanes(ptrs, lane_ok, PADDED: tl.constexpr):
-    """Load one value a lane; lanes of padding give zero."""
+def _load_pair(ptrs, DISTANCE: tl.constexpr, ok, PADDED: tl.constexpr):
+    """Load two vectors that lie DISTANCE halfs apart, float32; elements of padding give zero.
+
+    One load, because each thread must get four bytes for the copy to shared memory to be asynchronous.
+    """
+    both = ptrs[:, None] + tl.arange(0, 2)[None, :] * DISTANCE
     if PADDED:
-        values = tl.load(ptrs, mask=lane_ok, other=0)
+        values = tl.load(both, mask=ok[:, None], other=0)
     else:
-        values = tl.load(ptrs)
-    return values
+        values = tl.load(both)
+    first, second = tl.split(values)
+    return first.to(tl.float32), second.to(tl.float32)
 
 
 @triton.jit
@@ -62,12 +67,11 @@ def _add_key_field(
     padded: tl.constexpr = padded_words(WORDS) != WORDS
     halfs = record.to(tl.pointer_type(tl.float16))
     words = _load_words(record, tl.arange(0, G), OFFSET, WORDS, G)
-    scale = _load_lanes(halfs + K_SCALE // 2 + channel, lane_ok, padded).to(tl.float32)
+    scale, offset = _load_pair(halfs + K_SCALE // 2 + channel, (K_OFFSET - K_SCALE) // 2, lane_ok, padded)
     scaled = (q_lanes * (scale * lane_weights(BITS, LOW_BIT, WORDS))[:, None]).to(tl.float16)
     x = tl.dot(unpack(words, BITS, USE_ASM), scaled, x)
     correction = -BIAS * scaled.to(tl.float32)
     if LOW_BIT == 0:
-        offset = _load_lanes(halfs + K_OFFSET // 2 + channel, lane_ok, padded).to(tl.float32)
         correction += q_lanes * offset[:, None]
     return x, tl.sum(correction, axis=0)
 
@@ -131,15 +135,15 @@ def _attend_tile(
         x, more = _add_key_field(x, record, second_lanes, K_FIELDS[1][0], K_FIELDS[1][1], K_FIELDS[1][2],
                                  K_FIELDS[1][3], OFFSETS[0], OFFSETS[1], G, USE_ASM)  # fmt: skip
         shift += more
-    k_token = tl.load(halfs + OFFSETS[2] // 2 + tokens).to(tl.float32)
+    # with what stands before it, which is thrown away
+    _, k_token = _load_pair(halfs + OFFSETS[2] // 2 - G + tokens, G, tokens >= 0, False)
     x = _cap((x + shift[None, :]) * (k_token[:, None] * q_scale[None, :]), SOFTCAP)
     x = tl.where(token_ok[:, None] & column_ok[None, :], x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, axis=0))
     decay = tl.exp2(m - m_new)
     weights = tl.exp2(x - m_new[None, :] + _WEIGHT_SHIFT)
-    v_scale = tl.load(halfs + OFFSETS[3] // 2 + tokens).to(tl.float32)
-    v_offset = tl.load(halfs + OFFSETS[4] // 2 + tokens).to(tl.float32)
-    v_channel = tl.load(halfs + OFFSETS[5] // 2 + channels, mask=channels < D, other=0.0).to(tl.float32)
+    v_scale, v_offset = _load_pair(halfs + OFFSETS[3] // 2 + tokens, (OFFSETS[4] - OFFSETS[3]) // 2, tokens >= 0, False)
+    _, v_channel = _load_pair(halfs + OFFSETS[5] // 2 - D + channels, D, channels < D, channels.shape[0] != D)
     shift = weights * v_offset[:, None]
     o = tl.zeros((acc.shape[0], acc.shape[1]), tl.float32)
     for f in tl.static_range(len(V_FIELDS)):
