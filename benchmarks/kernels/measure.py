@@ -18,8 +18,8 @@ from benchmarks.kernels.timing import Timer, Timing
 from benchmarks.kernels.workload import TABLE_TOKENS, build
 
 _TIMES = (
-    "us", "us_p10", "us_p90", "replays", "step_us", "layers", "packed_bytes", "packed_tbps", "of_limit", "rel_err",
-    "gate_err", "vs_q_len_1",
+    "us", "us_p10", "us_p90", "replays", "rotate_us", "seal_us", "attend_us", "step_us", "layers", "packed_bytes",
+    "packed_tbps", "of_limit", "rel_err", "gate_err", "vs_q_len_1",
 )  # fmt: skip
 _PEER_KEYS = ("us", "peer", "rel_err", "note")
 
@@ -119,6 +119,8 @@ def _measure_own(inputs: Inputs, bench: Bench, row: dict[str, Any]) -> None:
     packed = workload.traffic.total
     row.update(_times(timing), packed_bytes=packed, packed_tbps=packed / timing.us / 1e6)
     row["of_limit"] = row["packed_tbps"] / bench.limit_tbps
+    for name, part in workload.parts().items():
+        row[f"{name}_us"] = bench.timer(part, len(workload.layers)).us
     if inputs.case.q_len == 1:
         row["step_us"] = bench.timer(workload.build_step, 1).us
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -10,11 +11,14 @@ from benchmarks.kernels.gate import Check, cache_expected, checked_requests, com
 from benchmarks.kernels.inputs import Inputs, take_rows
 from benchmarks.kernels.timing import copies_needed
 from benchmarks.kernels.traffic import Traffic, read_traffic
+from kvarn.core.append import rotate_rows
+from kvarn.core.attend import attend
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
 from kvarn.core.hadamard import rotate
 from kvarn.core.layout import TileLayout
 from kvarn.core.reference import encode
+from kvarn.core.seal import seal
 from kvarn.core.step import Step, chunk_step, decode_step
 from kvarn.core.tail import TailState, owner_tags
 from kvarn.presets import get_preset
@@ -55,6 +59,17 @@ class Workload:
         return attention(
             inputs.q, inputs.k, inputs.v, self.layers[copy], self.step, inputs.scale, inputs.case.logit_cap
         )
+
+    def parts(self) -> dict[str, Callable[[int], object]]:
+        """Return what launches each part of the operation alone; attend includes the merging of its partial results."""
+        inputs, step = self.inputs, self.step
+        rows = (inputs.q, inputs.k, inputs.v)
+        rotated = rotate_rows(*rows, self.layers[0], step, store=False)
+        return {
+            "rotate": lambda copy: rotate_rows(*rows, self.layers[copy], step, store=step.rows_in_ring),
+            "seal": lambda copy: seal(rotated, self.layers[copy], step),
+            "attend": lambda copy: attend(rotated, self.layers[copy], step, inputs.scale, inputs.case.logit_cap),
+        }
 
     def build_step(self, _copy: int) -> Step:
         """Build the decode step, as an engine does once for all layers. Again and again: the state is past it then."""
