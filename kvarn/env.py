@@ -35,6 +35,11 @@ def canonical() -> bool:
     return _flag("KVARN_CANONICAL")
 
 
+def batch_invariant() -> bool:
+    """KVARN_BATCH_INVARIANT (0): a row's attention is the same, bit for bit, whatever else is in the batch; slower."""
+    return _flag("KVARN_BATCH_INVARIANT")
+
+
 def tail_tokens() -> int | None:
     """KVARN_TAIL_TOKENS (unset: the preset's): newest tokens that are always read exact."""
     return _optional_count("KVARN_TAIL_TOKENS")

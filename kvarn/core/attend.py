@@ -5,12 +5,12 @@ from dataclasses import dataclass
 import torch
 
 from kvarn.core.append import RotatedRows, device_signs
-from kvarn.core.cache import LayerCache, layout_constants, runs_triton
+from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
 from kvarn.core.hadamard import rotate
 from kvarn.core.launch import chained
 from kvarn.core.reference import decode_record, softmax_attention
 from kvarn.core.step import CHUNK_COLUMNS, DECODE_COLUMNS, Step, power_of_two, record_end
-from kvarn.core.work import RAW_BLOCK, TASK_BLOCK
+from kvarn.core.work import RAW_BLOCK, TASK_BLOCK, most_shares, units_per_share
 
 _COMBINE_ELEMENTS = 8192
 _COMBINE_COLUMNS = 16
@@ -46,33 +46,45 @@ def launch_shape(head_dim: int, columns: int) -> LaunchShape:
     return LaunchShape(4 if columns <= CHUNK_COLUMNS and head_dim <= 256 else 8, 2)
 
 
-def num_programs(kv_heads: int, shape: LaunchShape, device: torch.device) -> int:
+def num_programs(
+    config: CacheConfig, shape: LaunchShape, tasks: int, pages: int, rows_in_ring: bool, device: torch.device
+) -> int:
     """Return how many programs share the work of one kv head. It follows from shapes alone: a captured graph keeps it.
 
     Args:
-        kv_heads: kv heads.
+        config: shared numbers.
         shape: of the launch.
+        tasks: attention tasks of the step.
+        pages: most pages of a request.
+        rows_in_ring: as of a Step.
         device: where the step runs.
     """
-    return max(1, _sm_count(device) * shape.programs_per_sm // kv_heads)
+    if config.batch_invariant:
+        return most_shares(config, tasks, pages, rows_in_ring=rows_in_ring)
+    return max(1, _sm_count(device) * shape.programs_per_sm // config.kv_heads)
 
 
 def most_partial_rows(
-    tokens: int, requests: int, kv_heads: int, group: int, head_dim: int, device: torch.device
+    config: CacheConfig, tokens: int, requests: int, pages: int, group: int, device: torch.device
 ) -> int:
     """Return the most partial results, rows of head_dim numbers, that any step leaves before it merges them.
 
     Args:
+        config: shared numbers.
         tokens: most tokens of a step.
         requests: most requests of a step.
-        kv_heads: kv heads.
+        pages: most pages of a request.
         group: query heads of one kv head.
-        head_dim: channels of a head.
         device: where the step runs.
     """
-    columns = max(CHUNK_COLUMNS, power_of_two(group))
-    tasks = tokens // (columns // group) + requests
-    return (num_programs(kv_heads, launch_shape(head_dim, columns), device) + tasks) * kv_heads * columns
+    rows = []
+    for narrowest, rows_in_ring in ((DECODE_COLUMNS, True), (CHUNK_COLUMNS, False)):
+        columns = max(narrowest, power_of_two(group))
+        tasks = requests if rows_in_ring else tokens // (columns // group) + requests
+        shape = launch_shape(config.layout.head_dim, columns)
+        programs = num_programs(config, shape, tasks, pages, rows_in_ring, device)
+        rows.append((programs + tasks) * config.kv_heads * columns)
+    return max(rows)
 
 
 def attend(
@@ -97,7 +109,8 @@ def attend(
         Output [tokens, q_heads, head_dim], model dtype, un-rotated; and natural log-sum-exp [tokens, q_heads],
         float32.
 
-    Determinism: bitwise for equal inputs and batch shape. Graph-safe: yes.
+    Determinism: bitwise for equal inputs, lengths and batch shape; with `CacheConfig.batch_invariant` a row's bits
+    depend on that row's request alone. Graph-safe: yes.
     """
     if not runs_triton(layer.records):
         result, lse = attend_reference(rotated, layer, step, scale, logit_cap)
@@ -111,7 +124,8 @@ def attend(
         out = torch.empty(rotated.q.shape, dtype=layer.tails.dtype, device=device)
     group = q_heads // config.kv_heads
     shape = launch_shape(head_dim, step.columns)
-    tasks, programs = step.task_request.shape[0], num_programs(config.kv_heads, shape, device)
+    tasks, pages = step.task_request.shape[0], step.block_table.shape[1]
+    programs = num_programs(config, shape, tasks, pages, step.rows_in_ring, device)
     parts = (programs + tasks, config.kv_heads, step.columns)
     partial = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
@@ -123,7 +137,8 @@ def attend(
         **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
-        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=TASK_BLOCK, STAGES=shape.stages, USE_ASM=_has_lop3(device),
+        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=TASK_BLOCK, SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring),
+        STAGES=shape.stages, USE_ASM=_has_lop3(device),
         **chained(device), num_warps=shape.warps,
     )  # fmt: skip
     return out, combine(partial, partial_lse, layer, step, out)
@@ -152,7 +167,8 @@ def combine(
     tasks = step.task_request.shape[0]
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
     padded = layer.config.layout.padded_dim
-    block = 1 if tokens * q_heads <= _FEW_ROWS or padded > _WIDEST_DOT else _COMBINE_COLUMNS
+    few = tokens * q_heads <= _FEW_ROWS and not layer.config.batch_invariant
+    block = 1 if few or padded > _WIDEST_DOT else _COMBINE_COLUMNS
     combine_kernel[(tasks, kv_heads, -(-columns // block))](
         partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse,
         step.task_request, step.task_row, step.work_end, step.query_start, tasks, partial.shape[0] - tasks, q_heads,

@@ -43,7 +43,7 @@ def attention(
     return out
 
 
-def reserve_scratch(q: torch.Tensor, config: CacheConfig, requests: int) -> None:
+def reserve_scratch(q: torch.Tensor, config: CacheConfig, requests: int, pages: int) -> None:
     """Take and give back as much memory as `attention` needs for these rows at worst, and make its constants.
 
     For engines that measure their peak of memory in a run without a cache, and then capture graphs.
@@ -52,11 +52,12 @@ def reserve_scratch(q: torch.Tensor, config: CacheConfig, requests: int) -> None
         q: [tokens, q_heads, head_dim], model dtype; the most tokens of a step.
         config: shared numbers of the cache.
         requests: the most requests of a step.
+        pages: the most pages of a request.
     """
     tokens, q_heads, head_dim = q.shape
     device_signs(head_dim, q.dtype, q.device, False)
     device_signs(head_dim, torch.float16, q.device, True)
-    rows = most_partial_rows(tokens, requests, config.kv_heads, q_heads // config.kv_heads, head_dim, q.device)
+    rows = most_partial_rows(config, tokens, requests, pages, q_heads // config.kv_heads, q.device)
     numbers = (rows + tokens * q_heads) * head_dim + rows
     kv_bytes = 2 * tokens * config.kv_heads * head_dim * q.element_size()
     torch.empty(numbers * torch.float32.itemsize + kv_bytes, dtype=torch.uint8, device=q.device)

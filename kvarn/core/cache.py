@@ -23,6 +23,7 @@ class CacheConfig:
         sink_tokens: first tokens that are read exact (S).
         ring_tokens: rows of a request's tail ring; at least a tile and the exact tail.
         canonical: read every full tile below a query's own from its record, those of the same step included.
+        batch_invariant: sum each row's attention in an order that doesn't depend on the rest of the batch.
         recipe: quantiser.
         tiles_per_block: tiles of one block, the unit in which the engine hands out memory. A page holds one tile;
             page p is tile p % tiles_per_block of block p // tiles_per_block.
@@ -34,6 +35,7 @@ class CacheConfig:
     sink_tokens: int
     ring_tokens: int
     canonical: bool = False
+    batch_invariant: bool = False
     recipe: Recipe = DEFAULT
     tiles_per_block: int = 1
 
@@ -48,7 +50,7 @@ class CacheConfig:
 
     @classmethod
     def of(cls, shape: CacheShape, tiles_per_block: int = 1) -> "CacheConfig":
-        """Return the numbers of a cache of that shape; whether it is canonical, the environment says."""
+        """Return the numbers of a cache of that shape. The environment says if it is canonical or batch-invariant."""
         return cls(
             layout=shape.layout,
             kv_heads=shape.kv_heads,
@@ -56,6 +58,7 @@ class CacheConfig:
             sink_tokens=shape.sink_tokens,
             ring_tokens=shape.ring_tokens,
             canonical=env.canonical(),
+            batch_invariant=env.batch_invariant(),
             tiles_per_block=tiles_per_block,
         )
 

@@ -3,7 +3,11 @@
 A *unit* is a tile or a block of raw rows; both are about as many bytes. The units of all tasks stand in one row, and
 every program takes an equal stretch of it. A stretch may end inside a task and begin inside another: each pair of
 program and task leaves one partial result, and `combine` merges those of a task.
+
+In the batch-invariant mode tasks are counted in *shares* of so many units instead, and every program takes one.
 """
+
+import math
 
 import torch
 
@@ -14,6 +18,25 @@ from kvarn.core.read_rule import record_end
 RAW_BLOCK = 32
 # Tasks that a kernel looks at together.
 TASK_BLOCK = 1024
+_INVARIANT_SHARE = 32
+_WHOLE_TASK = 1 << 30
+
+
+def units_per_share(config: CacheConfig, *, rows_in_ring: bool) -> int:
+    """Return how many units count as one.
+
+    Where results may not depend on the batch, decode tasks are split at fixed units and those of chunks, which are
+    many, not at all.
+    """
+    if not config.batch_invariant:
+        return 1
+    return _INVARIANT_SHARE if rows_in_ring else _WHOLE_TASK
+
+
+def most_shares(config: CacheConfig, tasks: int, pages: int, *, rows_in_ring: bool) -> int:
+    """Return the most that `count_work` can count, for tasks of requests of at most so many pages."""
+    raw_units = config.ring_tokens // RAW_BLOCK + 1 if rows_in_ring else pages * config.tile_tokens // RAW_BLOCK
+    return tasks * math.ceil((pages + raw_units) / units_per_share(config, rows_in_ring=rows_in_ring))
 
 
 def count_work(
@@ -28,7 +51,7 @@ def count_work(
     *,
     rows_in_ring: bool,
 ) -> torch.Tensor:
-    """Return the running sum of all tasks' units, [tasks], int32; tasks of no request have none.
+    """Return the running sum of all tasks' shares, [tasks], int32; tasks of no request have none.
 
     The arguments are a Step's fields. Graph-safe: yes.
     """
@@ -44,6 +67,7 @@ def count_work(
         task_request, task_row, query_start, prefix_lens, seq_lens, own_start, work_end, task_request.shape[0],
         ROWS=rows_per_task, G=config.tile_tokens, TAIL=config.tail_tokens, RAW_BLOCK=RAW_BLOCK,
         ROWS_IN_RING=rows_in_ring, CANONICAL=config.canonical, BLOCK=TASK_BLOCK,
+        SHARE=units_per_share(config, rows_in_ring=rows_in_ring),
     )  # fmt: skip
     return work_end
 
@@ -70,8 +94,9 @@ def count_work_reference(
     raw_start = record_end(config, committed, first, own)
     ring_end = torch.minimum(length, last + 1) if rows_in_ring else prefix
     own_rows = last + 1 - torch.maximum(raw_start, ring_end)
-    units = tiles + _blocks(ring_end - raw_start) + _blocks(own_rows)
-    return torch.where(task_request >= 0, units, 0).cumsum(0).to(torch.int32)
+    share = units_per_share(config, rows_in_ring=rows_in_ring)
+    shares = -(-(tiles + _blocks(ring_end - raw_start) + _blocks(own_rows)) // share)
+    return torch.where(task_request >= 0, shares, 0).cumsum(0).to(torch.int32)
 
 
 def _blocks(rows: torch.Tensor) -> torch.Tensor:

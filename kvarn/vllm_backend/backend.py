@@ -225,7 +225,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
         """Append, seal and attend; rows of padding are left alone. Graph-safe: yes for decode steps."""
         tail: TailCache = self._tail
         if attn_metadata is None:
-            reserve_scratch(query, CacheConfig.of(tail.shape), tail.max_requests)
+            reserve_scratch(query, CacheConfig.of(tail.shape), tail.max_requests, tail.max_pages)
             return output.fill_(0)
         pool = tail.pool
         if self._index == 0:
@@ -277,8 +277,15 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
         head_dim=layer.head_size,
         raw_bytes=raw_dtype.itemsize,
     )
-    requests, device = config.scheduler_config.max_num_seqs, config.device_config.device
-    tail = TailCache(first + compat_tables.TAIL_SUFFIX, list(layers.values()), shape, raw_dtype, requests, device)
+    tail = TailCache(
+        first + compat_tables.TAIL_SUFFIX,
+        list(layers.values()),
+        shape,
+        raw_dtype,
+        config.scheduler_config.max_num_seqs,
+        config.model_config.max_model_len,
+        config.device_config.device,
+    )
     compat.add_layer(config, tail.layer_name, tail)
     return tail
 

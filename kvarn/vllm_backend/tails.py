@@ -101,6 +101,7 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         shape: what this rank caches.
         raw_dtype: dtype of tails and sinks.
         max_requests: requests that may run at once.
+        max_tokens: tokens that a request may have.
         device: where the model is.
     """
 
@@ -111,6 +112,7 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         shape: CacheShape,
         raw_dtype: torch.dtype,
         max_requests: int,
+        max_tokens: int,
         device: torch.device,
     ) -> None:
         super().__init__()
@@ -118,6 +120,7 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         self.shape = shape
         self.raw_dtype = raw_dtype
         self.max_requests = max_requests
+        self.max_pages = -(-max_tokens // shape.preset.tile_tokens)
         self.kv_cache = torch.empty(0)
         # Plain attributes: the attention layers are modules of the model, not of this one.
         object.__setattr__(self, "layers", layers)

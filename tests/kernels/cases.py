@@ -1,7 +1,7 @@
 """Ragged batches over a small cache, brought to life by the torch references, for kernels to be compared on."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -11,6 +11,7 @@ from kvarn.core.layout import TileLayout
 from kvarn.core.seal import seal_reference
 from kvarn.core.step import Step, chunk_step, decode_step
 from kvarn.core.tail import TailState, owner_tags
+from kvarn.core.work import count_work_reference
 from kvarn.presets import get_preset
 
 NAN = float("nan")
@@ -62,6 +63,7 @@ def make_case(
     slots: int = 2,
     outliers: bool = False,
     tiles_per_block: int = 1,
+    batch_invariant: bool = False,
 ) -> Case:
     """Grow requests to `lengths` (one chunk each, after `hits` tokens of prefix hit), then make a step of `new` rows.
 
@@ -71,7 +73,9 @@ def make_case(
     generator = torch.Generator().manual_seed(seed)
     layout = TileLayout.of(get_preset(preset), head_dim)
     ring = layout.tile_tokens + tail
-    config = CacheConfig(layout, kv_heads, tail, sink, ring, canonical, tiles_per_block=tiles_per_block)
+    config = CacheConfig(
+        layout, kv_heads, tail, sink, ring, canonical, batch_invariant, tiles_per_block=tiles_per_block
+    )
     hits = hits or [0] * len(lengths)
     pages_each = [-(-(a + b) // layout.tile_tokens) for a, b in zip(lengths, new, strict=True)]
     blocks = 1 + -(-sum(pages_each) // tiles_per_block)
@@ -125,6 +129,25 @@ def store_and_seal(case: Case) -> None:
     if case.step.rows_in_ring:
         store_tail_reference(case.rotated, case.layer, case.step)
     seal_reference(case.rotated, case.layer, case.step)
+
+
+def without_others(case: Case, requests: int) -> Case:
+    """Keep the first requests of a case, as a step of their own over the same cache."""
+    step, config = case.step, case.layer.config
+    tokens = int(step.query_start[requests])
+    tasks = int((-(-step.query_start.diff()[:requests] // step.rows_per_task)).sum())
+    per_request = ("rows", "block_table", "prefix_lens", "seq_lens", "own_start", "sink_slots")
+    kept = {name: getattr(step, name)[:requests] for name in per_request}
+    kept |= {name: getattr(step, name)[:tokens] for name in ("token_request", "token_position")}
+    kept |= {name: getattr(step, name)[:tasks] for name in ("task_request", "task_row")}
+    part = replace(step, query_start=step.query_start[: requests + 1], **kept)
+    work_end = count_work_reference(
+        config, part.task_request, part.task_row, part.rows_per_task, part.query_start, part.prefix_lens, part.seq_lens,
+        part.own_start, rows_in_ring=part.rows_in_ring,
+    )  # fmt: skip
+    rows = {name: getattr(case, name)[:tokens] for name in ("q", "k", "v")}
+    rotated = RotatedRows(case.rotated.q[:tokens], case.rotated.k[:tokens], case.rotated.v[:tokens])
+    return replace(case, step=replace(part, work_end=work_end), rotated=rotated, **rows)
 
 
 def to_device(case: Case, device: str) -> Case:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import Case, make_case, store_and_seal, to_device
+from cases import Case, make_case, store_and_seal, to_device, without_others
 from tolerance import ATTEND_MAX, ATTEND_RMS, LSE, LSE_RELATIVE, relative_max, relative_rms
 
 from kvarn.core import attend as attend_module
@@ -55,6 +55,24 @@ def test_pages_that_share_a_block_are_found(new, device):
 def test_result_does_not_depend_on_how_work_is_shared(programs, new, device, monkeypatch):
     monkeypatch.setattr(attend_module, "num_programs", lambda *args: programs)
     check(make_case([700, 3, 128], new), device)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new"), [([1500, 900, 3, 128], [1, 1, 1, 1]), ([300, 200, 5], [40, 70, 1])], ids=["decode", "chunk"]
+)
+def test_batch_invariant_rows_are_the_same_alone_and_in_a_batch(lengths, new, device):
+    case = make_case(lengths, new, batch_invariant=True)
+    store_and_seal(case)
+    results = []
+    for requests in (1, 2, len(lengths)):
+        part = to_device(without_others(case, requests), device)
+        out, lse = attend(part.rotated, part.layer, part.step, case.layer.config.rotation_norm)
+        results.append((out[: new[0]].cpu(), lse[: new[0]].cpu()))
+    assert all(torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1]) for out, lse in results)
+
+
+def test_batch_invariant_decode_matches_reference(device):
+    check(make_case([3000, 3, 128], [1, 1, 1], batch_invariant=True), device)
 
 
 def test_prefix_hit_reads_records_for_rows_it_did_not_write(device):

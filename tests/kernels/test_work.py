@@ -16,14 +16,16 @@ def work_of(step: Step, device: str) -> list[object]:
     return [value.to(device) if isinstance(value, torch.Tensor) else value for value in values]
 
 
-@pytest.mark.parametrize("canonical", [False, True])
+@pytest.mark.parametrize("mode", ["", "canonical", "batch_invariant"])
 @pytest.mark.parametrize(
     ("lengths", "new", "hits"),
     [([700, 1, 128], [1, 1, 1], None), ([700, 0, 128], [70, 5, 1], None), ([256, 200], [300, 1], [256, 128])],
 )
-def test_kernel_counts_as_the_reference(lengths, new, hits, canonical, device):
-    exact = {"tail": 0, "sink": 0} if canonical else {}
-    case = make_case(lengths, new, hits=hits, canonical=canonical, **exact)
+def test_kernel_counts_as_the_reference(lengths, new, hits, mode, device):
+    options = {mode: True} if mode else {}
+    if mode == "canonical":
+        options |= {"tail": 0, "sink": 0}
+    case = make_case(lengths, new, hits=hits, **options)
     ours = count_work(case.layer.config, *work_of(case.step, device), rows_in_ring=case.step.rows_in_ring)
     theirs = count_work_reference(case.layer.config, *work_of(case.step, "cpu"), rows_in_ring=case.step.rows_in_ring)
     assert torch.equal(ours.cpu(), theirs)

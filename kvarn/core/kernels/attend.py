@@ -166,13 +166,13 @@ def attend_kernel(
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
     SINK: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, SOFTCAP: tl.constexpr,
     ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr, RAW_BLOCK: tl.constexpr, TASK_BLOCK: tl.constexpr,
-    STAGES: tl.constexpr, USE_ASM: tl.constexpr, CHAINED: tl.constexpr,
+    SHARE: tl.constexpr, STAGES: tl.constexpr, USE_ASM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """One program attends an equal stretch of all tasks' units, for one kv head. Grid: (programs, kv_heads).
+    """One program attends an equal stretch of all tasks' shares, for one kv head. Grid: (programs, kv_heads).
 
-    The units of a task are the tiles that any column reads from records, then blocks of RAW_BLOCK ring rows, then
-    blocks of this step's own rows. partial: [programs + tasks, kv_heads, COLUMNS, D], float32; program p leaves its
-    part of task t in row p + t, with its log-sum-exp (base 2) in partial_lse.
+    A share is SHARE units. The units of a task are the tiles that any column reads from records, then blocks of
+    RAW_BLOCK ring rows, then blocks of this step's own rows. partial: [programs + tasks, kv_heads, COLUMNS, D],
+    float32; program p leaves its part of task t in row p + t, with its log-sum-exp (base 2) in partial_lse.
     """
     wait_for_previous(CHAINED)
     program = tl.program_id(0)
@@ -188,8 +188,8 @@ def attend_kernel(
     block = tl.arange(0, RAW_BLOCK)
     for task in tl.range(first_task, last_task + 1, num_stages=1):
         task_begin = tl.load(work_end_ptr + task - 1, mask=task > 0, other=0)
-        begin = tl.maximum(share_begin - task_begin, 0)
-        end = tl.minimum(share_end, tl.load(work_end_ptr + task)) - task_begin
+        begin = tl.maximum(share_begin - task_begin, 0) * SHARE
+        end = (tl.minimum(share_end, tl.load(work_end_ptr + task)) - task_begin) * SHARE
         # a task of no request has no units
         request = tl.maximum(tl.load(task_request_ptr + task), 0)
         first_row = tl.load(task_row_ptr + task)
@@ -205,7 +205,7 @@ def attend_kernel(
         col_ok = (column < ROWS * GROUP) & (row < query_rows)
         position = prefix + row
         last = prefix + tl.minimum(first_row + ROWS, query_rows) - 1
-        tiles, ring_units, _, raw_start, ring_end, chunk_start = units_of(
+        tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = units_of(
             prefix + first_row, last, prefix, length, own_start, G, TAIL, RAW_BLOCK, ROWS_IN_RING, CANONICAL
         )
         committed = length if CANONICAL else prefix
@@ -256,7 +256,7 @@ def attend_kernel(
             )  # fmt: skip
         if not ROWS_IN_RING:
             seen = tiles + ring_units
-            for unit in tl.range(tl.maximum(begin - seen, 0), end - seen, num_stages=2):
+            for unit in tl.range(tl.maximum(begin - seen, 0), tl.minimum(end - seen, chunk_units), num_stages=2):
                 pos = chunk_start + unit * RAW_BLOCK + block
                 offset = (query_start + pos - prefix).to(tl.int64) * chunk_token_stride + head * chunk_head_stride
                 visible = (pos[:, None] >= record_stop[None, :]) & (pos[:, None] <= position[None, :])

@@ -31,9 +31,9 @@ def units_of(
 def count_work_kernel(
     task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, work_end_ptr, tasks,
     ROWS: tl.constexpr, G: tl.constexpr, TAIL: tl.constexpr, RAW_BLOCK: tl.constexpr, ROWS_IN_RING: tl.constexpr,
-    CANONICAL: tl.constexpr, BLOCK: tl.constexpr,
+    CANONICAL: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the running sum of all tasks' units."""
+    """One program: the running sum of all tasks' shares of SHARE units."""
     done = 0
     for start in range(0, tasks, BLOCK):
         task = start + tl.arange(0, BLOCK)
@@ -50,14 +50,14 @@ def count_work_kernel(
         tiles, ring_units, chunk_units, _, _, _ = units_of(
             first, last, prefix, length, own_start, G, TAIL, RAW_BLOCK, ROWS_IN_RING, CANONICAL
         )
-        units = tl.where(real, tiles + ring_units + chunk_units, 0)
-        tl.store(work_end_ptr + task, done + tl.cumsum(units, axis=0), mask=task < tasks)
-        done += tl.sum(units, axis=0)
+        shares = tl.where(real, tl.cdiv(tiles + ring_units + chunk_units, SHARE), 0)
+        tl.store(work_end_ptr + task, done + tl.cumsum(shares, axis=0), mask=task < tasks)
+        done += tl.sum(shares, axis=0)
 
 
 @triton.jit
 def share_of(program, programs, work_end_ptr, tasks):
-    """Return the units of one program, [begin, end), counted over all tasks; and how many a program has at most."""
+    """Return the shares of one program, [begin, end), counted over all tasks; and how many a program has at most."""
     total = tl.load(work_end_ptr + tasks - 1)
     share = tl.cdiv(total, programs)
     begin = tl.minimum(program * share, total)
@@ -65,11 +65,11 @@ def share_of(program, programs, work_end_ptr, tasks):
 
 
 @triton.jit
-def task_at(unit, work_end_ptr, tasks, BLOCK: tl.constexpr):
-    """Return the task to which a unit belongs."""
+def task_at(share, work_end_ptr, tasks, BLOCK: tl.constexpr):
+    """Return the task to which a share belongs."""
     before = 0
     for start in range(0, tasks, BLOCK):
         task = start + tl.arange(0, BLOCK)
         end = tl.load(work_end_ptr + task, mask=task < tasks, other=2147483647)
-        before += tl.sum((end <= unit).to(tl.int32), axis=0)
+        before += tl.sum((end <= share).to(tl.int32), axis=0)
     return before
