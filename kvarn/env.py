@@ -60,6 +60,11 @@ def allow_untested_engine() -> bool:
     return _flag("KVARN_ALLOW_UNTESTED_ENGINE")
 
 
+def commit() -> str:
+    """KVARN_COMMIT (empty: ask git): the commit that result files name, where there is no git."""
+    return os.environ.get("KVARN_COMMIT", "")
+
+
 def sglang_hooks() -> bool:
     """KVARN_SGLANG_HOOKS (0; KVarN sets it itself): a kvarn dtype was asked for in the process that launched SGLang.
 

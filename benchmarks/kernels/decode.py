@@ -8,11 +8,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
 from benchmarks.kernels import table
 from benchmarks.kernels.bars import Verdict, verdicts
 from benchmarks.kernels.cases import Case, single_row
 from benchmarks.kernels.measure import Bench, DeviceLost, empty_row, measure_case
+from kvarn import results
 
 # A run that is killed keeps what it measured up to the last of so many cases.
 _SAVE_EVERY = 8

@@ -14,11 +14,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import results
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.inputs import make_inputs
 from benchmarks.kernels.measure import Bench
 from benchmarks.kernels.workload import Workload, build
+from kvarn import results
 from kvarn.core import attend
 from kvarn.core.attend import LaunchShape
 

@@ -28,7 +28,7 @@ from vllm.v1.outputs import ModelRunnerOutput
 from vllm.v1.request import Request
 from vllm.v1.structured_output import StructuredOutputManager
 
-from benchmarks import results
+from kvarn import results
 from kvarn.core.capacity import CacheShape, cache_shape
 from kvarn.presets import get_preset
 from kvarn.vllm_backend.spec import TailSpec

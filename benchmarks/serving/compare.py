@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks import results
 from benchmarks.serving.engines import BASELINE, ENGINES
+from kvarn import results
 from kvarn.presets import is_preset_name
 
 _KL_BAR = 0.0035

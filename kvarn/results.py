@@ -12,14 +12,16 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from kvarn import env
+
 
 def provenance(engine: str | None = None) -> dict[str, str]:
-    """Return where and how figures were made. KVARN_COMMIT names the commit where there is no git."""
+    """Return where and how figures were made."""
     import torch
 
     on_gpu = torch.cuda.is_available()
     return {
-        "commit": os.environ.get("KVARN_COMMIT") or _output("git", "rev-parse", "HEAD"),
+        "commit": env.commit() or _output("git", "rev-parse", "HEAD"),
         "date": datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name() if on_gpu else "none",
         "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "none",

@@ -1,0 +1,122 @@
+"""Feed a text to a model with one cache or another, and compare what it predicts."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import Cache, DynamicCache
+
+from kvarn import hf
+from kvarn.core.layout import TileLayout
+from kvarn.evaluation.divergence import divergence
+from kvarn.evaluation.method_cache import MethodCache
+from kvarn.evaluation.methods import TILE, methods
+from kvarn.presets import get_preset, is_preset_name
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+# Shows how far an iteration is: takes it and a label, gives it back.
+Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+_EXACT = "exact"
+
+
+class Evaluation:
+    """One model and text; the exact predictions are made once.
+
+    Args:
+        model: in evaluation mode; its attention implementation is switched to and fro.
+        ids: [tokens], the text.
+        progress: wraps the chunks of a pass.
+    """
+
+    def __init__(self, model: PreTrainedModel, ids: torch.Tensor, progress: Progress = lambda parts, _: parts) -> None:
+        self._model = model
+        self._ids = ids.to(model.device)
+        self._progress = progress
+        self._exact: torch.Tensor | None = None
+
+    def row(self, name: str) -> dict[str, Any]:
+        """Return the figures of a preset or method, flat.
+
+        Args:
+            name: of a preset, or of one of `methods`.
+
+        Raises:
+            UnknownPreset: it is neither.
+            UnsupportedConfig: the model can't be served with tiles.
+        """
+        if self._exact is None:
+            self._exact = self._states(_EXACT)
+        found = dataclasses.asdict(divergence(self._head, self._exact, self._states(name), self._ids))
+        quarters = found.pop("kl_quarters")
+        found |= {f"kl_quarter_{i}": value for i, value in enumerate(quarters, 1)}
+        rounded = {key: float(f"{value:.6g}") for key, value in found.items()}
+        bytes_each = round(bytes_per_token_head(name, self._model), 2)
+        return {"method": name, "bytes_per_token_head": bytes_each, "tokens": len(self._ids), **rounded}
+
+    @torch.no_grad()
+    def _states(self, name: str) -> torch.Tensor:
+        """Return the final hidden states of the text, [tokens, hidden], fed in chunks of one tile."""
+        self._model.set_attn_implementation(hf.ATTENTION if is_preset_name(name) else "sdpa")
+        cache = self._cache(name)
+        body = self._model.base_model
+        chunks = self._progress(self._ids.split(TILE), name)
+        return torch.cat([body(chunk[None], past_key_values=cache).last_hidden_state[0] for chunk in chunks])
+
+    def _cache(self, name: str) -> Cache:
+        if name == _EXACT:
+            return DynamicCache()
+        if is_preset_name(name):
+            return hf.TileCache(self._model, name, max_tokens=-(-len(self._ids) // TILE) * TILE)
+        return MethodCache(methods()[name], self._model.config.get_text_config().num_hidden_layers)
+
+    def _head(self, states: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self._model.get_output_embeddings()(states)
+        cap = getattr(self._model.config.get_text_config(), "final_logit_softcapping", None)
+        return torch.tanh(logits / cap) * cap if cap else logits
+
+
+def check_name(name: str) -> None:
+    """Raise UnknownPreset if a name is neither a preset nor a method."""
+    if name not in methods():
+        get_preset(name)
+
+
+def bytes_per_token_head(name: str, model: PreTrainedModel) -> float:
+    """Return the bytes of one token and kv head, K and V, in the records of a preset or by a method's own account."""
+    config = model.config.get_text_config()
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    if not is_preset_name(name):
+        return methods()[name].bytes_per_token_head(head_dim)
+    layout = TileLayout.of(get_preset(name), head_dim)
+    return layout.record_bytes / layout.tile_tokens
+
+
+@torch.no_grad()
+def first_divergences(model: PreTrainedModel, name: str, prompts: list[torch.Tensor], new_tokens: int) -> list[int]:
+    """Generate greedily with a preset's cache and without; return how many tokens are equal before the first is not.
+
+    Args:
+        model: in evaluation mode.
+        name: of a preset.
+        prompts: token ids, [tokens] each.
+        new_tokens: generated for each prompt.
+    """
+    equal = []
+    for prompt in prompts:
+        ids = prompt[None].to(model.device)
+        outs = []
+        for attention in ("sdpa", hf.ATTENTION):
+            model.set_attn_implementation(attention)
+            longest = ids.shape[1] + new_tokens
+            cache = DynamicCache() if attention == "sdpa" else hf.TileCache(model, name, max_tokens=longest)
+            options = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
+            out = model.generate(ids, past_key_values=cache, attention_mask=torch.ones_like(ids), **options)
+            outs.append(out[0, ids.shape[1] :].tolist())
+        pairs = enumerate(zip(*outs, strict=True))
+        equal.append(next((i for i, (a, b) in pairs if a != b), new_tokens))
+    return equal

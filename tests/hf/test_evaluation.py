@@ -1,0 +1,122 @@
+"""The evaluation: its measures on known distributions, and its caches against KVarN's own."""
+
+import json
+import math
+
+import pytest
+import torch
+
+transformers = pytest.importorskip("transformers")
+
+from test_tile_cache import make_model  # noqa: E402 (after the check)
+from tokenizers import Tokenizer  # noqa: E402
+from tokenizers.models import WordLevel  # noqa: E402
+from tokenizers.pre_tokenizers import Whitespace  # noqa: E402
+
+from kvarn.cli.main import main  # noqa: E402
+from kvarn.core.reference import DEFAULT  # noqa: E402
+from kvarn.errors import UnknownPreset  # noqa: E402
+from kvarn.evaluation import methods as methods_module  # noqa: E402
+from kvarn.evaluation.divergence import divergence  # noqa: E402
+from kvarn.evaluation.methods import Method, gaussian_codebook, methods  # noqa: E402
+from kvarn.evaluation.run import Evaluation, check_name, first_divergences  # noqa: E402
+
+TOKENS = 600
+
+
+@pytest.fixture(autouse=True)
+def references(monkeypatch):
+    """The interpreter is too slow for a model."""
+    monkeypatch.delenv("KVARN_FORCE_TRITON", raising=False)
+
+
+def ids(count=TOKENS):
+    return torch.randint(3, 256, (count,), generator=torch.Generator().manual_seed(1))
+
+
+def test_divergence_of_known_distributions():
+    """Two tokens: exact odds 3:1, changed odds 1:1."""
+    exact = torch.tensor([[math.log(3.0), 0.0]]).repeat(8, 1)
+    changed = torch.tensor([[0.0, -1e-3]]).repeat(8, 1)
+    found = divergence(lambda x: x, exact, changed, torch.zeros(8, dtype=torch.int64))
+    kl = 0.75 * math.log(0.75 / 0.5) + 0.25 * math.log(0.25 / 0.5)
+    assert found.kl_mean == pytest.approx(kl, abs=1e-3)
+    assert found.kl_p99 == pytest.approx(kl, abs=1e-3)
+    assert len(found.kl_quarters) == 4
+    assert found.top1 == 1.0
+    assert found.ppl_exact == pytest.approx(4 / 3, rel=1e-5)
+    assert found.ppl == pytest.approx(2.0, rel=1e-3)
+
+
+def test_exact_tiles_change_nothing(monkeypatch):
+    exact = Method("nothing", lambda k, v: (k, v), lambda d: 32.0)
+    monkeypatch.setattr("kvarn.evaluation.run.methods", lambda: {"nothing": exact})
+    row = Evaluation(make_model("sdpa"), ids()).row("nothing")
+    assert row["kl_mean"] < 1e-9
+    assert row["top1"] == 1.0
+    assert row["ppl"] == pytest.approx(row["ppl_exact"])
+
+
+def test_kvarn_as_a_method_is_kvarn(monkeypatch):
+    """The same recipe through a method's cache and through records, kernels and rings gives the same figures."""
+    ours = methods_module._records("ours", "kvarn_k4v2_g128", DEFAULT)
+    monkeypatch.setattr("kvarn.evaluation.run.methods", lambda: {"ours": ours})
+    evaluation = Evaluation(make_model("sdpa"), ids())
+    as_method, as_tiles = evaluation.row("ours"), evaluation.row("kvarn_k4v2_g128")
+    assert as_method["kl_mean"] == pytest.approx(as_tiles["kl_mean"], rel=2e-2)
+    assert as_method["kl_mean"] > 1e-6
+    assert as_method["bytes_per_token_head"] == as_tiles["bytes_per_token_head"]
+
+
+@pytest.mark.parametrize("name", methods())
+def test_methods_restore_with_the_error_that_their_bits_allow(name):
+    method = methods()[name]
+    k, v = torch.randn(2, 1, 2, 128, 64, generator=torch.Generator().manual_seed(0))
+    for exact, restored in zip((k, v), method.restore(k, v), strict=True):
+        assert restored.shape == exact.shape
+        error = float((restored - exact).norm() / exact.norm())
+        assert error < 0.62  # a two-bit code of a normal variable
+    assert method.bytes_per_token_head(64) < 4 * 64
+
+
+def test_codebook_is_lloyd_and_maxs():
+    """Max 1960, table I: four levels at 0.4528 and 1.510 standard deviations."""
+    assert gaussian_codebook(2).tolist() == pytest.approx([-1.510, -0.4528, 0.4528, 1.510], abs=5e-3)
+
+
+def test_greedy_tokens_are_compared():
+    assert first_divergences(make_model(), "kvarn_k8v4_g128", [ids(40)], 5) == [5]
+
+
+def test_names_are_presets_or_methods():
+    check_name("kvarn_k4v2_g128")
+    check_name("fp8-e4m3")
+    with pytest.raises(UnknownPreset, match="kvarn_k4v2_g128"):
+        check_name("kvarn_k4v2_g12")
+
+
+def saved_model(folder):
+    """Save a tiny model whose tokens are words; return a text of 300 of them."""
+    words = {chr(97 + i) * n: 26 * (n - 1) + i for i in range(26) for n in range(1, 9)}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="a"))
+    tokenizer.pre_tokenizer = Whitespace()
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(folder)
+    make_model("sdpa").save_pretrained(folder)
+    return " ".join(list(words)[i] for i in ids(300) % len(words))
+
+
+def test_command_writes_rows_and_goes_on_where_it_was(tmp_path, capsys):
+    text, out, model = tmp_path / "text.txt", tmp_path / "quality.json", tmp_path / "tiny"
+    text.write_text(saved_model(model))
+    command = ["eval", str(model), "kvarn_k4v2_g128", "--text", str(text), "--out", str(out), "--tokens"]
+    assert main([*command, "256", "--generate", "3", "--prompts", "2"]) == 0
+    (row,) = json.loads(out.read_text())["rows"]
+    named = {"model": "tiny", "method": "kvarn_k4v2_g128", "tokens": 256, "bytes_per_token_head": 57.0}
+    assert {name: row[name] for name in named} == named
+    assert row["first_divergence_median"] <= 3
+    assert main([*command, "256"]) == 0
+    assert "Nothing is missing" in capsys.readouterr().out
+    assert main([*command, "1000"]) == 1
+    assert "300 tokens, not 1000" in capsys.readouterr().err
+    assert main(["presets"]) == 0
+    assert "kvarn_k2v2_g128" in capsys.readouterr().out
