@@ -1,4 +1,4 @@
-"""Attention over records, raw rows of the tail and the sinks, and the rows of this step: partial results by split.
+"""Attention over records, raw rows of the tail and the sinks, and the rows of this step, in partial results.
 
 Operands are swapped: tokens (for K) or channels (for V) stand on the wide side of the MMA, query columns on the narrow
 one. A *column* is one query head of one query row, so that all heads of a kv head and several query rows share one
