@@ -25,10 +25,11 @@ import torch
 
 from benchmarks.serving.engines import BASELINE, ENGINES
 from kvarn import results
+from kvarn.evaluation.divergence import divergence
 from kvarn.presets import is_preset_name
 
 _KL_BAR = 0.0035
-_KL_BLOCK = 256
+_QUALITY = ("kl_mean", "kl_median", "kl_p99", "top1", "ppl", "ppl_exact")
 
 
 class EngineFailed(Exception):
@@ -44,11 +45,12 @@ def main() -> None:
     served: dict[str, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
-        reference = _hidden_states(args, BASELINE, ids[: args.kl_tokens], work)
+        text = ids[: args.kl_tokens]
+        reference = _hidden_states(args, BASELINE, text, work)
         for dtype in [BASELINE, *args.dtypes]:
             try:
-                hidden = _hidden_states(args, dtype, ids[: args.kl_tokens], work) if dtype != BASELINE else reference
-                quality[dtype] = _divergence(head, reference, hidden)
+                hidden = _hidden_states(args, dtype, text, work) if dtype != BASELINE else reference
+                quality[dtype] = _quality(head, reference, hidden, text)
                 print(f"{dtype}: {quality[dtype]}", flush=True)
                 _check_quality(dtype, quality[dtype], args.kl_bar)
                 served[dtype] = _serve(args, dtype, ids, work)
@@ -133,21 +135,10 @@ def _hidden_states(args: argparse.Namespace, dtype: str, ids: list[int], work: P
     return torch.from_numpy(hidden.astype(np.float32))
 
 
-def _divergence(head: torch.Tensor, reference: torch.Tensor, hidden: torch.Tensor) -> dict[str, float]:
-    """Return KL(reference || hidden) of the next-token distributions and the share of equal argmax."""
-    kl, same = [], []
-    for p_rows, q_rows in zip(reference.split(_KL_BLOCK), hidden.split(_KL_BLOCK), strict=True):
-        p = torch.log_softmax(p_rows.to(head.device) @ head.T, dim=-1)
-        q = torch.log_softmax(q_rows.to(head.device) @ head.T, dim=-1)
-        kl.append((p.exp() * (p - q)).sum(dim=-1).cpu())
-        same.append((p.argmax(dim=-1) == q.argmax(dim=-1)).cpu())
-    values = torch.cat(kl).double()
-    return {
-        "kl_mean": float(values.mean()),
-        "kl_median": float(values.median()),
-        "kl_p99": float(values.quantile(0.99)),
-        "top1": float(torch.cat(same).double().mean()),
-    }
+def _quality(head: torch.Tensor, reference: torch.Tensor, hidden: torch.Tensor, ids: list[int]) -> dict[str, float]:
+    """Return what a cache changes about the predictions over a text."""
+    found = divergence(lambda rows: rows.to(head.device) @ head.T, reference, hidden, torch.tensor(ids))
+    return {name: getattr(found, name) for name in _QUALITY}
 
 
 def _head_weight(model: str) -> torch.Tensor:
