@@ -27,7 +27,7 @@ def _query_lanes(q_cols, col_ok, q_unit, BITS: tl.constexpr, WORDS: tl.constexpr
     """Load q in the order of a key field's lanes: [lanes, columns], float32, divided by q_unit."""
     channel, lane_ok = lane_codes(BITS, WORDS)
     q = tl.load(q_cols[None, :] + channel[:, None], mask=lane_ok[:, None] & col_ok[None, :], other=0.0)
-    return q / q_unit[None, :]
+    return q / q_unit
 
 
 @triton.jit
@@ -109,11 +109,11 @@ def _attend_raw(
     mask = row_ok[:, None] & (channels < D)[None, :]
     k = tl.load(k_ptrs[:, None] + channels[None, :], mask=mask, other=0.0).to(tl.float32).to(tl.float16)
     v = tl.load(v_ptrs[:, None] + channels[None, :], mask=mask, other=0.0).to(tl.float32).to(tl.float16)
-    x = _cap(tl.dot(k, q_low, tl.dot(k, q_high)) * q_scale[None, :], SOFTCAP)
+    x = _cap(tl.dot(k, q_low, tl.dot(k, q_high)) * q_scale, SOFTCAP)
     x = tl.where(ok, x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, axis=0))
     decay = tl.exp2(m - m_new)
-    weights = tl.exp2(x - m_new[None, :] + _WEIGHT_SHIFT)
+    weights = tl.exp2(x - (m_new - _WEIGHT_SHIFT)[None, :])
     acc = acc * decay[None, :] + tl.dot(tl.trans(v), weights.to(tl.float16))
     return m_new, total * decay + tl.sum(weights, axis=0), acc
 
@@ -122,9 +122,9 @@ def _attend_raw(
 def _attend_tile(
     m, total, acc, record, first_lanes, second_lanes, q_scale, token_ok, column_ok, K_FIELDS: tl.constexpr,
     V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, D: tl.constexpr, G: tl.constexpr, SOFTCAP: tl.constexpr,
-    USE_ASM: tl.constexpr,
+    MASK_COLUMNS: tl.constexpr, USE_ASM: tl.constexpr,
 ):  # fmt: skip
-    """Fold one record into the running softmax. token_ok: [G]; column_ok: [columns]."""
+    """Fold one record into the running softmax. token_ok: [G]; column_ok: [columns], looked at with MASK_COLUMNS."""
     tokens = tl.arange(0, G)
     channels = tl.arange(0, acc.shape[0])
     halfs = record.to(tl.pointer_type(tl.float16))
@@ -137,11 +137,13 @@ def _attend_tile(
         shift += more
     # with what stands before it, which is thrown away
     _, k_token = _load_pair(halfs + OFFSETS[2] // 2 - G + tokens, G, tokens >= 0, False)
-    x = _cap((x + shift[None, :]) * (k_token[:, None] * q_scale[None, :]), SOFTCAP)
-    x = tl.where(token_ok[:, None] & column_ok[None, :], x, float("-inf"))
+    x = _cap((x + shift[None, :]) * (k_token * q_scale)[:, None], SOFTCAP)
+    x += tl.where(token_ok, 0.0, float("-inf"))[:, None]
+    if MASK_COLUMNS:
+        x = tl.where(column_ok[None, :], x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, axis=0))
     decay = tl.exp2(m - m_new)
-    weights = tl.exp2(x - m_new[None, :] + _WEIGHT_SHIFT)
+    weights = tl.exp2(x - (m_new - _WEIGHT_SHIFT)[None, :])
     v_scale, v_offset = _load_pair(halfs + OFFSETS[3] // 2 + tokens, (OFFSETS[4] - OFFSETS[3]) // 2, tokens >= 0, False)
     _, v_channel = _load_pair(halfs + OFFSETS[5] // 2 - D + channels, D, channels < D, channels.shape[0] != D)
     shift = weights * v_offset[:, None]
@@ -214,8 +216,8 @@ def attend_kernel(
         q_cols = q_ptr + ((query_start + row).to(tl.int64) * q_heads + head * GROUP + column % GROUP) * D
         q_mask = (channels < D)[:, None] & col_ok[None, :]
         q_full = tl.load(q_cols[None, :] + channels[:, None], mask=q_mask, other=0.0)
-        # a power of two that brings every column to about 64, so that q times a scale stays well inside fp16
-        q_unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q_full), axis=0), 1e-30))) - _QUERY_SHIFT)
+        # a power of two that brings the largest to about 64, so that q times a scale stays well inside fp16
+        q_unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q_full)), 1e-30))) - _QUERY_SHIFT)
         q_scale = q_unit * (scale * _LOG2E)
         m = tl.full((COLUMNS,), _NEVER, tl.float32)
         total = tl.zeros((COLUMNS,), tl.float32)
@@ -234,10 +236,10 @@ def attend_kernel(
             )  # fmt: skip
             m, total, acc = _attend_tile(
                 m, total, acc, record, first_lanes, second_lanes, q_scale, tile * G + tokens >= sinks,
-                (tile + 1) * G <= record_stop, K_FIELDS, V_FIELDS, OFFSETS, D, G, SOFTCAP, USE_ASM,
+                (tile + 1) * G <= record_stop, K_FIELDS, V_FIELDS, OFFSETS, D, G, SOFTCAP, ROWS > 1, USE_ASM,
             )  # fmt: skip
 
-        q_full = q_full / q_unit[None, :]
+        q_full = q_full / q_unit
         q_high = q_full.to(tl.float16)
         q_low = (q_full - q_high.to(tl.float32)).to(tl.float16)
         if (SINK > 0) & (begin <= tiles) & (tiles < end) & (tiles > 0) & (sink_slot >= 0):

@@ -51,10 +51,28 @@ def _lowest(bits):
 
 
 @triton.constexpr_function
+def _up(bits):
+    """Return by how much the planes below the lowest position are shifted up: the last of them lands at the top."""
+    return _top(bits) - (_lowest(bits) - 1) // bits * bits
+
+
+@triton.constexpr_function
+def _down(bits):
+    """Return by how much the planes above the top are shifted down together: the last of them lands at the top."""
+    return _WORD_BITS - bits - _top(bits)
+
+
+@triton.constexpr_function
 def _shift_up(bits, low):
-    """Return by how much a field that starts at bit `low` of a word is shifted up (down if negative)."""
-    top = _top(bits)
-    return 0 if _lowest(bits) <= low <= top else top - low
+    """Return by how much a field that starts at bit `low` of a word is shifted up (down if negative).
+
+    Planes share a shift where they can, so that it is made once for all of them.
+    """
+    if low < _lowest(bits):
+        return _up(bits)
+    if low <= _top(bits):
+        return 0
+    return -_down(bits) if low - _down(bits) >= _lowest(bits) else _top(bits) - low
 
 
 @triton.constexpr_function
@@ -85,8 +103,9 @@ def lane_codes(BITS: tl.constexpr, WORDS: tl.constexpr):
 def lane_weights(BITS: tl.constexpr, LOW_BIT: tl.constexpr, WORDS: tl.constexpr):
     """Return the factor that makes ``code * 2**position`` count as the lane's part of the code, [lanes], float32."""
     low = (tl.arange(0, lanes(BITS, WORDS)) // padded_words(WORDS)) * BITS
-    top: tl.constexpr = _top(BITS)
-    position = tl.where((low >= _lowest(BITS)) & (low <= top), low, top)
+    shifted = low - _down(BITS)
+    above = tl.where(shifted >= _lowest(BITS), shifted, _top(BITS))
+    position = tl.where(low < _lowest(BITS), low + _up(BITS), tl.where(low <= _top(BITS), low, above))
     return tl.exp2((LOW_BIT - position).to(tl.float32))
 
 
