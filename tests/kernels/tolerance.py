@@ -2,8 +2,9 @@
 
 import torch
 
-# Relative RMS against float64 over the same records: codes are exact in the MMA, the weights are fp16.
-ATTEND_RMS = {torch.float16: 1.0e-3, torch.bfloat16: 2.5e-3}
+# Relative RMS against float64 over the same records: codes are exact in the MMA, the weights are fp16. A GPU's MMA also
+# truncates its sums: an H100 leaves 0.8e-3 to 1.2e-3 in fp16 where the interpreter leaves 0.3e-3 to 0.7e-3.
+ATTEND_RMS = {torch.float16: 1.6e-3 if torch.cuda.is_available() else 1.0e-3, torch.bfloat16: 2.5e-3}
 # Largest error of one element over the RMS of the output: bf16 output keeps 8 bits.
 ATTEND_MAX = {torch.float16: 2.0e-2, torch.bfloat16: 4.0e-2}
 # Log-sum-exp in nats: q times a channel scale is rounded to fp16, so large logits lose in proportion.
