@@ -216,7 +216,8 @@ def attend_kernel(
         q_cols = q_ptr + ((query_start + row).to(tl.int64) * q_heads + head * GROUP + column % GROUP) * D
         q_mask = (channels < D)[:, None] & col_ok[None, :]
         q_full = tl.load(q_cols[None, :] + channels[:, None], mask=q_mask, other=0.0)
-        # a power of two that brings the largest to about 64, so that q times a scale stays well inside fp16
+        # A power of two that brings the largest to about 64, so that q times a scale stays well inside fp16. Columns
+        # far below it are rounded more coarsely, but their logits move by no more than those of the largest do.
         q_unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q_full)), 1e-30))) - _QUERY_SHIFT)
         q_scale = q_unit * (scale * _LOG2E)
         m = tl.full((COLUMNS,), _NEVER, tl.float32)
