@@ -201,10 +201,15 @@ def refuse_padding(*args: Any, attention_mask: torch.Tensor | None = None, **kwa
         raise NotImplementedError("A tile cache holds sequences of one length without padding; run others apart.")
 
 
+def head_dim_of(config: Any) -> int:
+    """Return the channels of a head, from a text model's configuration."""
+    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+
+
 def _shape(model: PreTrainedModel, preset: Preset) -> CacheShape:
     config = model.config.get_text_config()
     heads = config.num_attention_heads
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
+    head_dim = head_dim_of(config)
     facts = ModelFacts(
         architecture=type(model).__name__,
         dtype=str(model.dtype).removeprefix("torch."),

@@ -8,7 +8,7 @@ import torch
 from kvarn.core import read_rule
 from kvarn.core.cache import CacheConfig, runs_triton
 from kvarn.core.tail import TailState
-from kvarn.core.work import count_work
+from kvarn.core.work import Tasks, count_work
 
 # Query columns of one program in a chunk; 8 is the narrow side of the MMA, which decode uses.
 CHUNK_COLUMNS = 16
@@ -139,7 +139,7 @@ def _decode_step(
         seal_tile=seal_tile,
         task_request=index[:-1],
         task_row=zeros,
-        work_end=count_work(config, index[:-1], zeros, 1, index, prefix_lens, seq_lens, own_start, rows_in_ring=True),
+        work_end=count_work(config, Tasks(index[:-1], zeros, 1, index, prefix_lens, seq_lens, own_start, True)),
         rows_per_task=1,
         columns=max(DECODE_COLUMNS, power_of_two(group)),
         rows_in_ring=True,
@@ -215,7 +215,7 @@ def _chunk_tasks(
     tasks = (query_start.diff() + rows - 1) // rows
     request, index = _spread(tasks, num_tokens // rows + query_start.shape[0] - 1)
     row = index * rows
-    work_end = count_work(config, request, row, rows, query_start, prefix_lens, seq_lens, own_start, rows_in_ring=False)
+    work_end = count_work(config, Tasks(request, row, rows, query_start, prefix_lens, seq_lens, own_start, False))
     return {
         "task_request": request,
         "task_row": row,

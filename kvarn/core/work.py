@@ -8,6 +8,7 @@ In the batch-invariant mode tasks are counted in *shares* of so many units inste
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 
@@ -39,64 +40,49 @@ def most_shares(config: CacheConfig, tasks: int, pages: int, *, rows_in_ring: bo
     return tasks * math.ceil((pages + raw_units) / units_per_share(config, rows_in_ring=rows_in_ring))
 
 
-def count_work(
-    config: CacheConfig,
-    task_request: torch.Tensor,
-    task_row: torch.Tensor,
-    rows_per_task: int,
-    query_start: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    own_start: torch.Tensor,
-    *,
-    rows_in_ring: bool,
-) -> torch.Tensor:
-    """Return the running sum of all tasks' shares, [tasks], int32; tasks of no request have none.
+class Tasks(NamedTuple):
+    """The fields of a Step that say what its attention tasks read."""
 
-    The arguments are a Step's fields. Graph-safe: yes.
-    """
-    if not runs_triton(task_request):
-        return count_work_reference(
-            config, task_request, task_row, rows_per_task, query_start, prefix_lens, seq_lens, own_start,
-            rows_in_ring=rows_in_ring,
-        )  # fmt: skip
+    task_request: torch.Tensor
+    task_row: torch.Tensor
+    rows_per_task: int
+    query_start: torch.Tensor
+    prefix_lens: torch.Tensor
+    seq_lens: torch.Tensor
+    own_start: torch.Tensor
+    rows_in_ring: bool
+
+
+def count_work(config: CacheConfig, tasks: Tasks) -> torch.Tensor:
+    """Return the running sum of all tasks' shares, [tasks], int32; tasks of no request have none. Graph-safe: yes."""
+    if not runs_triton(tasks.task_request):
+        return count_work_reference(config, tasks)
     from kvarn.core.kernels.work import count_work_kernel
 
-    work_end = torch.empty_like(task_request)
+    work_end = torch.empty_like(tasks.task_request)
     count_work_kernel[(1,)](
-        task_request, task_row, query_start, prefix_lens, seq_lens, own_start, work_end, task_request.shape[0],
-        ROWS=rows_per_task, G=config.tile_tokens, TAIL=config.tail_tokens, RAW_BLOCK=RAW_BLOCK,
-        ROWS_IN_RING=rows_in_ring, CANONICAL=config.canonical, BLOCK=TASK_BLOCK,
-        SHARE=units_per_share(config, rows_in_ring=rows_in_ring),
+        tasks.task_request, tasks.task_row, tasks.query_start, tasks.prefix_lens, tasks.seq_lens, tasks.own_start,
+        work_end, tasks.task_request.shape[0], ROWS=tasks.rows_per_task, G=config.tile_tokens,
+        TAIL=config.tail_tokens, RAW_BLOCK=RAW_BLOCK, ROWS_IN_RING=tasks.rows_in_ring, CANONICAL=config.canonical,
+        BLOCK=TASK_BLOCK, SHARE=units_per_share(config, rows_in_ring=tasks.rows_in_ring),
     )  # fmt: skip
     return work_end
 
 
-def count_work_reference(
-    config: CacheConfig,
-    task_request: torch.Tensor,
-    task_row: torch.Tensor,
-    rows_per_task: int,
-    query_start: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    own_start: torch.Tensor,
-    *,
-    rows_in_ring: bool,
-) -> torch.Tensor:
+def count_work_reference(config: CacheConfig, tasks: Tasks) -> torch.Tensor:
     """Count in plain torch."""
-    request = task_request.clamp_min(0).long()
-    prefix, length, own = prefix_lens[request], seq_lens[request], own_start[request]
-    first = prefix + task_row
-    last = torch.minimum(first + rows_per_task, prefix + query_start.diff()[request]) - 1
+    request = tasks.task_request.clamp_min(0).long()
+    prefix, length, own = tasks.prefix_lens[request], tasks.seq_lens[request], tasks.own_start[request]
+    first = prefix + tasks.task_row
+    last = torch.minimum(first + tasks.rows_per_task, prefix + tasks.query_start.diff()[request]) - 1
     committed = length if config.canonical else prefix
     tiles = record_end(config, committed, last, own) // config.tile_tokens
     raw_start = record_end(config, committed, first, own)
-    ring_end = torch.minimum(length, last + 1) if rows_in_ring else prefix
+    ring_end = torch.minimum(length, last + 1) if tasks.rows_in_ring else prefix
     own_rows = last + 1 - torch.maximum(raw_start, ring_end)
-    share = units_per_share(config, rows_in_ring=rows_in_ring)
+    share = units_per_share(config, rows_in_ring=tasks.rows_in_ring)
     shares = -(-(tiles + _blocks(ring_end - raw_start) + _blocks(own_rows)) // share)
-    return torch.where(task_request >= 0, shares, 0).cumsum(0).to(torch.int32)
+    return torch.where(tasks.task_request >= 0, shares, 0).cumsum(0).to(torch.int32)
 
 
 def _blocks(rows: torch.Tensor) -> torch.Tensor:

@@ -88,8 +88,7 @@ def check_name(name: str) -> None:
 
 def bytes_per_token_head(name: str, model: PreTrainedModel) -> float:
     """Return the bytes of one token and kv head, K and V, in the records of a preset or by a method's own account."""
-    config = model.config.get_text_config()
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_dim = hf.head_dim_of(model.config.get_text_config())
     if not is_preset_name(name):
         return methods()[name].bytes_per_token_head(head_dim)
     layout = TileLayout.of(get_preset(name), head_dim)

@@ -11,7 +11,7 @@ from kvarn.core.layout import TileLayout
 from kvarn.core.seal import seal_reference
 from kvarn.core.step import Step, chunk_step, decode_step
 from kvarn.core.tail import TailState, owner_tags
-from kvarn.core.work import count_work_reference
+from kvarn.core.work import Tasks, count_work_reference
 from kvarn.presets import get_preset
 
 NAN = float("nan")
@@ -141,10 +141,7 @@ def without_others(case: Case, requests: int) -> Case:
     kept |= {name: getattr(step, name)[:tokens] for name in ("token_request", "token_position")}
     kept |= {name: getattr(step, name)[:tasks] for name in ("task_request", "task_row")}
     part = replace(step, query_start=step.query_start[: requests + 1], **kept)
-    work_end = count_work_reference(
-        config, part.task_request, part.task_row, part.rows_per_task, part.query_start, part.prefix_lens, part.seq_lens,
-        part.own_start, rows_in_ring=part.rows_in_ring,
-    )  # fmt: skip
+    work_end = count_work_reference(config, Tasks(*(getattr(part, name) for name in Tasks._fields)))
     rows = {name: getattr(case, name)[:tokens] for name in ("q", "k", "v")}
     rotated = RotatedRows(case.rotated.q[:tokens], case.rotated.k[:tokens], case.rotated.v[:tokens])
     return replace(case, step=replace(part, work_end=work_end), rotated=rotated, **rows)

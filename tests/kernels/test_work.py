@@ -5,15 +5,13 @@ import torch
 from cases import make_case
 
 from kvarn.core.step import Step
-from kvarn.core.work import RAW_BLOCK, count_work, count_work_reference
-
-FIELDS = ("task_request", "task_row", "rows_per_task", "query_start", "prefix_lens", "seq_lens", "own_start")
+from kvarn.core.work import RAW_BLOCK, Tasks, count_work, count_work_reference
 
 
-def work_of(step: Step, device: str) -> list[object]:
-    """Return the arguments by which a step's work is counted, on a device."""
-    values = [getattr(step, name) for name in FIELDS]
-    return [value.to(device) if isinstance(value, torch.Tensor) else value for value in values]
+def tasks_of(step: Step, device: str) -> Tasks:
+    """Return what a step's work is counted by, on a device."""
+    values = (getattr(step, name) for name in Tasks._fields)
+    return Tasks(*(value.to(device) if isinstance(value, torch.Tensor) else value for value in values))
 
 
 @pytest.mark.parametrize("mode", ["", "canonical", "batch_invariant"])
@@ -26,8 +24,8 @@ def test_kernel_counts_as_the_reference(lengths, new, hits, mode, device):
     if mode == "canonical":
         options |= {"tail": 0, "sink": 0}
     case = make_case(lengths, new, hits=hits, **options)
-    ours = count_work(case.layer.config, *work_of(case.step, device), rows_in_ring=case.step.rows_in_ring)
-    theirs = count_work_reference(case.layer.config, *work_of(case.step, "cpu"), rows_in_ring=case.step.rows_in_ring)
+    ours = count_work(case.layer.config, tasks_of(case.step, device))
+    theirs = count_work_reference(case.layer.config, tasks_of(case.step, "cpu"))
     assert torch.equal(ours.cpu(), theirs)
 
 
