@@ -39,11 +39,12 @@ class LaunchShape:
 def launch_shape(head_dim: int, columns: int) -> LaunchShape:
     """Return the shape for a head width and the query columns of a program.
 
-    Up to head_dim 128 two warps keep a tile in registers, and with fewer than four the MMAs stay those of one warp.
+    With four warps and 16 columns Triton 3.6 chooses the MMAs of a warp group, whose results here are wrong on an H100
+    (NaN, then an illegal memory access), so wide columns get two warps, though a tile of wide heads then spills.
     """
-    if columns <= CHUNK_COLUMNS and head_dim <= 128:
-        return LaunchShape(2, 3 if columns <= DECODE_COLUMNS else 2)
-    return LaunchShape(4 if columns <= CHUNK_COLUMNS and head_dim <= 256 else 8, 2)
+    if columns <= DECODE_COLUMNS:
+        return LaunchShape(2, 5, 4) if head_dim <= 128 else LaunchShape(4 if head_dim <= 256 else 8, 2)
+    return LaunchShape(2, 2)
 
 
 def num_programs(

@@ -29,7 +29,7 @@ def test_decode_matches_reference_at_every_kind_of_length(length, device, dtype)
     check(make_case([length], [1], dtype=dtype), device)
 
 
-@pytest.mark.parametrize("group", [1, 4, 5, 7, 8, 16])
+@pytest.mark.parametrize("group", [1, 4, 5, 7, 8, 16, 32])
 def test_decode_matches_reference_for_every_gqa_group(group, device):
     check(make_case([300, 5], [1, 1], group=group), device)
 
@@ -43,6 +43,11 @@ def test_decode_matches_reference_for_every_preset(preset, head_dim, device, dty
 @pytest.mark.parametrize("head_dim", [192, 256, 512])
 def test_decode_matches_reference_for_wide_heads(head_dim, device):
     check(make_case([400], [1], preset="kvarn_k4v2_g64", head_dim=head_dim, kv_heads=1, tail=64), device)
+
+
+@pytest.mark.parametrize("head_dim", [192, 256])
+def test_chunk_matches_reference_for_wide_heads(head_dim, device):
+    check(make_case([300, 5], [100, 1], head_dim=head_dim, kv_heads=1), device)
 
 
 @pytest.mark.parametrize("new", [[1, 1], [70, 1]])
