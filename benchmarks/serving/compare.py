@@ -17,6 +17,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -46,21 +47,23 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         text = ids[: args.kl_tokens]
-        reference = _hidden_states(args, BASELINE, text, work)
-        for dtype in [BASELINE, *args.dtypes]:
+        dtypes = [BASELINE, *args.dtypes]
+        states = _prefill_side_by_side(args, dtypes, text, work)
+        for dtype in dtypes:
             try:
-                hidden = _hidden_states(args, dtype, text, work) if dtype != BASELINE else reference
-                quality[dtype] = _quality(head, reference, hidden, text)
+                hidden = states.get(dtype)
+                if hidden is None:
+                    hidden = _hidden_states(args, dtype, text, work)
+                quality[dtype] = _quality(head, states.setdefault(BASELINE, hidden), hidden, text)
                 print(f"{dtype}: {quality[dtype]}", flush=True)
                 _check_quality(dtype, quality[dtype], args.kl_bar)
                 served[dtype] = _serve(args, dtype, ids, work)
+                _write(args, quality, served)
             except EngineFailed as error:
                 if dtype == BASELINE or is_preset_name(dtype):
                     sys.exit(str(error))
                 print(f"{dtype} is left out: {error}", flush=True)
-    rows = [row for dtype in served for row in _rows(args, dtype, quality[dtype], served)]
-    results.write(args.out, rows, engine=args.engine)
-    for row in rows:
+    for row in _write(args, quality, served):
         print(json.dumps(row))
 
 
@@ -123,9 +126,26 @@ def _run(engine: str, job: dict[str, Any], work: Path, name: str) -> dict[str, A
     return json.loads(result.read_text())
 
 
+def _prefill_side_by_side(
+    args: argparse.Namespace, dtypes: list[str], ids: list[int], work: Path
+) -> dict[str, torch.Tensor]:
+    """Return the hidden states of all dtypes whose engines ran beside each other; the others are for running alone."""
+
+    def prefill(dtype: str) -> torch.Tensor | None:
+        try:
+            return _hidden_states(args, dtype, ids, work)
+        except EngineFailed:
+            return None
+
+    with ThreadPoolExecutor(len(dtypes)) as pool:
+        found = dict(zip(dtypes, pool.map(prefill, dtypes), strict=True))
+    return {dtype: hidden for dtype, hidden in found.items() if hidden is not None}
+
+
 def _hidden_states(args: argparse.Namespace, dtype: str, ids: list[int], work: Path) -> torch.Tensor:
     """Return the final hidden states of a prefill in chunks of one tile, [tokens, hidden], float32."""
     file = work / f"{dtype}.hidden"
+    file.unlink(missing_ok=True)
     arguments = {**_engine_arguments(args, dtype), **ENGINES[args.engine].prefill_arguments(file)}
     _run(args.engine, {"engine": arguments, "prefill": {"ids": ids, "file": str(file)}}, work, f"kl-{dtype}")
     width = _model_config(args.model)["hidden_size"]
@@ -167,6 +187,15 @@ def _serve(args: argparse.Namespace, dtype: str, ids: list[int], work: Path) -> 
         "decode": [{"batch": batch, **case} for batch in args.batches],
     }
     return _run(args.engine, job, work, f"serve-{dtype}")
+
+
+def _write(
+    args: argparse.Namespace, quality: dict[str, dict[str, float]], served: dict[str, dict[str, Any]]
+) -> list[dict[str, Any]]:
+    """Write what is measured up to now: a run that is killed keeps it."""
+    rows = [row for dtype in served for row in _rows(args, dtype, quality[dtype], served)]
+    results.write(args.out, rows, engine=args.engine)
+    return rows
 
 
 def _rows(

@@ -12,6 +12,9 @@ from benchmarks.serving.capture import append_hidden, save_hidden
 
 BASELINE = "auto"
 _TILE = 128
+# What a prefill of one text is given.
+_PREFILL_KV_TOKENS = 16384
+_PREFILL_MEMORY = 0.2
 
 
 class Engine(ABC):
@@ -31,7 +34,10 @@ class Engine(ABC):
     @staticmethod
     @abstractmethod
     def prefill_arguments(file: Path) -> dict[str, Any]:
-        """Return what it is started with besides, to prefill in chunks of one tile without graphs."""
+        """Return what it is started with besides, to prefill in chunks of one tile without graphs.
+
+        It takes little memory, so that several engines find room beside each other.
+        """
 
     @abstractmethod
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
@@ -75,7 +81,8 @@ class SGLang(Engine):
             "hook_factory": f"{save_hidden.__module__}:{save_hidden.__name__}",
             "config": {"file": str(file)},
         }
-        return {"chunked_prefill_size": _TILE, "disable_cuda_graph": True, "forward_hooks": [hook]}
+        few = {"max_total_tokens": _PREFILL_KV_TOKENS, "disable_cuda_graph": True}
+        return {**few, "chunked_prefill_size": _TILE, "forward_hooks": [hook]}
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """Generate greedily, exactly that many tokens a prompt."""
@@ -121,7 +128,8 @@ class VLLM(Engine):
     def prefill_arguments(file: Path) -> dict[str, Any]:
         """Return what it is started with besides, to prefill in chunks of one tile without graphs."""
         del file
-        return {"max_num_batched_tokens": _TILE, "max_num_seqs": 8, "enforce_eager": True}
+        few = {"max_num_seqs": 8, "gpu_memory_utilization": _PREFILL_MEMORY}
+        return {**few, "max_num_batched_tokens": _TILE, "enforce_eager": True}
 
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """Generate greedily, exactly that many tokens a prompt."""
