@@ -22,7 +22,7 @@ from kvarn import results
 from kvarn.core import attend
 from kvarn.core.attend import LaunchShape
 
-_MEASURED = ("us", "us_p10", "us_p90", "of_limit", "gate_err")
+_MEASURED = ("us", "us_p10", "us_p90", "attend_us", "of_limit", "gate_err")
 
 
 def shapes(warps: Sequence[int], stages: Sequence[int], programs: Sequence[int]) -> list[LaunchShape]:
@@ -34,7 +34,7 @@ def shapes(warps: Sequence[int], stages: Sequence[int], programs: Sequence[int])
 def launched_as(shape: LaunchShape) -> Iterator[None]:
     """Launch the attention kernel in this shape, whatever the head width."""
     chosen = attend.launch_shape
-    attend.launch_shape = lambda head_dim, columns: shape
+    attend.launch_shape = lambda *_: shape
     try:
         yield
     finally:
@@ -68,7 +68,7 @@ def run(cases: Sequence[Case], tried: Sequence[LaunchShape], bench: Bench, out: 
         workload = build(make_inputs(case, bench.device, bench.pool_tiles), bench.l2_bytes, bench.table_tokens)
         measured = [{"case": case.name, **_measure(workload, shape, bench)} for shape in tried]
         for row in sorted(measured, key=lambda row: row["us"] or float("inf")):
-            took = row["failed"] or f"{row['us']:.1f} us, {row['of_limit']:.0%}, error {row['gate_err']:.1e}"
+            took = row["failed"] or f"{row['us']:.1f} us ({row['attend_us']:.1f} attention), {row['of_limit']:.0%}, error {row['gate_err']:.1e}"
             launch = f"{row['warps']} warps, {row['stages']} stages, {row['programs_per_sm']} programs"
             print(f"{case.name}: {launch}: {took}", flush=True)
         rows += measured
@@ -86,6 +86,7 @@ def _measure(workload: Workload, shape: LaunchShape, bench: Bench) -> dict[str, 
                 row["failed"] = f"error {check.own_error:.1e} against float64"
                 return row
             timing = bench.timer(workload.run, len(workload.layers))
+            row["attend_us"] = bench.timer(workload.parts()["attend"], len(workload.layers)).us
     except Exception as error:  # noqa: BLE001 (whatever it is, the other shapes are still to be measured)
         row["failed"] = f"{type(error).__name__}: {str(error).splitlines()[0][:100]}"
         return row

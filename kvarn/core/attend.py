@@ -8,6 +8,7 @@ from kvarn.core.append import RotatedRows, device_signs
 from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
 from kvarn.core.hadamard import rotate
 from kvarn.core.launch import chained
+from kvarn.core.layout import TileLayout
 from kvarn.core.reference import decode_record, softmax_attention
 from kvarn.core.step import CHUNK_COLUMNS, DECODE_COLUMNS, Step, power_of_two, record_end
 from kvarn.core.work import RAW_BLOCK, TASK_BLOCK, most_shares, units_per_share
@@ -36,12 +37,26 @@ class LaunchShape:
     programs_per_sm: int = 8
 
 
-def launch_shape(head_dim: int, columns: int) -> LaunchShape:
-    """Return the shape for a head width and the query columns of a program.
+def has_explicit_layouts(layout: TileLayout, device: torch.device) -> bool:
+    """Return whether the kernel with explicit layouts (`kernels.attend_gluon`) serves a layout on a device.
+
+    It needs an NVIDIA GPU, and rows of words that fill the rows of an MMA's operand without padding.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    fields = (*layout.key_fields, *layout.value_fields)
+    return layout.padded_dim == layout.head_dim <= _WIDEST_DOT and all(field.words >= 8 for field in fields)
+
+
+def launch_shape(layout: TileLayout, columns: int, device: torch.device) -> LaunchShape:
+    """Return the shape for a tile layout and the query columns of a program.
 
     With four warps and 16 columns Triton 3.6 chooses the MMAs of a warp group, whose results here are wrong on an H100
     (NaN, then an illegal memory access), so wide columns get two warps, though a tile of wide heads then spills.
     """
+    head_dim = layout.head_dim
+    if has_explicit_layouts(layout, device):
+        return LaunchShape(1 if head_dim * columns <= 1024 else 2, 1, 8)
     if columns <= DECODE_COLUMNS:
         return LaunchShape(2, 5, 4) if head_dim <= 128 else LaunchShape(4 if head_dim <= 256 else 8, 2)
     return LaunchShape(2, 2)
@@ -82,7 +97,7 @@ def most_partial_rows(
     for narrowest, rows_in_ring in ((DECODE_COLUMNS, True), (CHUNK_COLUMNS, False)):
         columns = max(narrowest, power_of_two(group))
         tasks = requests if rows_in_ring else tokens // (columns // group) + requests
-        shape = launch_shape(config.layout.head_dim, columns)
+        shape = launch_shape(config.layout, columns, device)
         programs = num_programs(config, shape, tasks, pages, rows_in_ring, device)
         rows.append((programs + tasks) * config.kv_heads * columns)
     return max(rows)
@@ -116,17 +131,23 @@ def attend(
     if not runs_triton(layer.records):
         result, lse = attend_reference(rotated, layer, step, scale, logit_cap)
         return (result.to(layer.tails.dtype) if out is None else out.copy_(result)), lse
-    from kvarn.core.kernels.attend import attend_kernel
-
     config, layout = layer.config, layer.config.layout
     tokens, q_heads, head_dim = rotated.q.shape
     device = rotated.q.device
     if out is None:
         out = torch.empty(rotated.q.shape, dtype=layer.tails.dtype, device=device)
     group = q_heads // config.kv_heads
-    shape = launch_shape(head_dim, step.columns)
+    shape = launch_shape(layout, step.columns, device)
     tasks, pages = step.task_request.shape[0], step.block_table.shape[1]
     programs = num_programs(config, shape, tasks, pages, step.rows_in_ring, device)
+    if has_explicit_layouts(layout, device):
+        from kvarn.core.kernels.attend_gluon import attend_kernel
+
+        how = {}
+    else:
+        from kvarn.core.kernels.attend import attend_kernel
+
+        how = {"USE_ASM": _has_lop3(device)}
     parts = (programs + tasks, config.kv_heads, step.columns)
     partial = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
@@ -139,8 +160,7 @@ def attend(
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
         RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=TASK_BLOCK, SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring),
-        STAGES=shape.stages, USE_ASM=_has_lop3(device),
-        **chained(device), num_warps=shape.warps,
+        STAGES=shape.stages, **how, **chained(device), num_warps=shape.warps,
     )  # fmt: skip
     return out, combine(partial, partial_lse, layer, step, out)
 

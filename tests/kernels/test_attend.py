@@ -11,6 +11,15 @@ from kvarn.core.attend import attend, attend_reference
 from kvarn.presets import PRESETS
 
 
+@pytest.fixture(autouse=True, params=["explicit", "triton"])
+def kernel(request, device, monkeypatch):
+    """Which attention kernel serves layouts that both can serve. Without a GPU there is but one."""
+    if request.param == "triton":
+        monkeypatch.setattr(attend_module, "has_explicit_layouts", lambda *_: False)
+    elif device == "cpu":
+        pytest.skip("the kernel with explicit layouts needs a GPU")
+
+
 def check(case: Case, device: str, logit_cap: float = 0.0) -> None:
     store_and_seal(case)
     scale = case.layer.config.rotation_norm  # 1 / sqrt(head_dim)

@@ -81,7 +81,7 @@ def _plane_mask(bits, low):
 
 
 @triton.constexpr_function
-def _plane_asm(bits, low):
+def plane_asm(bits, low):
     up = _shift_up(bits, low)
     mask = _plane_mask(bits, low)
     pair = f"0x{mask << 16 | mask:08X}"
@@ -102,7 +102,12 @@ def lane_codes(BITS: tl.constexpr, WORDS: tl.constexpr):
 @triton.jit
 def lane_weights(BITS: tl.constexpr, LOW_BIT: tl.constexpr, WORDS: tl.constexpr):
     """Return the factor that makes ``code * 2**position`` count as the lane's part of the code, [lanes], float32."""
-    low = (tl.arange(0, lanes(BITS, WORDS)) // padded_words(WORDS)) * BITS
+    return weight_of((tl.arange(0, lanes(BITS, WORDS)) // padded_words(WORDS)) * BITS, BITS, LOW_BIT)
+
+
+@triton.jit
+def weight_of(low, BITS: tl.constexpr, LOW_BIT: tl.constexpr):
+    """Return that factor for planes whose fields start at bits `low` of a word, float32."""
     shifted = low - _down(BITS)
     above = tl.where(shifted >= _lowest(BITS), shifted, _top(BITS))
     position = tl.where(low < _lowest(BITS), low + _up(BITS), tl.where(low <= _top(BITS), low, above))
@@ -113,7 +118,7 @@ def lane_weights(BITS: tl.constexpr, LOW_BIT: tl.constexpr, WORDS: tl.constexpr)
 def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, USE_ASM: tl.constexpr):
     if USE_ASM:
         out = tl.inline_asm_elementwise(
-            _plane_asm(BITS, PLANE * BITS), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
+            plane_asm(BITS, PLANE * BITS), "=r,r", [words], dtype=tl.float16, is_pure=True, pack=2
         )
     else:
         up: tl.constexpr = _shift_up(BITS, PLANE * BITS)
@@ -123,7 +128,7 @@ def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, USE_ASM: tl.constexpr
 
 
 @triton.jit
-def _side_by_side(a, b):
+def side_by_side(a, b):
     """Concatenate two [R, N] along their second axis. Registers are renamed, not moved."""
     R: tl.constexpr = a.shape[0]
     N: tl.constexpr = a.shape[1]
@@ -148,6 +153,6 @@ def unpack(words, BITS: tl.constexpr, USE_ASM: tl.constexpr):
     for _ in tl.static_range(planes(BITS).bit_length() - 1):
         pairs = ()
         for i in tl.static_range(0, len(parts), 2):
-            pairs = pairs + (_side_by_side(parts[i], parts[i + 1]),)
+            pairs = pairs + (side_by_side(parts[i], parts[i + 1]),)
         parts = pairs
     return parts[0]
