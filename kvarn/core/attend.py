@@ -19,6 +19,7 @@ _COMBINE_COLUMNS = 16
 _FEW_ROWS = 512
 # A rotation matrix wider than this doesn't fit into shared memory.
 _WIDEST_DOT = 256
+_TASK_BLOCKS = (32, 128)
 _RECORD, _SINK, _RAW = range(3)
 
 
@@ -56,7 +57,7 @@ def launch_shape(layout: TileLayout, columns: int, device: torch.device) -> Laun
     """
     head_dim = layout.head_dim
     if has_explicit_layouts(layout, device):
-        return LaunchShape(1 if head_dim * columns <= 1024 else 2, 1, 8)
+        return LaunchShape(2, 1, 6 if head_dim * columns <= 1024 else 4)
     if columns <= DECODE_COLUMNS:
         return LaunchShape(2, 5, 4) if head_dim <= 128 else LaunchShape(4 if head_dim <= 256 else 8, 2)
     return LaunchShape(2, 2)
@@ -159,7 +160,7 @@ def attend(
         **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
-        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=TASK_BLOCK, SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring),
+        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=_task_block(tasks), SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring),
         STAGES=shape.stages, **how, **chained(device), num_warps=shape.warps,
     )  # fmt: skip
     return out, combine(partial, partial_lse, layer, step, out)
@@ -248,6 +249,11 @@ def _readable_rows(
     source = torch.cat([torch.full(at.shape, kind, device=device) for _, _, at, kind in parts])
     at = torch.cat([at for _, _, at, _ in parts]).to(device)
     return torch.cat([k.float() for k, *_ in parts]), torch.cat([v.float() for _, v, *_ in parts]), at, source
+
+
+def _task_block(tasks: int) -> int:
+    """Return how many tasks a program looks at together: all if it can, in few sizes, as each is compiled."""
+    return next((block for block in _TASK_BLOCKS if tasks <= block), TASK_BLOCK)
 
 
 def _sm_count(device: torch.device) -> int:

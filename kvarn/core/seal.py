@@ -9,6 +9,9 @@ from kvarn.core.reference import encode
 from kvarn.core.step import Step
 
 _TILE_ELEMENTS_PER_WARP = 2048
+# In a decode step few requests fill a tile: not many more programs than run at once, each looking at so many requests.
+_DECODE_PROGRAMS = 256
+_TASK_BLOCK = 32
 
 
 def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
@@ -31,15 +34,17 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
 
     config, layout = layer.config, layer.config.layout
     constants = layout_constants(layout)
-    seal_kernel[(step.seal_tile.shape[0], config.kv_heads, 2)](
+    tasks = step.seal_tile.shape[0]
+    programs = min(tasks, -(-_DECODE_PROGRAMS // (2 * config.kv_heads))) if step.rows_in_ring else tasks
+    seal_kernel[(programs, config.kv_heads, 2)](
         layer.tails, rotated.k, rotated.v, layer.records, step.seal_request, step.seal_tile, step.rows,
-        step.prefix_lens, step.seq_lens, step.query_start, step.block_table, *layer.records.stride()[:3],
+        step.prefix_lens, step.seq_lens, step.query_start, step.block_table, tasks, *layer.records.stride()[:3],
         *layer.tails.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0), **constants,
         RING=config.ring_tokens, TILES=config.tiles_per_block, KEY_BITS=layout.key_bits, VALUE_BITS=layout.value_bits,
         KEY_CLIP=config.recipe.key_clip(layout.key_bits), VALUE_CLIP=config.recipe.value_clip(layout.value_bits),
         ITERATIONS=config.recipe.iterations, LOG_SCALE_MIN=config.recipe.log_scale_min,
         MARGIN=config.recipe.margin, SCALE_FREE=config.recipe.scale_free, ROWS_IN_RING=step.rows_in_ring,
-        **chained(layer.records.device),
+        BLOCK=_TASK_BLOCK if step.rows_in_ring else 1, **chained(layer.records.device),
         num_warps=min(16, max(4, layout.tile_tokens * constants["DP"] // _TILE_ELEMENTS_PER_WARP)),
     )  # fmt: skip
 

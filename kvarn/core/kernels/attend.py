@@ -179,7 +179,7 @@ def attend_kernel(
     wait_for_previous(CHAINED)
     program = tl.program_id(0)
     head = tl.program_id(1)
-    share_begin, share_end, _ = share_of(program, tl.num_programs(0), work_end_ptr, tasks)
+    share_begin, share_end = share_of(program, tl.num_programs(0), tl.load(work_end_ptr + tasks - 1))
     if share_begin >= share_end:
         return
     first_task = task_at(share_begin, work_end_ptr, tasks, TASK_BLOCK)

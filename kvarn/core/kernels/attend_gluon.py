@@ -76,6 +76,12 @@ def plain_shared(rank):
     return gl.SwizzledSharedLayout(1, 1, 1, order=list(range(rank - 1, -1, -1)))
 
 
+@gluon.constexpr_function
+def query_shared(fields):
+    """Return the layout of queries in shared memory, channels inside, as an MMA's right operand reads them."""
+    return gl.SwizzledSharedLayout(4 * operand_width(fields), 1, max(1, 16 // (2 * operand_width(fields)) * 2), [0, 1])
+
+
 @gluon.jit
 def _unpack(words, BITS: gl.constexpr, layout: gl.constexpr):
     """Return ``1024 + code * 2**position`` of every lane, [rows, lanes], float16, as an MMA's left operand."""
@@ -183,32 +189,32 @@ def _cap(x, SOFTCAP: gl.constexpr):
 
 @gluon.jit
 def _logits(
-    k_words, vectors, slot, q_high, q_low, FIELDS: gl.constexpr, G: gl.constexpr, warps: gl.constexpr
+    k_words, vectors, slot, q_parts, FIELDS: gl.constexpr, G: gl.constexpr, warps: gl.constexpr
 ):  # fmt: skip
     """Return q . k of one record's tokens, [G, columns], as an MMA's result."""
-    D: gl.constexpr = q_high.shape[0]
-    C: gl.constexpr = q_high.shape[1]
+    D: gl.constexpr = q_parts.shape[1]
+    C: gl.constexpr = q_parts.shape[2]
     mma: gl.constexpr = mma_layout(warps)
     width: gl.constexpr = operand_width(FIELDS)
     left: gl.constexpr = gl.DotOperandLayout(0, mma, width)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, width)
     repeated: gl.constexpr = repeat_layout(G, C, warps)
+    q_high = q_parts.index(0).load(right)
     scale = vectors[0].index(slot).load(gl.SliceLayout(1, right))
     offset = vectors[1].index(slot).load(gl.SliceLayout(0, left))
     offset, _ = gl.broadcast(offset[None, :], gl.zeros((16, D), gl.float16, left))
-    bias = mma_v2(offset, q_high, gl.zeros((16, C), gl.float32, mma))
-    bias = mma_v2(offset, q_low, bias)
+    zeros = gl.zeros((16, C), gl.float32, mma)
+    bias = mma_v2(offset, q_high, zeros) + mma_v2(offset, q_parts.index(1).load(right), zeros)
     minus = gl.full((16, D), -BIAS, gl.float16, left)
-    scaled = ()
+    x = gl.zeros((G, C), gl.float32, mma)
     for f in gl.static_range(len(FIELDS)):
         weights = _lane_weights(D, FIELDS[f][0], FIELDS[f][1], gl.SliceLayout(1, right))
-        scaled = scaled + (q_high * weights[:, None] * scale[:, None],)
-        bias = mma_v2(minus, scaled[f], bias)
-    shift, _ = _halves(bias, repeated)
-    x = _repeat(shift, G, repeated, mma)
-    for f in gl.static_range(len(FIELDS)):
+        scaled = q_high * weights[:, None] * scale[:, None]
+        bias += mma_v2(minus, scaled, zeros)
         words = k_words[f].index(slot).load(words_layout(G, FIELDS[f][3], width, warps))
-        x = mma_v2(_unpack(words, FIELDS[f][0], left), scaled[f], x)
+        x = mma_v2(_unpack(words, FIELDS[f][0], left), scaled, x)
+    shift, _ = _halves(bias, repeated)
+    x += _repeat(shift, G, repeated, mma)
     return x * vectors[2].index(slot).load(gl.SliceLayout(1, mma)).to(gl.float32)[:, None]
 
 
@@ -231,67 +237,82 @@ def _weigh_values(
     offset = vectors[4].index(slot).load(gl.SliceLayout(0, left))
     upper = (gl.arange(0, 16, layout=gl.SliceLayout(1, left)) < 8)[:, None]
     ones = gl.full((16, G), 1.0, gl.float16, left)
-    sums = mma_v2(gl.where(upper, offset[None, :], ones), p, gl.zeros((16, C), gl.float32, mma))
+    zeros = gl.zeros((16, C), gl.float32, mma)
+    sums = mma_v2(gl.where(upper, offset[None, :], ones), p, zeros)
     minus = gl.where(upper, -BIAS * ones, 0.0 * ones)
-    scaled = ()
+    o = gl.zeros((D, C), gl.float32, mma)
     for f in gl.static_range(len(FIELDS)):
         weights = _lane_weights(G, FIELDS[f][0], FIELDS[f][1], gl.SliceLayout(1, right))
-        scaled = scaled + (p * weights[:, None] * scale[:, None],)
-        sums = mma_v2(minus, scaled[f], sums)
-    shift, mass = _halves(sums, repeated)
-    o = _repeat(shift, D, repeated, mma)
-    for f in gl.static_range(len(FIELDS)):
+        scaled = p * weights[:, None] * scale[:, None]
+        sums += mma_v2(minus, scaled, zeros)
         words = v_words[f].index(slot).load(words_layout(D, FIELDS[f][3], width, warps))
-        o = mma_v2(_unpack(words, FIELDS[f][0], left), scaled[f], o)
+        o = mma_v2(_unpack(words, FIELDS[f][0], left), scaled, o)
+    shift, mass = _halves(sums, repeated)
+    o += _repeat(shift, D, repeated, mma)
     return o * vectors[5].index(slot).load(gl.SliceLayout(1, mma)).to(gl.float32)[:, None], mass
 
 
 @gluon.jit
+def _copy_raw(buffer, base, offsets, wanted, warps: gl.constexpr):
+    """Begin to copy raw rows, which start at offsets after base, to shared memory, as one group; none if not wanted."""
+    D: gl.constexpr = buffer.shape[1]
+    channel = gl.arange(0, D, layout=gl.SliceLayout(0, rows_copy_layout(2 * D, warps)))
+    if wanted:
+        async_copy.async_copy_global_to_shared(buffer, base + (offsets[:, None] + channel[None, :]))
+    async_copy.commit_group()
+
+
+@gluon.jit
 def _attend_raw(
-    m, total, acc, q_high, q_low, q_scale, k_buffer, v_buffer, k_base, v_base, copy_offset, ok,
+    m, total, acc, q_parts, q_scale, k_buffer, v_buffer, k_base, v_base, next_offsets, has_next, ok,
     SOFTCAP: gl.constexpr, warps: gl.constexpr,
 ):  # fmt: skip
-    """Fold a block of raw rows into the running softmax.
+    """Fold a block of raw rows, copied to the buffers by two groups, into the running softmax, and copy the next.
 
-    copy_offset: [rows], where each row begins after k_base and v_base; ok: [rows, columns]. Rows that no column sees
-    repeat ones that are seen, so that no memory is read which nothing wrote.
+    ok: [rows, columns]. Rows that no column sees repeat ones that are seen: no memory is read which nothing wrote.
     """
-    D: gl.constexpr = acc.shape[0]
     ROWS: gl.constexpr = k_buffer.shape[0]
     mma: gl.constexpr = mma_layout(warps)
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    copy: gl.constexpr = rows_copy_layout(2 * D, warps)
-    channel = gl.arange(0, D, layout=gl.SliceLayout(0, copy))[None, :]
-    gl.thread_barrier()
-    async_copy.async_copy_global_to_shared(k_buffer, k_base + copy_offset[:, None] + channel)
-    async_copy.commit_group()
-    async_copy.async_copy_global_to_shared(v_buffer, v_base + copy_offset[:, None] + channel)
-    async_copy.commit_group()
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 8)
     async_copy.wait_group(1)
-    k = k_buffer.load(gl.DotOperandLayout(0, mma, q_high.type.layout.k_width)).to(gl.float32).to(gl.float16)
-    x = mma_v2(k, q_low, mma_v2(k, q_high, gl.zeros((ROWS, acc.shape[1]), gl.float32, mma))) * q_scale
+    k = k_buffer.load(gl.DotOperandLayout(0, mma, 8)).to(gl.float32).to(gl.float16)
+    zeros = gl.zeros((ROWS, acc.shape[1]), gl.float32, mma)
+    x = mma_v2(k, q_parts.index(0).load(right), zeros) + mma_v2(k, q_parts.index(1).load(right), zeros)
+    _copy_raw(k_buffer, k_base, next_offsets, has_next, warps)
+    x *= q_scale
     if SOFTCAP > 0:
         x = _cap(x, SOFTCAP)
     x = gl.where(ok, x, float("-inf"))
     m_new = gl.maximum(m, gl.max(x, axis=0))
     decay = gl.exp2(m - m_new)
     p = gl.exp2(x - (m_new - _WEIGHT_SHIFT)[None, :])
-    async_copy.wait_group(0)
-    v = v_buffer.permute((1, 0)).load(left).to(gl.float32).to(gl.float16)
-    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    acc = mma_v2(v, gl.convert_layout(p.to(gl.float16), right), acc * decay[None, :])
+    p_half = gl.convert_layout(p.to(gl.float16), gl.DotOperandLayout(1, mma, 2))
+    async_copy.wait_group(1)
+    v = v_buffer.permute((1, 0)).load(gl.DotOperandLayout(0, mma, 2)).to(gl.float32).to(gl.float16)
+    acc = mma_v2(v, p_half, acc * decay[None, :])
+    _copy_raw(v_buffer, v_base, next_offsets, has_next, warps)
     return m_new, total * decay + gl.sum(p, axis=0), acc
 
 
 @gluon.jit
-def _task_at(share, work_end_ptr, tasks, BLOCK: gl.constexpr, warps: gl.constexpr):
-    """Return the task to which a share belongs."""
-    before = 0
-    for start in range(0, tasks, BLOCK):
-        task = start + gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [warps], [0]))
-        end = gl.load(work_end_ptr + task, mask=task < tasks, other=2147483647)
-        before += gl.sum((end <= share).to(gl.int32), axis=0)
-    return before
+def _span(program, programs, work_end_ptr, tasks, BLOCK: gl.constexpr, warps: gl.constexpr):
+    """Return a program's shares, [begin, end), and the tasks to which its first and last belong.
+
+    If BLOCK tasks are all there are, one load tells it all.
+    """
+    at = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [warps], [0]))
+    ends = gl.load(work_end_ptr + at, mask=at < tasks, other=0)
+    total = gl.max(ends, axis=0)
+    if tasks > BLOCK:
+        total = gl.load(work_end_ptr + tasks - 1)
+    begin, end = share_of(program, programs, total)
+    first = gl.sum(((ends <= begin) & (at < tasks)).to(gl.int32), axis=0)
+    last = gl.sum(((ends <= end - 1) & (at < tasks)).to(gl.int32), axis=0)
+    for start in range(BLOCK, tasks, BLOCK):
+        ends = gl.load(work_end_ptr + start + at, mask=start + at < tasks, other=2147483647)
+        first += gl.sum((ends <= begin).to(gl.int32), axis=0)
+        last += gl.sum((ends <= end - 1).to(gl.int32), axis=0)
+    return begin, end, first, last
 
 
 @gluon.jit
@@ -313,15 +334,15 @@ def attend_kernel(
     warps: gl.constexpr = num_warps
     program = gl.program_id(0)
     head = gl.program_id(1)
-    share_begin, share_end, _ = share_of(program, gl.num_programs(0), work_end_ptr, tasks)
+    share_begin, share_end, first_task, last_task = _span(
+        program, gl.num_programs(0), work_end_ptr, tasks, TASK_BLOCK, warps
+    )
     if share_begin < share_end:
         mma: gl.constexpr = mma_layout(warps)
         by_column: gl.constexpr = gl.SliceLayout(0, mma)
         by_row: gl.constexpr = gl.SliceLayout(1, mma)
         k_right: gl.constexpr = gl.DotOperandLayout(1, mma, operand_width(K_FIELDS))
         raw_layout: gl.constexpr = gl.SliceLayout(1, rows_copy_layout(2 * D, warps))
-        first_task = _task_at(share_begin, work_end_ptr, tasks, TASK_BLOCK, warps)
-        last_task = _task_at(share_end - 1, work_end_ptr, tasks, TASK_BLOCK, warps)
         v_right: gl.constexpr = gl.DotOperandLayout(1, mma, operand_width(V_FIELDS))
         tokens = gl.arange(0, G, layout=by_row)
         column = gl.arange(0, COLUMNS, layout=by_column)
@@ -387,19 +408,22 @@ def attend_kernel(
             q_scale = q_unit * (scale * _LOG2E)
             q = q / q_unit
             q_high = q.to(gl.float16)
-            q_low = (q - q_high.to(gl.float32)).to(gl.float16)
+            q_parts = gl.allocate_shared_memory(gl.float16, [2, D, COLUMNS], query_shared(K_FIELDS))
+            q_parts.index(0).store(q_high)
+            q_parts.index(1).store((q - q_high.to(gl.float32)).to(gl.float16))
 
             m = gl.full((COLUMNS,), _NEVER, gl.float32, by_column)
             acc = gl.zeros((D, COLUMNS), gl.float32, mma)
             mass = gl.zeros((8, COLUMNS), gl.float32, gl.SliceLayout(0, repeat_layout(D, COLUMNS, warps)))
             slot = 0
+            page = gl.load(table + gl.maximum(gl.minimum(begin + STAGES, stop - 1), 0))
             for tile in range(begin, stop):
-                page = gl.load(table + gl.minimum(tile + STAGES, stop - 1))
                 record = find_record(
                     records_ptr, page, head, record_block_stride, record_tile_stride, record_head_stride, TILES
                 )
+                page = gl.load(table + gl.minimum(tile + STAGES + 1, stop - 1))
                 async_copy.wait_group(2 * STAGES - 1)
-                x = _logits(k_words, vectors, slot, q_high, q_low, K_FIELDS, G, warps)
+                x = _logits(k_words, vectors, slot, q_parts, K_FIELDS, G, warps)
                 if tile + STAGES < stop:
                     _copy_half(k_words, vectors, record, slot, K_FIELDS, OFFSETS, 0, warps)
                 async_copy.commit_group()
@@ -426,38 +450,55 @@ def attend_kernel(
                 slot = (slot + 1) % STAGES
             total = gl.convert_layout(gl.max(mass, axis=0), by_column)
 
-            k_swizzle: gl.constexpr = gl.SwizzledSharedLayout(4 * operand_width(K_FIELDS), 1, 2, [1, 0])
+            k_swizzle: gl.constexpr = gl.SwizzledSharedLayout(32, 1, 2, [1, 0])
             v_swizzle: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
             k_buffer = gl.allocate_shared_memory(raw_dtype, [RAW_BLOCK, D], k_swizzle)
             v_buffer = gl.allocate_shared_memory(raw_dtype, [RAW_BLOCK, D], v_swizzle)
             if (SINK > 0) & (begin <= tiles) & (tiles < end) & (tiles > 0) & (sink_slot >= 0):
                 base = sinks_ptr + sink_slot * sink_slot_stride + head * sink_head_stride
+                offsets = gl.minimum(copy_block, SINK - 1) * D
                 visible = (block < SINK)[:, None] & (record_stop > 0)[None, :]
+                _copy_raw(k_buffer, base, offsets, True, warps)
+                _copy_raw(v_buffer, base + sink_kv_stride, offsets, True, warps)
                 m, total, acc = _attend_raw(
-                    m, total, acc, q_high, q_low, q_scale, k_buffer, v_buffer, base, base + sink_kv_stride,
-                    gl.minimum(copy_block, SINK - 1) * D, visible, SOFTCAP, warps,
+                    m, total, acc, q_parts, q_scale, k_buffer, v_buffer, base, base, offsets, False, visible, SOFTCAP,
+                    warps,
                 )  # fmt: skip
-            for unit in range(gl.maximum(begin - tiles, 0), gl.minimum(end - tiles, ring_units)):
+            first = gl.maximum(begin - tiles, 0)
+            stop = gl.minimum(end - tiles, ring_units)
+            base = tails_ptr + ring_row * tail_row_stride + head * tail_head_stride
+            newest = ring_end - 1
+            offsets = gl.minimum(raw_start + first * RAW_BLOCK + copy_block, newest) % RING * D
+            _copy_raw(k_buffer, base, offsets, first < stop, warps)
+            _copy_raw(v_buffer, base + tail_kv_stride, offsets, first < stop, warps)
+            for unit in range(first, stop):
                 pos = raw_start + unit * RAW_BLOCK + block
-                copied = gl.minimum(raw_start + unit * RAW_BLOCK + copy_block, ring_end - 1)
-                base = tails_ptr + ring_row * tail_row_stride + head * tail_head_stride
                 visible = (pos[:, None] >= record_stop[None, :]) & (pos[:, None] <= position[None, :])
                 visible = visible & (pos < ring_end)[:, None] & col_ok[None, :]
+                offsets = gl.minimum(raw_start + (unit + 1) * RAW_BLOCK + copy_block, newest) % RING * D
                 m, total, acc = _attend_raw(
-                    m, total, acc, q_high, q_low, q_scale, k_buffer, v_buffer, base, base + tail_kv_stride,
-                    (copied % RING) * D, visible, SOFTCAP, warps,
+                    m, total, acc, q_parts, q_scale, k_buffer, v_buffer, base, base + tail_kv_stride, offsets,
+                    unit + 1 < stop, visible, SOFTCAP, warps,
                 )  # fmt: skip
             if not ROWS_IN_RING:
                 seen = tiles + ring_units
-                for unit in range(gl.maximum(begin - seen, 0), gl.minimum(end - seen, chunk_units)):
+                first = gl.maximum(begin - seen, 0)
+                stop = gl.minimum(end - seen, chunk_units)
+                to_head = (query_start - prefix).to(gl.int64) * chunk_token_stride + head * chunk_head_stride
+                k_base = chunk_k_ptr + to_head
+                v_base = chunk_v_ptr + to_head
+                at = chunk_start + first * RAW_BLOCK + copy_block
+                offsets = gl.minimum(at, length - 1).to(gl.int64) * chunk_token_stride
+                _copy_raw(k_buffer, k_base, offsets, first < stop, warps)
+                _copy_raw(v_buffer, v_base, offsets, first < stop, warps)
+                for unit in range(first, stop):
                     pos = chunk_start + unit * RAW_BLOCK + block
-                    copied = gl.minimum(chunk_start + unit * RAW_BLOCK + copy_block, length - 1)
-                    offset = query_start.to(gl.int64) * chunk_token_stride + head * chunk_head_stride
                     visible = (pos[:, None] >= record_stop[None, :]) & (pos[:, None] <= position[None, :])
+                    at = chunk_start + (unit + 1) * RAW_BLOCK + copy_block
+                    offsets = gl.minimum(at, length - 1).to(gl.int64) * chunk_token_stride
                     m, total, acc = _attend_raw(
-                        m, total, acc, q_high, q_low, q_scale, k_buffer, v_buffer, chunk_k_ptr + offset,
-                        chunk_v_ptr + offset, (copied - prefix) * chunk_token_stride, visible & col_ok[None, :],
-                        SOFTCAP, warps,
+                        m, total, acc, q_parts, q_scale, k_buffer, v_buffer, k_base, v_base, offsets, unit + 1 < stop,
+                        visible & col_ok[None, :], SOFTCAP, warps,
                     )  # fmt: skip
 
             out_ok = col_ok & (begin < end)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kvarn.core.kernels.chain import wait_for_previous
-from kvarn.core.kernels.work import share_of
+from kvarn.core.kernels.work import program_of
 
 _LN2 = tl.constexpr(0.6931471805599453)
 
@@ -28,11 +28,11 @@ def combine_kernel(
     kv_heads = tl.num_programs(1)
     begin = tl.load(work_end_ptr + task - 1, mask=task > 0, other=0)
     end = tl.load(work_end_ptr + task)
+    total_shares = tl.load(work_end_ptr + tasks - 1)
     if begin >= end:
         return
-    _, _, share = share_of(0, programs, work_end_ptr, tasks)
-    first_program = begin // share
-    last_program = (end - 1) // share
+    first_program = program_of(begin, programs, total_shares)
+    last_program = program_of(end - 1, programs, total_shares)
     request = tl.load(task_request_ptr + task)
     query_start = tl.load(query_start_ptr + request)
     query_rows = tl.load(query_start_ptr + request + 1) - query_start

@@ -154,24 +154,18 @@ def _store_value_words(
 
 
 @triton.jit
-def seal_kernel(
-    tails_ptr, chunk_k_ptr, chunk_v_ptr, records_ptr, task_request_ptr, task_tile_ptr, rows_ptr, prefix_ptr,
-    length_ptr, query_start_ptr, block_table_ptr, record_block_stride, record_tile_stride, record_head_stride,
-    tail_row_stride, tail_kv_stride, tail_head_stride, chunk_token_stride, chunk_head_stride, block_table_stride,
-    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TILES: tl.constexpr,
-    K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, KEY_BITS: tl.constexpr,
-    VALUE_BITS: tl.constexpr, KEY_CLIP: tl.constexpr, VALUE_CLIP: tl.constexpr, ITERATIONS: tl.constexpr,
-    LOG_SCALE_MIN: tl.constexpr, MARGIN: tl.constexpr, SCALE_FREE: tl.constexpr, ROWS_IN_RING: tl.constexpr,
-    CHAINED: tl.constexpr,
+def _seal_tile(
+    task, tile, tails_ptr, chunk_k_ptr, chunk_v_ptr, records_ptr, task_request_ptr, rows_ptr, prefix_ptr, length_ptr,
+    query_start_ptr, block_table_ptr, record_block_stride, record_tile_stride, record_head_stride, tail_row_stride,
+    tail_kv_stride, tail_head_stride, chunk_token_stride, chunk_head_stride, block_table_stride, D: tl.constexpr,
+    DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TILES: tl.constexpr, K_FIELDS: tl.constexpr,
+    V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr,
+    KEY_CLIP: tl.constexpr, VALUE_CLIP: tl.constexpr, ITERATIONS: tl.constexpr, LOG_SCALE_MIN: tl.constexpr,
+    MARGIN: tl.constexpr, SCALE_FREE: tl.constexpr, ROWS_IN_RING: tl.constexpr,
 ):  # fmt: skip
-    """Grid: (tasks, kv_heads, 2); the last axis is keys, values. A task with tile -1 does nothing."""
-    wait_for_previous(CHAINED)
-    task = tl.program_id(0)
+    """Write the keys' or the values' part of the record of a task's tile."""
     head = tl.program_id(1)
     which = tl.program_id(2)
-    tile = tl.load(task_tile_ptr + task)
-    if tile < 0:
-        return
     request = tl.load(task_request_ptr + task)
     prefix = tl.load(prefix_ptr + request)
     ring_end = tl.load(length_ptr + request) if ROWS_IN_RING else prefix
@@ -221,3 +215,38 @@ def seal_kernel(
         tl.store(halfs + OFFSETS[3] // 2 + token_at, v_scale)
         tl.store(halfs + OFFSETS[4] // 2 + token_at, v_offset)
         tl.store(halfs + OFFSETS[5] // 2 + channel_at, v_channel, mask=row_mask)
+
+
+@triton.jit
+def seal_kernel(
+    tails_ptr, chunk_k_ptr, chunk_v_ptr, records_ptr, task_request_ptr, task_tile_ptr, rows_ptr, prefix_ptr,
+    length_ptr, query_start_ptr, block_table_ptr, tasks, record_block_stride, record_tile_stride, record_head_stride,
+    tail_row_stride, tail_kv_stride, tail_head_stride, chunk_token_stride, chunk_head_stride, block_table_stride,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TILES: tl.constexpr,
+    K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, KEY_BITS: tl.constexpr,
+    VALUE_BITS: tl.constexpr, KEY_CLIP: tl.constexpr, VALUE_CLIP: tl.constexpr, ITERATIONS: tl.constexpr,
+    LOG_SCALE_MIN: tl.constexpr, MARGIN: tl.constexpr, SCALE_FREE: tl.constexpr, ROWS_IN_RING: tl.constexpr,
+    BLOCK: tl.constexpr, CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Grid: (programs, kv_heads, 2); the last axis is keys, values. Program p seals tasks p, p + programs and so on.
+
+    A task with tile -1 does nothing. In a decode step most have none: programs are few then, and look at BLOCK tasks
+    together.
+    """
+    wait_for_previous(CHAINED)
+    first = tl.program_id(0)
+    programs = tl.num_programs(0)
+    for start in tl.range(first, tasks, programs * BLOCK, num_stages=1):
+        task = start + tl.arange(0, BLOCK) * programs
+        if tl.max(tl.load(task_tile_ptr + task, mask=task < tasks, other=-1), axis=0) >= 0:
+            for one in tl.range(start, tl.minimum(start + programs * BLOCK, tasks), programs, num_stages=1):
+                tile = tl.load(task_tile_ptr + one)
+                if tile >= 0:
+                    _seal_tile(
+                        one, tile, tails_ptr, chunk_k_ptr, chunk_v_ptr, records_ptr, task_request_ptr, rows_ptr,
+                        prefix_ptr, length_ptr, query_start_ptr, block_table_ptr, record_block_stride,
+                        record_tile_stride, record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride,
+                        chunk_token_stride, chunk_head_stride, block_table_stride, D, DP, G, RING, TILES, K_FIELDS,
+                        V_FIELDS, OFFSETS, KEY_BITS, VALUE_BITS, KEY_CLIP, VALUE_CLIP, ITERATIONS, LOG_SCALE_MIN,
+                        MARGIN, SCALE_FREE, ROWS_IN_RING,
+                    )  # fmt: skip

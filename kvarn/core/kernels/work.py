@@ -56,12 +56,19 @@ def count_work_kernel(
 
 
 @triton.jit
-def share_of(program, programs, work_end_ptr, tasks):
-    """Return the shares of one program, [begin, end), counted over all tasks; and how many a program has at most."""
-    total = tl.load(work_end_ptr + tasks - 1)
-    share = tl.cdiv(total, programs)
-    begin = tl.minimum(program * share, total)
-    return begin, tl.minimum(begin + share, total), share
+def share_of(program, programs, total):
+    """Return which of all tasks' shares are one program's, [begin, end). No two programs' numbers differ by more than 1."""
+    each, more = total // programs, total % programs
+    begin = program * each + tl.minimum(program, more)
+    return begin, tl.minimum(begin + each + 1, begin + each + tl.maximum(more - program, 0))
+
+
+@triton.jit
+def program_of(share, programs, total):
+    """Return the program to which a share belongs."""
+    each, more = total // programs, total % programs
+    beyond = tl.maximum(share - more * (each + 1), 0)
+    return tl.where(share < more * (each + 1), share // (each + 1), more + beyond // tl.maximum(each, 1))
 
 
 @triton.jit
