@@ -50,13 +50,13 @@ def _arguments() -> argparse.Namespace:
     run.add_argument("--only", metavar="PATTERN", help="regular expression, searched in the names of cases")
     run.add_argument("--quick", action="store_true", help="one case of each kind")
     run.add_argument("--out", type=Path, default=_OUT, help="result file")
-    run.add_argument("--peers", nargs="*", help="peers to compare with (default: all that can run)")
+    run.add_argument("--peers", nargs="*", help="peers to compare with (default: all that can run; no name: none)")
     run.add_argument("--seconds", type=float, default=float("inf"), help="begin no case after so many seconds")
     run.add_argument("--no-warm", action="store_true", help="compile kernels as they are measured, not ahead")
     names = commands.add_parser("warm", help="compile the kernels of some cases; `decode` calls it")
     names.add_argument("names", nargs="+")
     names.add_argument("--peers", nargs=1, help="compile this peer's kernels instead of KVarN's")
-    names.add_argument("--shape", nargs=2, type=int, help="warps and stages of the attention kernel")
+    names.add_argument("--shape", nargs=4, type=int, help="warps, stages, programs and registers, as tune has them")
     tuned = commands.add_parser("tune", help="measure the attention kernel under many launch shapes")
     tuned.add_argument(
         "--only", metavar="PATTERN", default="", help="regular expression, searched in the names of cases"
@@ -64,6 +64,9 @@ def _arguments() -> argparse.Namespace:
     tuned.add_argument("--warps", nargs="+", type=int, default=[1, 2, 4, 8])
     tuned.add_argument("--stages", nargs="+", type=int, default=[2, 3, 5])
     tuned.add_argument("--programs", nargs="+", type=int, default=[4, 8, 16], help="a multiprocessor")
+    tuned.add_argument(
+        "--registers", nargs="+", type=int, default=[0, 168], help="the most of a thread, 0 for no limit"
+    )
     tuned.add_argument("--out", type=Path, default=_OUT.with_name("tune.json"), help="result file")
     tuned.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many seconds")
     for command in (run, names, tuned):
@@ -97,7 +100,7 @@ def _bench(peers: Sequence[registry.Peer], table_tokens: int) -> measure.Bench:
 def _tune(args: argparse.Namespace) -> None:
     began = time.monotonic()
     chosen = cases.select(cases.registry(), args.only)
-    tried = tune.shapes(args.warps, args.stages, args.programs)
+    tried = tune.shapes(args.warps, args.stages, args.programs, args.registers)
     tune.compile_all(chosen, tried)
     print(f"compiled ahead in {time.monotonic() - began:.0f} s", file=sys.stderr)
     tune.run(chosen, tried, _bench((), args.table_tokens), args.out, began + args.seconds)
@@ -109,7 +112,8 @@ def _warm(args: argparse.Namespace) -> None:
     if args.peers:
         warm.compile_peers(chosen, device, registry.select(args.peers))
     else:
-        with tune.launched_as(tune.LaunchShape(*args.shape)) if args.shape else contextlib.nullcontext():
+        shape = tune.shapes(*([number] for number in args.shape))[0] if args.shape else None
+        with tune.launched_as(shape) if shape else contextlib.nullcontext():
             warm.compile_own(chosen, device, args.table_tokens)
     torch.cuda.synchronize()
 

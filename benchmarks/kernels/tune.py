@@ -23,11 +23,16 @@ from kvarn.core import attend
 from kvarn.core.attend import LaunchShape
 
 _MEASURED = ("us", "us_p10", "us_p90", "attend_us", "of_limit", "gate_err")
+_LAUNCH = "{warps} warps, {stages} stages, {programs_per_sm} programs, {registers} registers"
+_TOOK = "{us:.1f} us ({attend_us:.1f} attention), {of_limit:.0%}, error {gate_err:.1e}"
 
 
-def shapes(warps: Sequence[int], stages: Sequence[int], programs: Sequence[int]) -> list[LaunchShape]:
-    """Return every combination."""
-    return [LaunchShape(*values) for values in itertools.product(warps, stages, programs)]
+def shapes(
+    warps: Sequence[int], stages: Sequence[int], programs: Sequence[int], registers: Sequence[int] = (0,)
+) -> list[LaunchShape]:
+    """Return every combination; 0 registers are no limit."""
+    combinations = itertools.product(warps, stages, programs, registers)
+    return [LaunchShape(w, s, p, r or None) for w, s, p, r in combinations]
 
 
 @contextmanager
@@ -43,7 +48,7 @@ def launched_as(shape: LaunchShape) -> Iterator[None]:
 
 def compile_all(cases: Sequence[Case], tried: Sequence[LaunchShape]) -> None:
     """Compile every kernel in processes of its own. What fails says why when it is measured."""
-    kernels = sorted({(shape.warps, shape.stages) for shape in tried})
+    kernels = sorted({(shape.warps, shape.stages, shape.programs_per_sm, shape.registers or 0) for shape in tried})
     command = [sys.executable, "-m", "benchmarks.kernels", "warm"]
     jobs = [[*command, case.name, "--shape", *map(str, kernel)] for case in cases for kernel in kernels]
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:
@@ -68,9 +73,7 @@ def run(cases: Sequence[Case], tried: Sequence[LaunchShape], bench: Bench, out: 
         workload = build(make_inputs(case, bench.device, bench.pool_tiles), bench.l2_bytes, bench.table_tokens)
         measured = [{"case": case.name, **_measure(workload, shape, bench)} for shape in tried]
         for row in sorted(measured, key=lambda row: row["us"] or float("inf")):
-            took = row["failed"] or f"{row['us']:.1f} us ({row['attend_us']:.1f} attention), {row['of_limit']:.0%}, error {row['gate_err']:.1e}"
-            launch = f"{row['warps']} warps, {row['stages']} stages, {row['programs_per_sm']} programs"
-            print(f"{case.name}: {launch}: {took}", flush=True)
+            print(f"{case.name}: {_LAUNCH.format(**row)}: {row['failed'] or _TOOK.format(**row)}", flush=True)
         rows += measured
         results.write(out, rows)
 

@@ -1,6 +1,7 @@
 """Attend: queries over records, exact tail, sinks and the step's own rows, in one softmax."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -13,12 +14,18 @@ from kvarn.core.reference import decode_record, softmax_attention
 from kvarn.core.step import CHUNK_COLUMNS, DECODE_COLUMNS, Step, power_of_two, record_end
 from kvarn.core.work import RAW_BLOCK, TASK_BLOCK, most_shares, units_per_share
 
-_COMBINE_ELEMENTS = 8192
-_COMBINE_COLUMNS = 16
-# Up to so many query rows and heads, every one is merged by a program of its own.
+# Query columns of a program that merges partial results, and how many of these it takes at a time: where there are
+# few rows, each has many parts.
+_COMBINE_MANY = (4, 8)
+_COMBINE_FEW = (1, 64)
+_COMBINE_BY_MATRIX = (16, 2)
+_COMBINE_ELEMENTS_PER_WARP = 1024
 _FEW_ROWS = 512
-# A rotation matrix wider than this doesn't fit into shared memory.
-_WIDEST_DOT = 256
+# What the kernel with explicit layouts serves: head_dim, and words of a row of codes.
+_WIDEST_EXPLICIT = 256
+_FEWEST_WORDS = 8
+# Output elements of a program up to which 168 registers a thread hold them and a tile's; at twice as many a few spill.
+_ACCUMULATORS = 2048
 _TASK_BLOCKS = (32, 128)
 _RECORD, _SINK, _RAW = range(3)
 
@@ -29,35 +36,39 @@ class LaunchShape:
 
     Args:
         warps: of a program.
-        stages: of the pipeline that loads tiles; the page table takes one, computing another.
+        stages: of the pipeline that loads tiles: buffers with explicit layouts, else Triton's stages, of which the page
+            table takes one and computing another.
         programs_per_sm: programs a multiprocessor, those of all kv heads together.
+        registers: the most of a thread, None for no limit.
     """
 
     warps: int
     stages: int
     programs_per_sm: int = 8
+    registers: int | None = None
 
 
 def has_explicit_layouts(layout: TileLayout, device: torch.device) -> bool:
-    """Return whether the kernel with explicit layouts (`kernels.attend_gluon`) serves a layout on a device.
+    """Return whether the kernel with explicit layouts (`kernels.gluon.attend`) serves a tile layout on a device.
 
     It needs an NVIDIA GPU, and rows of words that fill the rows of an MMA's operand without padding.
     """
     if device.type != "cuda" or torch.version.hip is not None:
         return False
     fields = (*layout.key_fields, *layout.value_fields)
-    return layout.padded_dim == layout.head_dim <= _WIDEST_DOT and all(field.words >= 8 for field in fields)
+    return layout.padded_dim == layout.head_dim <= _WIDEST_EXPLICIT and all(f.words >= _FEWEST_WORDS for f in fields)
 
 
 def launch_shape(layout: TileLayout, columns: int, device: torch.device) -> LaunchShape:
     """Return the shape for a tile layout and the query columns of a program.
 
-    With four warps and 16 columns Triton 3.6 chooses the MMAs of a warp group, whose results here are wrong on an H100
-    (NaN, then an illegal memory access), so wide columns get two warps, though a tile of wide heads then spills.
+    With explicit layouts two warps and 168 registers let a multiprocessor run six programs. Without, four warps and 16
+    columns make Triton 3.6 choose the MMAs of a warp group, whose results here are wrong on an H100 (NaN, then an
+    illegal memory access), so wide columns get two warps, though a tile of wide heads then spills.
     """
     head_dim = layout.head_dim
     if has_explicit_layouts(layout, device):
-        return LaunchShape(2, 1, 6 if head_dim * columns <= 1024 else 4)
+        return LaunchShape(2, 1, 6, 168) if head_dim * columns <= _ACCUMULATORS else LaunchShape(2, 1, 4)
     if columns <= DECODE_COLUMNS:
         return LaunchShape(2, 5, 4) if head_dim <= 128 else LaunchShape(4 if head_dim <= 256 else 8, 2)
     return LaunchShape(2, 2)
@@ -141,18 +152,11 @@ def attend(
     shape = launch_shape(layout, step.columns, device)
     tasks, pages = step.task_request.shape[0], step.block_table.shape[1]
     programs = num_programs(config, shape, tasks, pages, step.rows_in_ring, device)
-    if has_explicit_layouts(layout, device):
-        from kvarn.core.kernels.attend_gluon import attend_kernel
-
-        how = {}
-    else:
-        from kvarn.core.kernels.attend import attend_kernel
-
-        how = {"USE_ASM": _has_lop3(device)}
+    kernel, options = _attend_kernel(layout, device)
     parts = (programs + tasks, config.kv_heads, step.columns)
     partial = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
-    attend_kernel[(programs, config.kv_heads)](
+    kernel[(programs, config.kv_heads)](
         rotated.q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
         step.work_end, step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
         step.block_table, partial, partial_lse, scale, tasks, q_heads, *layer.records.stride()[:3],
@@ -160,10 +164,22 @@ def attend(
         **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
-        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=_task_block(tasks), SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring),
-        STAGES=shape.stages, **how, **chained(device), num_warps=shape.warps,
+        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=_task_block(tasks),
+        SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring),
+        STAGES=shape.stages, **options, **chained(device), num_warps=shape.warps, maxnreg=shape.registers,
     )  # fmt: skip
     return out, combine(partial, partial_lse, layer, step, out)
+
+
+def _attend_kernel(layout: TileLayout, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """Return the kernel for a layout and the constants that it alone takes."""
+    if has_explicit_layouts(layout, device):
+        from kvarn.core.kernels.gluon.attend import attend_kernel as explicit_kernel
+
+        return explicit_kernel, {}
+    from kvarn.core.kernels.attend import attend_kernel
+
+    return attend_kernel, {"USE_ASM": _has_lop3(device)}
 
 
 def combine(
@@ -189,14 +205,15 @@ def combine(
     tasks = step.task_request.shape[0]
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
     padded = layer.config.layout.padded_dim
-    few = tokens * q_heads <= _FEW_ROWS and not layer.config.batch_invariant
-    block = 1 if few or padded > _WIDEST_DOT else _COMBINE_COLUMNS
+    block, parts = _COMBINE_FEW if tokens * q_heads <= _FEW_ROWS and not layer.config.batch_invariant else _COMBINE_MANY
+    if padded != head_dim:
+        block, parts = _COMBINE_BY_MATRIX
     combine_kernel[(tasks, kv_heads, -(-columns // block))](
         partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse,
         step.task_request, step.task_row, step.work_end, step.query_start, tasks, partial.shape[0] - tasks, q_heads,
-        GROUP=q_heads // kv_heads, ROWS=step.rows_per_task, COLUMNS=columns, BLOCK=block,
-        PARTS=max(1, _COMBINE_ELEMENTS // (block * padded)), D=head_dim, DP=padded, NORM=layer.config.rotation_norm,
-        **chained(partial.device), num_warps=16 if padded > _WIDEST_DOT else 4,
+        GROUP=q_heads // kv_heads, ROWS=step.rows_per_task, COLUMNS=columns, BLOCK=block, PARTS=parts, D=head_dim,
+        DP=padded, NORM=layer.config.rotation_norm, **chained(partial.device),
+        num_warps=max(4, block * parts * padded // _COMBINE_ELEMENTS_PER_WARP),
     )  # fmt: skip
     return lse
 

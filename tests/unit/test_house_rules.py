@@ -33,7 +33,8 @@ def tree_of(path: Path) -> ast.Module:
 
 
 def is_kernel(function: ast.FunctionDef | ast.AsyncFunctionDef) -> bool:
-    return any("triton.jit" in ast.unparse(decorator) for decorator in function.decorator_list)
+    decorators = [ast.unparse(decorator) for decorator in function.decorator_list]
+    return any(name in decorator for decorator in decorators for name in ("triton.jit", "gluon.jit"))
 
 
 def imports(tree: ast.Module) -> Iterator[str]:

@@ -54,11 +54,11 @@ class CannotRun(Exception):
 
 
 def select(names: Sequence[str] | None) -> list[Peer]:
-    """Return the peers of these names, all without names."""
+    """Return the peers of these names, all for None."""
     known = [peer.name for peer in PEERS]
     if unknown := sorted(set(names or ()) - set(known)):
         raise SystemExit(f"Unknown peers {', '.join(unknown)}: there are {', '.join(known)}.")
-    return [peer for peer in PEERS if not names or peer.name in names]
+    return [peer for peer in PEERS if names is None or peer.name in names]
 
 
 def operations(peer: Peer, inputs: Inputs, l2_bytes: int, *, hollow: bool = False) -> Iterator[Operation]:

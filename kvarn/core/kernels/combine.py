@@ -9,6 +9,23 @@ from kvarn.core.kernels.work import program_of
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
+@triton.constexpr_function
+def _stages(width):
+    return width.bit_length() - 1
+
+
+@triton.jit
+def _hadamard(x):
+    """Multiply the rows of x, [R, D], by Sylvester's matrix of +1 and -1; D is a power of two."""
+    R: tl.constexpr = x.shape[0]
+    D: tl.constexpr = x.shape[1]
+    for stage in tl.static_range(_stages(D)):
+        pairs = tl.permute(tl.reshape(x, (R, D // (2 << stage), 2, 1 << stage)), (0, 1, 3, 2))
+        low, high = tl.split(pairs)
+        x = tl.reshape(tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2)), (R, D))
+    return x
+
+
 @triton.jit
 def combine_kernel(
     partial_ptr, partial_lse_ptr, signs_ptr, out_ptr, lse_ptr, task_request_ptr, task_row_ptr, work_end_ptr,
@@ -16,11 +33,10 @@ def combine_kernel(
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
-    """One program merges BLOCK columns of one task. Grid: (tasks, kv_heads, blocks of columns).
+    """One program merges BLOCK columns of one task, PARTS parts at a time. Grid: (tasks, kv_heads, blocks of columns).
 
     partial, partial_lse: as `attend_kernel` leaves them, by that many programs; lse: natural logarithm. signs: [D, D],
-    fp16, already transposed for the way back. BLOCK is 16, rotated back by the tensor cores, or 1: then there are too
-    few columns to fill the GPU, and a whole program hurries through the parts of one.
+    fp16, already transposed for the way back; looked at where D is no power of two, and BLOCK is 16 then.
     """
     wait_for_previous(CHAINED)
     task = tl.program_id(0)
@@ -53,20 +69,20 @@ def combine_kernel(
         lse = tl.load(partial_lse_ptr + at, mask=ok, other=float("-inf"))
         m_new = tl.maximum(m, tl.max(lse, axis=0))
         weight = tl.exp2(lse - m_new[None, :])
-        # what a part that saw nothing left in memory may be NaN
-        mask = (weight > 0)[:, :, None] & channel_ok[None, None, :]
+        mask = ok[:, :, None] & channel_ok[None, None, :]
         part = tl.load(partial_ptr + at[:, :, None] * D + channels[None, None, :], mask=mask, other=0.0)
+        # what a part that saw nothing left in memory may be NaN
+        part = tl.where((weight > 0)[:, :, None], part * weight[:, :, None], 0.0)
         decay = tl.exp2(m - m_new)
-        acc = acc * decay[:, None] + tl.sum(part * weight[:, :, None], axis=0)
+        acc = acc * decay[:, None] + tl.sum(part, axis=0)
         total = total * decay + tl.sum(weight, axis=0)
         m = m_new
     acc = acc / tl.maximum(total, 1e-37)[:, None]
-    signs = tl.load(
-        signs_ptr + channels[:, None] * D + channels[None, :], mask=channel_ok[:, None] & channel_ok[None, :], other=0.0
-    )
-    if BLOCK == 1:
-        out = tl.sum(tl.reshape(acc, (DP, 1)) * signs.to(tl.float32), axis=0)[None, :]
+    if D == DP:
+        out = _hadamard(acc)
     else:
+        mask = channel_ok[:, None] & channel_ok[None, :]
+        signs = tl.load(signs_ptr + channels[:, None] * D + channels[None, :], mask=mask, other=0.0)
         # two fp16 parts carry the float32 result through the tensor cores
         high = acc.to(tl.float16)
         low = (acc - high.to(tl.float32)).to(tl.float16)

@@ -82,6 +82,7 @@ def _plane_mask(bits, low):
 
 @triton.constexpr_function
 def plane_asm(bits, low):
+    """Return the PTX that turns two packed words into two elements of the plane whose fields start at bit `low`."""
     up = _shift_up(bits, low)
     mask = _plane_mask(bits, low)
     pair = f"0x{mask << 16 | mask:08X}"

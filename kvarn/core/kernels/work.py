@@ -57,7 +57,7 @@ def count_work_kernel(
 
 @triton.jit
 def share_of(program, programs, total):
-    """Return which of all tasks' shares are one program's, [begin, end). No two programs' numbers differ by more than 1."""
+    """Return which of all tasks' shares are one program's, [begin, end). Programs differ by at most one share."""
     each, more = total // programs, total % programs
     begin = program * each + tl.minimum(program, more)
     return begin, tl.minimum(begin + each + 1, begin + each + tl.maximum(more - program, 0))

@@ -1,0 +1,1 @@
+"""Kernels whose layouts are chosen by hand, in Gluon, Triton's language for that. They need a GPU."""

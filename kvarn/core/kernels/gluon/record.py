@@ -1,0 +1,174 @@
+"""One record: from global to shared memory, and from there through the MMAs of keys and of values.
+
+What a tile owes to a query column whatever the token (offsets, and the 1024 that every unpacked element carries) comes
+from MMAs whose left operand has equal rows, so that it arrives where the sums stand.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from kvarn.core.kernels.gluon.layouts import (
+    mma_layout,
+    operand_width,
+    plain_shared,
+    repeat_layout,
+    rows_copy_layout,
+    vector_copy_layout,
+    words_layout,
+)
+from kvarn.core.kernels.unpack import BIAS, plane_asm, planes, side_by_side, weight_of
+
+
+@gluon.jit
+def allocate_half(
+    FIELDS: gl.constexpr, ROWS: gl.constexpr, LENGTHS: gl.constexpr, STAGES: gl.constexpr
+):  # fmt: skip
+    """Return shared memory for the keys or the values of STAGES records: words of every field, and three vectors."""
+    words = ()
+    for f in gl.static_range(len(FIELDS)):
+        words = words + (gl.allocate_shared_memory(gl.int16, [STAGES, ROWS, FIELDS[f][3]], plain_shared(2)),)
+    vectors = ()
+    for i in gl.static_range(3):
+        vectors = vectors + (gl.allocate_shared_memory(gl.float16, [STAGES, LENGTHS[i]], plain_shared(1)),)
+    return words, vectors
+
+
+@gluon.jit
+def copy_half(
+    words, vectors, record, slot, FIELDS: gl.constexpr, OFFSETS: gl.constexpr, warps: gl.constexpr
+):  # fmt: skip
+    """Begin to copy the keys or the values of a record into a slot. OFFSETS: bytes of their three vectors."""
+    for f in gl.static_range(len(FIELDS)):
+        _copy_words(words[f].index(slot), record, FIELDS[f][2], warps)
+    halfs = record.to(gl.pointer_type(gl.float16))
+    for i in gl.static_range(3):
+        _copy_vector(vectors[i].index(slot), halfs + OFFSETS[i] // 2, warps)
+
+
+@gluon.jit
+def _copy_words(buffer, record, OFFSET: gl.constexpr, warps: gl.constexpr):
+    R: gl.constexpr = buffer.shape[0]
+    W: gl.constexpr = buffer.shape[1]
+    layout: gl.constexpr = rows_copy_layout(2 * W, warps)
+    row = gl.arange(0, R, layout=gl.SliceLayout(1, layout))
+    word = gl.arange(0, W, layout=gl.SliceLayout(0, layout))
+    ptr = record.to(gl.pointer_type(gl.int16)) + OFFSET // 2
+    async_copy.async_copy_global_to_shared(buffer, ptr + (row * W)[:, None] + word[None, :])
+
+
+@gluon.jit
+def _copy_vector(buffer, ptr, warps: gl.constexpr):
+    at = gl.arange(0, buffer.shape[0], layout=vector_copy_layout(buffer.shape[0], warps))
+    async_copy.async_copy_global_to_shared(buffer, ptr + at)
+
+
+@gluon.jit
+def _unpack(words, BITS: gl.constexpr, layout: gl.constexpr):
+    """Return ``1024 + code * 2**position`` of every lane, [rows, lanes], float16, as an MMA's left operand."""
+    parts = ()
+    for plane in gl.static_range(planes(BITS)):
+        part = gl.inline_asm_elementwise(
+            plane_asm(BITS, plane * BITS), "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2
+        )
+        parts = parts + (part,)
+    for _ in gl.static_range(planes(BITS).bit_length() - 1):
+        pairs = ()
+        for i in gl.static_range(0, len(parts), 2):
+            pairs = pairs + (side_by_side(parts[i], parts[i + 1]),)
+        parts = pairs
+    return gl.convert_layout(parts[0], layout, assert_trivial=True)
+
+
+@gluon.jit
+def _lane_weights(LANES: gl.constexpr, BITS: gl.constexpr, LOW_BIT: gl.constexpr, layout: gl.constexpr):
+    """Return the factor that makes ``code * 2**position`` count as a lane's part of the code, [lanes], float16."""
+    low = gl.arange(0, LANES, layout=layout) // (LANES // planes(BITS)) * BITS
+    return weight_of(low, BITS, LOW_BIT).to(gl.float16)
+
+
+@gluon.jit
+def _halves(x, layout: gl.constexpr):
+    """Return a row of x, [16, columns], whose rows 0-7 are alike, and one of rows 8-15: [8, columns] each."""
+    C: gl.constexpr = x.shape[1]
+    first, second = gl.split(gl.permute(gl.reshape(x, (2, 8, C)), (1, 2, 0)))
+    target: gl.constexpr = gl.SliceLayout(0, layout)
+    first = gl.convert_layout(first, target, assert_trivial=True)
+    return first, gl.convert_layout(second, target, assert_trivial=True)
+
+
+@gluon.jit
+def _repeat(x, ROWS: gl.constexpr, layout: gl.constexpr, mma: gl.constexpr):
+    """Repeat x, [8, columns] with equal rows, down to [ROWS, columns], as an MMA's result."""
+    C: gl.constexpr = x.shape[1]
+    many, _ = gl.broadcast(gl.expand_dims(x, 0), gl.zeros((ROWS // 8, 8, C), gl.float32, layout))
+    return gl.convert_layout(gl.reshape(many, (ROWS, C)), mma, assert_trivial=True)
+
+
+@gluon.jit
+def key_logits(
+    words, vectors, slot, q_parts, FIELDS: gl.constexpr, G: gl.constexpr, warps: gl.constexpr
+):  # fmt: skip
+    """Return q . k of the tokens of the record in a slot, [G, columns], as an MMA's result.
+
+    q_parts: [2, D, columns], fp16 in shared memory: q rounded, and what that leaves, which only the offsets are worth.
+    """
+    D: gl.constexpr = q_parts.shape[1]
+    C: gl.constexpr = q_parts.shape[2]
+    mma: gl.constexpr = mma_layout(warps)
+    width: gl.constexpr = operand_width(FIELDS)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, width)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, width)
+    repeated: gl.constexpr = repeat_layout(G, C, warps)
+    q = q_parts.index(0).load(right)
+    scale = vectors[0].index(slot).load(gl.SliceLayout(1, right))
+    offset = vectors[1].index(slot).load(gl.SliceLayout(0, left))
+    offset, _ = gl.broadcast(offset[None, :], gl.zeros((16, D), gl.float16, left))
+    zeros = gl.zeros((16, C), gl.float32, mma)
+    bias = mma_v2(offset, q, zeros) + mma_v2(offset, q_parts.index(1).load(right), zeros)
+    minus = gl.full((16, D), -BIAS, gl.float16, left)
+    x = gl.zeros((G, C), gl.float32, mma)
+    for f in gl.static_range(len(FIELDS)):
+        weights = _lane_weights(D, FIELDS[f][0], FIELDS[f][1], gl.SliceLayout(1, right))
+        scaled = q * weights[:, None] * scale[:, None]
+        bias += mma_v2(minus, scaled, zeros)
+        packed = words[f].index(slot).load(words_layout(G, FIELDS[f][3], width, warps))
+        x = mma_v2(_unpack(packed, FIELDS[f][0], left), scaled, x)
+    bias, _ = _halves(bias, repeated)
+    x += _repeat(bias, G, repeated, mma)
+    return x * vectors[2].index(slot).load(gl.SliceLayout(1, mma)).to(gl.float32)[:, None]
+
+
+@gluon.jit
+def weigh_values(
+    p, words, vectors, slot, D: gl.constexpr, FIELDS: gl.constexpr, warps: gl.constexpr
+):  # fmt: skip
+    """Return the sum of weight * v over the tokens of the record in a slot, [D, columns], and that of the weights.
+
+    p: weights, [G, columns], fp16, as an MMA's right operand. Their sum comes in equal rows, [8, columns].
+    """
+    G: gl.constexpr = p.shape[0]
+    C: gl.constexpr = p.shape[1]
+    mma: gl.constexpr = mma_layout(warps)
+    width: gl.constexpr = operand_width(FIELDS)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, width)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, width)
+    repeated: gl.constexpr = repeat_layout(D, C, warps)
+    scale = vectors[0].index(slot).load(gl.SliceLayout(1, right))
+    offset = vectors[1].index(slot).load(gl.SliceLayout(0, left))
+    upper = (gl.arange(0, 16, layout=gl.SliceLayout(1, left)) < 8)[:, None]
+    ones = gl.full((16, G), 1.0, gl.float16, left)
+    zeros = gl.zeros((16, C), gl.float32, mma)
+    # rows 0-7: offsets and bias; rows 8-15: the weights alone
+    sums = mma_v2(gl.where(upper, offset[None, :], ones), p, zeros)
+    minus = gl.where(upper, -BIAS * ones, 0.0 * ones)
+    o = gl.zeros((D, C), gl.float32, mma)
+    for f in gl.static_range(len(FIELDS)):
+        weights = _lane_weights(G, FIELDS[f][0], FIELDS[f][1], gl.SliceLayout(1, right))
+        scaled = p * weights[:, None] * scale[:, None]
+        sums += mma_v2(minus, scaled, zeros)
+        packed = words[f].index(slot).load(words_layout(D, FIELDS[f][3], width, warps))
+        o = mma_v2(_unpack(packed, FIELDS[f][0], left), scaled, o)
+    bias, mass = _halves(sums, repeated)
+    o += _repeat(bias, D, repeated, mma)
+    return o * vectors[2].index(slot).load(gl.SliceLayout(1, mma)).to(gl.float32)[:, None], mass
