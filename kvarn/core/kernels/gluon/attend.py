@@ -12,6 +12,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.chain import wait_for_previous
 from kvarn.core.kernels.gluon.layouts import (
+    begin_copy,
     mma_layout,
     operand_width,
     query_shared,
@@ -140,7 +141,7 @@ def _copy_raw(buffer, base, offsets, wanted, warps: gl.constexpr):
     D: gl.constexpr = buffer.shape[1]
     channel = gl.arange(0, D, layout=gl.SliceLayout(0, rows_copy_layout(2 * D, warps)))
     if wanted:
-        async_copy.async_copy_global_to_shared(buffer, base + (offsets[:, None] + channel[None, :]))
+        begin_copy(buffer, base + (offsets[:, None] + channel[None, :]))
     async_copy.commit_group()
 
 

@@ -6,6 +6,10 @@ query columns. Warps stand side by side along the rows.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+
+# Begins an asynchronous copy from global to shared memory; Triton 3.9 gave it the first name.
+begin_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
 
 
 @gluon.constexpr_function

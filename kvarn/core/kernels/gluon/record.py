@@ -6,9 +6,10 @@ from MMAs whose left operand has equal rows, so that it arrives where the sums s
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from kvarn.core.kernels.gluon.layouts import (
+    begin_copy,
     mma_layout,
     operand_width,
     plain_shared,
@@ -54,13 +55,13 @@ def _copy_words(buffer, record, OFFSET: gl.constexpr, warps: gl.constexpr):
     row = gl.arange(0, R, layout=gl.SliceLayout(1, layout))
     word = gl.arange(0, W, layout=gl.SliceLayout(0, layout))
     ptr = record.to(gl.pointer_type(gl.int16)) + OFFSET // 2
-    async_copy.async_copy_global_to_shared(buffer, ptr + (row * W)[:, None] + word[None, :])
+    begin_copy(buffer, ptr + (row * W)[:, None] + word[None, :])
 
 
 @gluon.jit
 def _copy_vector(buffer, ptr, warps: gl.constexpr):
     at = gl.arange(0, buffer.shape[0], layout=vector_copy_layout(buffer.shape[0], warps))
-    async_copy.async_copy_global_to_shared(buffer, ptr + at)
+    begin_copy(buffer, ptr + at)
 
 
 @gluon.jit
