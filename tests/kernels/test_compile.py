@@ -1,0 +1,51 @@
+"""The attention kernel with explicit layouts, for which there is no interpreter, compiles for a GPU on any machine."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from kvarn.core.attend import has_explicit_layouts
+from kvarn.core.layout import HEAD_DIMS, TileLayout
+from kvarn.presets import PRESETS
+
+SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
+SERVED = [
+    f"{name}/{head_dim}"
+    for name, preset in PRESETS.items()
+    for head_dim in HEAD_DIMS
+    if has_explicit_layouts(TileLayout.of(preset, head_dim), torch.device("cuda"))
+]
+
+
+def compiled(*cases: str) -> dict[str, dict[str, int]]:
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    root = str(SCRIPT.parents[2])
+    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
+    command = [sys.executable, str(SCRIPT), *cases]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr[-4000:]
+    return {row["case"]: row for row in map(json.loads, done.stdout.splitlines())}
+
+
+def test_power_of_two_widths_are_served_but_for_words_narrower_than_an_operand():
+    every = {f"{name}/{dim}" for name in PRESETS for dim in (64, 128, 256)}
+    assert set(SERVED) == every - {"kvarn_k3v3_g128/64"}
+
+
+@pytest.mark.parametrize("half", [0, 1])
+def test_every_layout_compiles_for_decode(half):
+    cases = [f"{name}/8" for name in SERVED[half::2]]
+    assert set(compiled(*cases)) == set(cases)
+
+
+def test_main_shapes_keep_their_registers():
+    made = compiled("kvarn_k4v2_g128/128/8", "kvarn_k4v2_g128/128/4/4", "kvarn_k4v2_g128/128/16")
+    decode = made["kvarn_k4v2_g128/128/8"]
+    # six programs of two warps fit a multiprocessor up to 168 registers a thread
+    assert decode["registers"] <= 168
+    assert decode["stack"] == 0
