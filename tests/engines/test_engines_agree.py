@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -30,20 +31,37 @@ Record = Callable[[str, object], None]
 pytestmark = pytest.mark.skipif(not _VLLM_PYTHON.exists(), reason="no environment with vLLM (make env-vllm)")
 
 
-def ask(engine: str, model: Path, folder: Path, *, records: bool = False, **variables: str) -> Path:
-    """Ask an engine; returns the file with its answer, or with its records."""
+@dataclass(frozen=True, slots=True)
+class Kept:
+    """What a rank's cache held in the end, by layer, and the tiles that each step sealed."""
+
+    records: dict[int, torch.Tensor]
+    sealed: list[list[int]]
+
+
+def ask(engine: str, model: Path, folder: Path, ranks: int = 1, **variables: str) -> Path:
+    """Ask an engine; returns the file with its answer."""
     folder.mkdir(parents=True, exist_ok=True)
-    answer, kept = folder / f"{engine}.json", folder / f"{engine}.pt"
-    if records:
-        variables |= {"CROSS_TEST_RECORDS": str(kept), "CROSS_TEST_BACKEND": f"kvarn.{engine}_backend.backend"}
+    answer = folder / f"{engine}.json"
+    if ranks > 1:
+        # one core a rank: neither engine puts two on a socket by itself
+        variables |= dict.fromkeys(("SGLANG_CPU_OMP_THREADS_BIND", "VLLM_CPU_OMP_THREADS_BIND"), "0|1")
     python = sys.executable if engine == "sglang" else str(_VLLM_PYTHON)
     known = environment() if engine == "sglang" else vllm_environment()
-    command = [python, str(_ASK), engine, str(model), str(answer)]
+    command = [python, str(_ASK), engine, str(model), str(answer), str(ranks)]
     done = subprocess.run(
         command, env=known | variables, timeout=_TIMEOUT_S, capture_output=True, text=True, check=False
     )
     assert answer.exists(), (done.stdout + done.stderr)[-4000:]
-    return kept if records else answer
+    return answer
+
+
+def ask_for_records(engine: str, model: Path, folder: Path, ranks: int = 1) -> tuple[list[Kept], Path]:
+    """Ask an engine that caches rows of a table; returns what each rank kept, and the file with the answer."""
+    path = folder / f"{engine}.pt"
+    backend = f"kvarn.{engine}_backend.backend"
+    answer = ask(engine, model, folder, ranks, CROSS_TEST_RECORDS=str(path), CROSS_TEST_BACKEND=backend)
+    return [Kept(**torch.load(path.with_suffix(f".{rank}.pt"))) for rank in range(ranks)], answer
 
 
 def vllm_environment() -> dict[str, str]:
@@ -55,12 +73,28 @@ def vllm_environment() -> dict[str, str]:
 def test_the_same_rows_give_the_same_records(models: Models) -> None:
     folder = models.scratch("cross-records")
     path = models.path(LLAMA_GROUP_3)
-    ours, theirs = (torch.load(ask(engine, path, folder, records=True)) for engine in ("sglang", "vllm"))
-    assert sorted(ours) == sorted(theirs) == list(range(LAYERS))
+    (ours,), (theirs,) = (ask_for_records(engine, path, folder)[0] for engine in ("sglang", "vllm"))
+    assert sorted(ours.records) == sorted(theirs.records) == list(range(LAYERS))
     for layer in range(LAYERS):
-        assert ours[layer].shape[0] == (PROMPT_TOKENS + NEW_TOKENS - 1) // _TILE
-        assert ours[layer].any()
-        assert torch.equal(ours[layer], theirs[layer])
+        assert ours.records[layer].shape[0] == (PROMPT_TOKENS + NEW_TOKENS - 1) // _TILE
+        assert ours.records[layer].any()
+        assert torch.equal(ours.records[layer], theirs.records[layer])
+
+
+@pytest.mark.parametrize("engine", ["sglang", "vllm"])
+def test_two_ranks_keep_and_answer_what_one_does(engine: str, models: Models) -> None:
+    path = models.path(QWEN3_GROUP_2)
+    (one,), alone = ask_for_records(engine, path, models.scratch(f"one-rank-{engine}"))
+    two, together = ask_for_records(engine, path, models.scratch(f"two-ranks-{engine}"), ranks=2)
+    assert any(tile >= 0 for step in one.sealed for tile in step)
+    assert [rank.sealed for rank in two] == [one.sealed, one.sealed]
+    for layer, records in one.records.items():
+        # a rank has half of the kv heads
+        assert torch.equal(records, torch.cat([rank.records[layer] for rank in two], dim=1))
+    first, second = (json.loads(file.read_text()) for file in (alone, together))
+    assert first["tokens"] == second["tokens"]
+    apart = [abs(a - b) for a, b in zip(first["logprobs"], second["logprobs"], strict=True)]
+    assert max(apart) < EXACT_DIFFERENCE
 
 
 def differences(models: Models, model: TinyModel, **variables: str) -> list[float]:
