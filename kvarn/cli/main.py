@@ -7,7 +7,7 @@ import sys
 
 import kvarn
 from kvarn.cli import eval as evaluate
-from kvarn.cli import presets
+from kvarn.cli import plan, presets
 from kvarn.errors import KVarNError
 
 
@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kvarn", description=kvarn.__doc__)
     parser.add_argument("--version", action="version", version=kvarn.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (presets, evaluate):
+    for module in (presets, plan, evaluate):
         module.add_parser(commands)
     args = parser.parse_args(arguments)
     try:

@@ -154,6 +154,20 @@ class CapacityPlan:
         return self.tokens / self.raw_tokens
 
 
+def plan_blocks(shape: CacheShape, budget_bytes: int, context: int, tiles_per_block: int = 1) -> int:
+    """Return how many requests fit where rings live in the engine's own blocks, as in vLLM.
+
+    Args:
+        shape: what one rank caches.
+        budget_bytes: bytes for the whole cache on this rank.
+        context: tokens of a request.
+        tiles_per_block: tiles of a block.
+    """
+    blocks = budget_bytes // (tiles_per_block * shape.page_bytes)
+    each = -(-context // (tiles_per_block * shape.preset.tile_tokens)) + shape.tail_blocks(tiles_per_block)
+    return blocks // each
+
+
 def plan_capacity(shape: CacheShape, budget_bytes: int, max_requests: int | None = None) -> CapacityPlan:
     """Size a cache.
 

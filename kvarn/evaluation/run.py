@@ -10,6 +10,7 @@ import torch
 from transformers import Cache, DynamicCache
 
 from kvarn import hf
+from kvarn.checkpoint import describe
 from kvarn.core.layout import TileLayout
 from kvarn.evaluation.divergence import divergence
 from kvarn.evaluation.method_cache import MethodCache
@@ -88,7 +89,7 @@ def check_name(name: str) -> None:
 
 def bytes_per_token_head(name: str, model: PreTrainedModel) -> float:
     """Return the bytes of one token and kv head, K and V, in the records of a preset or by a method's own account."""
-    head_dim = hf.head_dim_of(model.config.get_text_config())
+    head_dim = describe(model.config.to_dict()).facts.head_dim
     if not is_preset_name(name):
         return methods()[name].bytes_per_token_head(head_dim)
     layout = TileLayout.of(get_preset(name), head_dim)

@@ -1,0 +1,95 @@
+"""What a checkpoint's configuration says about its cache. Imports neither torch nor an engine."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from kvarn.core.support import ModelFacts
+from kvarn.errors import KVarNError
+
+_RAW_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
+_FULL = "full_attention"
+_WINDOWED = ("sliding_attention", "chunked_attention")
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    """What is cached of a model.
+
+    Args:
+        facts: what decides whether it can be served.
+        layers: layers with attention.
+        kv_heads: kv heads of a layer, those of all ranks.
+        raw_bytes: bytes of one number in the model's dtype.
+    """
+
+    facts: ModelFacts
+    layers: int
+    kv_heads: int
+    raw_bytes: int
+
+
+def read_config(model: str) -> dict[str, Any]:
+    """Return the configuration of a checkpoint folder, or of the name of a model on a hub.
+
+    Raises:
+        KVarNError: there is none.
+    """
+    path = Path(model) / "config.json"
+    if not path.exists():
+        path = _from_hub(model)
+    try:
+        config: dict[str, Any] = json.loads(path.read_text())
+    except ValueError as error:
+        raise KVarNError(f"{path} is no JSON: {error}.") from error
+    return config
+
+
+def _from_hub(model: str) -> Path:
+    try:
+        from huggingface_hub import hf_hub_download
+
+        return Path(hf_hub_download(model, "config.json"))
+    except Exception as error:  # the hub has many kinds of errors, and may not be installed
+        raise KVarNError(
+            f"{model} is neither a folder with a config.json nor a model that a hub has ({type(error).__name__}); "
+            "name a checkpoint folder."
+        ) from error
+
+
+def describe(config: Mapping[str, Any], dtype: str | None = None) -> Checkpoint:
+    """Return what a configuration says.
+
+    Args:
+        config: as in config.json; the text part of a multimodal one counts.
+        dtype: of the model, instead of the configuration's own.
+
+    Raises:
+        KVarNError: it is not that of a transformer, or the dtype has no known size.
+    """
+    text = {**config, **(config.get("text_config") or {})}
+    try:
+        heads, layers = int(text["num_attention_heads"]), int(text["num_hidden_layers"])
+        head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
+    except KeyError as error:
+        raise KVarNError(f"The configuration has no {error.args[0]}: it is not that of a transformer.") from error
+    kinds = text.get("layer_types") or []
+    window = text.get("sliding_window") is not None and text.get("use_sliding_window", True)
+    dtype = dtype or text.get("dtype") or text.get("torch_dtype") or "bfloat16"
+    if dtype not in _RAW_BYTES:
+        raise KVarNError(f"dtype {dtype!r} is not one of {', '.join(_RAW_BYTES)}; name one with --dtype.")
+    facts = ModelFacts(
+        architecture=(config.get("architectures") or ["?"])[0],
+        dtype=dtype,
+        head_dim=head_dim,
+        v_head_dim=int(text.get("v_head_dim") or head_dim),
+        latent_attention=text.get("kv_lora_rank") is not None,
+        encoder_decoder=bool(config.get("is_encoder_decoder")),
+        windowed=any(kind in _WINDOWED for kind in kinds) if kinds else window,
+        recurrent=any(kind not in (_FULL, *_WINDOWED) for kind in kinds),
+    )
+    return Checkpoint(facts, layers, int(text.get("num_key_value_heads") or heads), _RAW_BYTES[dtype])

@@ -1,0 +1,90 @@
+"""`kvarn plan`: what it predicts is what engines announced, and what it can't predict it refuses."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from kvarn.checkpoint import describe
+from kvarn.cli.main import main
+from kvarn.core.capacity import CacheShape, plan_blocks, plan_capacity
+from kvarn.core.support import DeviceFacts, unsupported_reasons
+from kvarn.errors import KVarNError
+from kvarn.presets import get_preset
+
+RESULTS = Path(__file__).resolve().parents[2] / "benchmarks" / "results"
+PRESET = get_preset("kvarn_k4v2_g128")
+# The model that the engines served, and the longest request that vLLM was told.
+SERVED = CacheShape(PRESET, layers=28, kv_heads=2, head_dim=128, raw_bytes=2, tail_tokens=128, sink_tokens=4)
+VLLM_CONTEXT = 32768
+QWEN2 = {
+    "architectures": ["Qwen2ForCausalLM"], "num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2,
+    "hidden_size": 1536, "torch_dtype": "bfloat16", "sliding_window": 32768, "use_sliding_window": False,
+}  # fmt: skip
+
+
+def announced(engine: str) -> tuple[int, int]:
+    """Tokens that an engine announced at the same memory: in the model's dtype and in KVarN's."""
+    rows = json.loads((RESULTS / f"{engine}-h100.json").read_text())["rows"]
+    by_dtype = {row["dtype"]: row["kv_tokens"] for row in rows}
+    return by_dtype["float16"], by_dtype[PRESET.name]
+
+
+def test_the_plan_is_within_a_percent_of_what_sglang_announced():
+    raw, ours = announced("sglang")
+    plan = plan_capacity(SERVED, raw * SERVED.raw_bytes_per_token, 64)
+    assert plan.tokens == pytest.approx(ours, rel=0.01)
+
+
+def test_the_plan_is_within_a_percent_of_what_vllm_announced():
+    raw, ours = announced("vllm")
+    requests = plan_blocks(SERVED, raw * SERVED.raw_bytes_per_token, VLLM_CONTEXT)
+    assert requests * VLLM_CONTEXT == pytest.approx(ours, rel=0.01)
+
+
+def test_what_a_configuration_says():
+    found = describe(QWEN2)
+    assert (found.layers, found.kv_heads, found.facts.head_dim, found.raw_bytes) == (28, 2, 128, 2)
+    assert not unsupported_reasons(found.facts, PRESET, DeviceFacts("cuda"))
+    assert describe({"text_config": QWEN2}).kv_heads == 2
+
+
+@pytest.mark.parametrize(
+    ("change", "word"),
+    [
+        ({"kv_lora_rank": 512}, "MLA"),
+        ({"use_sliding_window": True}, "sliding-window"),
+        ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
+        ({"layer_types": ["full_attention", "linear_attention"]}, "linear-attention"),
+        ({"head_dim": 80}, "head_dim 80"),
+        ({"v_head_dim": 64}, "V heads"),
+    ],
+)
+def test_what_cannot_be_served_is_seen_in_the_configuration(change, word):
+    (reason,) = unsupported_reasons(describe(QWEN2 | change).facts, PRESET, DeviceFacts("cuda"))
+    assert word in reason
+
+
+@pytest.mark.parametrize(
+    ("config", "word"), [({}, "num_attention_heads"), (QWEN2 | {"torch_dtype": "int8"}, "'int8' is not one of")]
+)
+def test_a_configuration_that_says_too_little_is_an_error(config, word):
+    with pytest.raises(KVarNError, match=word):
+        describe(config)
+
+
+def test_command_prints_every_preset(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(QWEN2))
+    assert main(["plan", str(tmp_path), "--memory", "50", "--requests", "64", "--tensor-parallel", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "1 kv heads a GPU" in said
+    half = CacheShape(PRESET, layers=28, kv_heads=1, head_dim=128, raw_bytes=2, tail_tokens=128, sink_tokens=4)
+    assert f"{plan_capacity(half, 50 << 30, 64).tokens:,}" in said
+    assert f"{plan_blocks(half, 50 << 30, 32768):,}" in said
+
+
+@pytest.mark.parametrize("arguments", [["no-such-folder", "--memory", "1"], [".", "--memory", "0"]])
+def test_command_says_what_is_wrong(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    assert main(["plan", *arguments]) == 1
+    assert capsys.readouterr().err.startswith("kvarn: ")
