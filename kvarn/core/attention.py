@@ -2,10 +2,16 @@
 
 import torch
 
-from kvarn.core.append import device_signs, rotate_rows, store_tail
-from kvarn.core.attend import attend, most_partial_rows
+from kvarn.core.append import (
+    device_signs,
+    rotate_rows,
+    rotate_rows_reference,
+    store_tail,
+    store_tail_reference,
+)
+from kvarn.core.attend import attend, attend_reference, most_partial_rows
 from kvarn.core.cache import CacheConfig, LayerCache
-from kvarn.core.seal import seal
+from kvarn.core.seal import seal, seal_reference
 from kvarn.core.step import Step
 
 
@@ -41,6 +47,21 @@ def attention(
     if not step.rows_in_ring:
         store_tail(rotated, layer, step)
     return out
+
+
+def attention_reference(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, scale: float,
+    logit_cap: float = 0.0,
+) -> torch.Tensor:  # fmt: skip
+    """Do the same in plain torch, whatever the device; the output in the model dtype."""
+    rotated = rotate_rows_reference(q, k, v)
+    if step.rows_in_ring:
+        store_tail_reference(rotated, layer, step)
+    seal_reference(rotated, layer, step)
+    out, _ = attend_reference(rotated, layer, step, scale, logit_cap)
+    if not step.rows_in_ring:
+        store_tail_reference(rotated, layer, step)
+    return out.to(q.dtype)
 
 
 def reserve_scratch(q: torch.Tensor, config: CacheConfig, requests: int, pages: int) -> None:
