@@ -26,6 +26,9 @@ _WIDEST_EXPLICIT = 256
 _FEWEST_WORDS = 8
 # Output elements of a program up to which 168 registers a thread hold them and a tile's; at twice as many a few spill.
 _ACCUMULATORS = 2048
+# Of a Hopper multiprocessor; and what each program takes beside its buffers, reductions and the driver's part.
+_SHARED_BYTES = 228 << 10
+_SHARED_OVERHEAD = 3 << 10
 _TASK_BLOCKS = (32, 128)
 _RECORD, _SINK, _RAW = range(3)
 
@@ -59,16 +62,28 @@ def has_explicit_layouts(layout: TileLayout, device: torch.device) -> bool:
     return layout.padded_dim == layout.head_dim <= _WIDEST_EXPLICIT and all(f.words >= _FEWEST_WORDS for f in fields)
 
 
+def shared_bytes(layout: TileLayout, columns: int) -> int:
+    """Return the most shared memory that a program with explicit layouts takes: a record or raw rows, and queries."""
+    tile = layout.record_bytes + 2 * columns * layout.tile_tokens
+    raw = 2 * RAW_BLOCK * layout.head_dim * 2
+    return max(tile, raw) + 2 * 2 * columns * layout.head_dim + _SHARED_OVERHEAD
+
+
 def launch_shape(layout: TileLayout, columns: int, device: torch.device) -> LaunchShape:
     """Return the shape for a tile layout and the query columns of a program.
 
-    With explicit layouts two warps and 168 registers let a multiprocessor run six programs. Without, four warps and 16
-    columns make Triton 3.6 choose the MMAs of a warp group, whose results here are wrong on an H100 (NaN, then an
-    illegal memory access), so wide columns get two warps, though a tile of wide heads then spills.
+    With explicit layouts two warps and 168 registers let a multiprocessor run six programs, wide ones four, as far as
+    its shared memory holds them: what doesn't run at once would run alone.
+
+    Without, four warps and 16 columns make Triton 3.6 choose the MMAs of a warp group, whose results here are wrong on
+    an H100 (NaN, then an illegal memory access), so wide columns get two warps, though a tile of wide heads then
+    spills.
     """
     head_dim = layout.head_dim
     if has_explicit_layouts(layout, device):
-        return LaunchShape(2, 1, 6, 168) if head_dim * columns <= _ACCUMULATORS else LaunchShape(2, 1, 4)
+        narrow = head_dim <= 128 and head_dim * columns <= _ACCUMULATORS
+        fitting = _SHARED_BYTES // shared_bytes(layout, columns)
+        return LaunchShape(2, 1, min(6, fitting), 168) if narrow else LaunchShape(2, 1, min(4, fitting))
     if columns <= DECODE_COLUMNS:
         return LaunchShape(2, 5, 4) if head_dim <= 128 else LaunchShape(4 if head_dim <= 256 else 8, 2)
     return LaunchShape(2, 2)

@@ -1,7 +1,8 @@
 """Compile the attention kernel with explicit layouts for sm_90, with no GPU: `python compile_for_gpu.py CASE ...`.
 
-A case is PRESET/HEAD_DIM/GROUP, with /ROWS for several query rows. Prints a JSON object a case: registers of a thread
-and bytes of stack. Needs an interpreter in which TRITON_INTERPRET is not set.
+A case is PRESET/HEAD_DIM/GROUP, with /ROWS for several query rows. Prints a JSON object a case: registers of a thread,
+bytes of stack, and programs that a multiprocessor is asked to run and can. Needs an interpreter in which
+TRITON_INTERPRET is not set.
 """
 
 import json
@@ -32,6 +33,7 @@ _POINTERS = {
     "chunk_k_ptr": "fp16",
     "chunk_v_ptr": "fp16",
 }
+_SCHEDULERS, _REGISTERS, _SHARED_BYTES = 4, 65536, 228 << 10
 _FLOATS = ("q_ptr", "partial_ptr", "partial_lse_ptr")
 
 
@@ -61,7 +63,12 @@ def resources(preset: str, head_dim: int, group: int, rows: int) -> dict[str, in
             attributes[(i,)] = [["tt.divisibility", 16]]
     source = GluonASTSource(attend_kernel, signature, constexprs=constants, attrs=attributes)
     options = {"num_warps": shape.warps, "maxnreg": shape.registers, "launch_pdl": True}
-    return _usage(triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm["cubin"])
+    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    usage = _usage(made.asm["cubin"])
+    # registers are handed out by scheduler, 8 a thread at a time; each program takes 1 KiB of shared memory more
+    warps = _SCHEDULERS * (_REGISTERS // _SCHEDULERS // (-(-usage["registers"] // 8) * 8 * 32))
+    fitting = min(warps // shape.warps, _SHARED_BYTES // (made.metadata.shared + 1024))
+    return {**usage, "programs": shape.programs_per_sm, "fitting": fitting}
 
 
 def _type_of(name: str) -> str:
