@@ -8,10 +8,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from benchmarks.kernels.bars import ERROR_BAR
-from kvarn.core.append import RotatedRows, rotate_rows_reference
+from kvarn.core.append import rotate_rows_reference
 from kvarn.core.attend import attend_reference
 from kvarn.core.cache import LayerCache
-from kvarn.core.hadamard import rotate
 from kvarn.core.reference import softmax_attention
 from kvarn.core.step import Step
 
@@ -100,9 +99,8 @@ def cache_expected(
         token_request=torch.arange(count, dtype=torch.int32, device=q.device).repeat_interleave(q_len),
         token_position=step.token_position[tokens],
     )
-    raw = rotate_rows_reference(q[tokens], k[tokens], v[tokens])
-    exact = RotatedRows(rotate(q[tokens].double()), raw.k, raw.v)
-    return attend_reference(exact, layer, part, scale, logit_cap)[0]
+    raw = rotate_rows_reference(k[tokens], v[tokens])
+    return attend_reference(q[tokens].double(), raw, layer, part, scale, logit_cap)[0]
 
 
 def dense_expected(

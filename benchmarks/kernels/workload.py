@@ -15,7 +15,7 @@ from kvarn.core.append import rotate_rows
 from kvarn.core.attend import attend
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
-from kvarn.core.hadamard import rotate
+from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.layout import TileLayout
 from kvarn.core.reference import encode
 from kvarn.core.seal import seal
@@ -63,12 +63,14 @@ class Workload:
     def parts(self) -> dict[str, Callable[[int], object]]:
         """Return what launches each part of the operation alone; attend includes the merging of its partial results."""
         inputs, step = self.inputs, self.step
-        rows = (inputs.q, inputs.k, inputs.v)
+        rows = (inputs.k, inputs.v)
         rotated = rotate_rows(*rows, self.layers[0], step, store=False)
         return {
             "rotate": lambda copy: rotate_rows(*rows, self.layers[copy], step, store=step.rows_in_ring),
             "seal": lambda copy: seal(rotated, self.layers[copy], step),
-            "attend": lambda copy: attend(rotated, self.layers[copy], step, inputs.scale, inputs.case.logit_cap),
+            "attend": lambda copy: attend(
+                inputs.q, rotated, self.layers[copy], step, inputs.scale, inputs.case.logit_cap
+            ),
         }
 
     def build_step(self, _copy: int) -> Step:
@@ -158,7 +160,7 @@ class _Pools:
 
 
 def _pools(inputs: Inputs, layout: TileLayout) -> _Pools:
-    rotated = [rotate(pool) for pool in (inputs.key_pool, inputs.value_pool)]
+    rotated = (rotate_keys(inputs.key_pool), rotate(inputs.value_pool))
     shape = (-1, layout.tile_tokens, inputs.case.kv_heads, layout.head_dim)
     k, v = (rows.reshape(shape).transpose(1, 2) for rows in rotated)
     return _Pools(encode(k, v, layout), tuple(rows.to(inputs.q.dtype) for rows in rotated))

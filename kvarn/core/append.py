@@ -6,12 +6,16 @@ from dataclasses import dataclass
 import torch
 
 from kvarn.core.cache import LayerCache, runs_triton
-from kvarn.core.hadamard import rotate, sign_matrix
+from kvarn.core.hadamard import rotate, rotate_keys, sign_matrix
 from kvarn.core.launch import chained
 from kvarn.core.step import Step
 
-# Rows of one program. One value everywhere: a row must get the same bits by decode and by any chunk.
-_BLOCK_TOKENS = 16
+# Rows of one program: few in a decode step, which has few rows; 16 where they are multiplied by a matrix, whatever the
+# step, because a row must get the same bits by decode and by any chunk.
+_FEW_TOKENS = 512
+_BLOCK_FEW = 4
+_BLOCK_MANY = 16
+_ELEMENTS_PER_WARP = 512
 # Channels whose part of the rotation matrix is in shared memory at a time.
 _CHUNK_CHANNELS = 128
 _RAW_MAX = 65280.0
@@ -19,15 +23,13 @@ _RAW_MAX = 65280.0
 
 @dataclass(frozen=True, slots=True)
 class RotatedRows:
-    """A step's rows in the rotated basis.
+    """A step's keys and values in the rotated basis.
 
     Args:
-        q: [tokens, q_heads, head_dim], float32.
         k: [tokens, kv_heads, head_dim], model dtype.
         v: [tokens, kv_heads, head_dim], model dtype.
     """
 
-    q: torch.Tensor
     k: torch.Tensor
     v: torch.Tensor
 
@@ -39,14 +41,12 @@ def device_signs(head_dim: int, dtype: torch.dtype, device: torch.device, transp
     return (signs.T if transposed else signs).contiguous().to(device=device, dtype=dtype)
 
 
-def rotate_rows(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, *, store: bool
-) -> RotatedRows:
-    """Rotate queries, keys and values; with `store`, also write keys and values to rings and sinks.
+def rotate_rows(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, *, store: bool) -> RotatedRows:
+    """Rotate keys and values; with `store`, also write them to rings and sinks.
 
     Args:
-        q: [tokens, q_heads, head_dim], model dtype; token and head strides are free.
-        k: [tokens, kv_heads, head_dim]; v: the same.
+        k: [tokens, kv_heads, head_dim], model dtype; token and head strides are free.
+        v: the same.
         layer: the layer's cache.
         step: the forward pass.
         store: write the rows in the same launch. Right only if no query of the step reads a row that they push out.
@@ -54,37 +54,31 @@ def rotate_rows(
     Determinism: a row's bits depend on that row alone. Graph-safe: yes.
     """
     if not runs_triton(k):
-        rotated = rotate_rows_reference(q, k, v)
+        rotated = rotate_rows_reference(k, v)
         if store:
             store_tail_reference(rotated, layer, step)
         return rotated
     from kvarn.core.kernels.rotate import rotate_kernel
 
-    tokens, q_heads, head_dim = q.shape
-    kv_heads = k.shape[1]
-    rotated = RotatedRows(
-        torch.empty(q.shape, dtype=torch.float32, device=q.device),
-        torch.empty(k.shape, dtype=layer.tails.dtype, device=k.device),
-        torch.empty(v.shape, dtype=layer.tails.dtype, device=v.device),
-    )
-    grid = (-(-tokens // _BLOCK_TOKENS), q_heads + 2 * kv_heads)
+    tokens, kv_heads, head_dim = k.shape
+    rotated = RotatedRows(*(torch.empty(k.shape, dtype=layer.tails.dtype, device=k.device) for _ in "kv"))
     padded = layer.config.layout.padded_dim
-    rotate_kernel[grid](
-        q, k, v, device_signs(head_dim, q.dtype, q.device, False), rotated.q, rotated.k, rotated.v,
+    block = _BLOCK_FEW if padded == head_dim and tokens <= _FEW_TOKENS else _BLOCK_MANY
+    rotate_kernel[(-(-tokens // block), 2 * kv_heads)](
+        k, v, device_signs(head_dim, v.dtype, v.device, False), rotated.k, rotated.v,
         layer.tails, layer.sinks, step.token_request, step.token_position, step.rows, step.sink_slots, tokens,
-        *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
-        Q_HEADS=q_heads, KV_HEADS=kv_heads, D=head_dim, DP=padded,
-        NORM=layer.config.rotation_norm, RING=layer.config.ring_tokens, SINK=layer.config.sink_tokens, STORE=store,
-        BLOCK=_BLOCK_TOKENS, CHUNK=min(padded, _CHUNK_CHANNELS),
-        **chained(k.device), num_warps=4,
+        *k.stride()[:2], *v.stride()[:2], *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
+        KV_HEADS=kv_heads, D=head_dim, DP=padded, NORM=layer.config.rotation_norm, RING=layer.config.ring_tokens,
+        SINK=layer.config.sink_tokens, STORE=store, BLOCK=block, CHUNK=min(padded, _CHUNK_CHANNELS),
+        **chained(k.device), num_warps=max(1, min(4, block * padded // _ELEMENTS_PER_WARP)),
     )  # fmt: skip
     return rotated
 
 
-def rotate_rows_reference(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> RotatedRows:
-    """Rotate in float32 and round keys and values to their dtype."""
-    raw_k, raw_v = (rotate(x).clamp(-_RAW_MAX, _RAW_MAX).to(x.dtype) for x in (k, v))
-    return RotatedRows(rotate(q), raw_k, raw_v)
+def rotate_rows_reference(k: torch.Tensor, v: torch.Tensor) -> RotatedRows:
+    """Rotate in float32 and round to the rows' dtype."""
+    rotated = (rotate_keys(k), rotate(v))
+    return RotatedRows(*(x.clamp(-_RAW_MAX, _RAW_MAX).to(k.dtype) for x in rotated))
 
 
 def store_tail(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
@@ -98,11 +92,11 @@ def store_tail(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
     from kvarn.core.kernels.rotate import store_tail_kernel
 
     tokens, kv_heads, head_dim = rotated.k.shape
-    store_tail_kernel[(-(-tokens // _BLOCK_TOKENS), 2 * kv_heads)](
+    store_tail_kernel[(-(-tokens // _BLOCK_MANY), 2 * kv_heads)](
         rotated.k, rotated.v, layer.tails, layer.sinks, step.token_request, step.token_position, step.rows,
         step.sink_slots, step.seq_lens, tokens, *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
         KV_HEADS=kv_heads, D=head_dim, DP=layer.config.layout.padded_dim, RING=layer.config.ring_tokens,
-        SINK=layer.config.sink_tokens, BLOCK=_BLOCK_TOKENS,
+        SINK=layer.config.sink_tokens, BLOCK=_BLOCK_MANY,
     )  # fmt: skip
 
 

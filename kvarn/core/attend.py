@@ -7,7 +7,7 @@ import torch
 
 from kvarn.core.append import RotatedRows, device_signs
 from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
-from kvarn.core.hadamard import rotate
+from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.launch import chained
 from kvarn.core.layout import TileLayout
 from kvarn.core.reference import decode_record, softmax_attention
@@ -131,6 +131,7 @@ def most_partial_rows(
 
 
 def attend(
+    q: torch.Tensor,
     rotated: RotatedRows,
     layer: LayerCache,
     step: Step,
@@ -141,7 +142,8 @@ def attend(
     """Attend every query row of a step to what the read rule lets it see (`step.record_end`).
 
     Args:
-        rotated: the step's rows; q in float32.
+        q: [tokens, q_heads, head_dim], model dtype, not rotated; token and head strides are free.
+        rotated: the step's keys and values.
         layer: the layer's cache, sealed for this step.
         step: the forward pass.
         scale: factor on q . k.
@@ -156,13 +158,13 @@ def attend(
     depend on that row's request alone. Graph-safe: yes.
     """
     if not runs_triton(layer.records):
-        result, lse = attend_reference(rotated, layer, step, scale, logit_cap)
+        result, lse = attend_reference(q, rotated, layer, step, scale, logit_cap)
         return (result.to(layer.tails.dtype) if out is None else out.copy_(result)), lse
     config, layout = layer.config, layer.config.layout
-    tokens, q_heads, head_dim = rotated.q.shape
-    device = rotated.q.device
+    tokens, q_heads, head_dim = q.shape
+    device = q.device
     if out is None:
-        out = torch.empty(rotated.q.shape, dtype=layer.tails.dtype, device=device)
+        out = torch.empty(q.shape, dtype=layer.tails.dtype, device=device)
     group = q_heads // config.kv_heads
     shape = launch_shape(layout, step.columns, device)
     tasks, pages = step.task_request.shape[0], step.block_table.shape[1]
@@ -172,9 +174,9 @@ def attend(
     partial = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
     kernel[(programs, config.kv_heads)](
-        rotated.q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
+        q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
         step.work_end, step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
-        step.block_table, partial, partial_lse, scale, tasks, q_heads, *layer.records.stride()[:3],
+        step.block_table, partial, partial_lse, scale, tasks, *q.stride()[:2], *layer.records.stride()[:3],
         *layer.tails.stride()[:3], *layer.sinks.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
         **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
@@ -234,9 +236,10 @@ def combine(
 
 
 def attend_reference(
-    rotated: RotatedRows, layer: LayerCache, step: Step, scale: float, logit_cap: float = 0.0
+    q: torch.Tensor, rotated: RotatedRows, layer: LayerCache, step: Step, scale: float, logit_cap: float = 0.0
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend in plain torch, request by request, in the dtype of rotated.q (float64 for an oracle)."""
+    """Attend in plain torch, request by request, in float32 (in float64 if q comes in that, for an oracle)."""
+    rotated_q = rotate_keys(q)
     outs, lses = [], []
     starts = step.query_start.tolist()
     for request, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
@@ -248,8 +251,8 @@ def attend_reference(
         exact_sinks = layer.config.sink_tokens if int(step.sink_slots[request]) >= 0 else 0
         visible = torch.where(source == _RAW, at >= end_at, (at < end_at) & ((source == _SINK) == (at < exact_sinks)))
         visible &= at <= position[:, None]
-        q = rotated.q[begin:end]
-        out, lse = softmax_attention(q, k.to(q.dtype), v.to(q.dtype), visible, scale, logit_cap)
+        own = rotated_q[begin:end]
+        out, lse = softmax_attention(own, k.to(own.dtype), v.to(own.dtype), visible, scale, logit_cap)
         outs.append(rotate(out, inverse=True))
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses)

@@ -41,9 +41,9 @@ def attention(
 
     Determinism: bitwise for equal inputs and batch shape. Graph-safe: yes for decode steps.
     """
-    rotated = rotate_rows(q, k, v, layer, step, store=step.rows_in_ring)
+    rotated = rotate_rows(k, v, layer, step, store=step.rows_in_ring)
     seal(rotated, layer, step)
-    out, _ = attend(rotated, layer, step, scale, logit_cap, out)
+    out, _ = attend(q, rotated, layer, step, scale, logit_cap, out)
     if not step.rows_in_ring:
         store_tail(rotated, layer, step)
     return out
@@ -54,11 +54,11 @@ def attention_reference(
     logit_cap: float = 0.0,
 ) -> torch.Tensor:  # fmt: skip
     """Do the same in plain torch, whatever the device; the output in the model dtype."""
-    rotated = rotate_rows_reference(q, k, v)
+    rotated = rotate_rows_reference(k, v)
     if step.rows_in_ring:
         store_tail_reference(rotated, layer, step)
     seal_reference(rotated, layer, step)
-    out, _ = attend_reference(rotated, layer, step, scale, logit_cap)
+    out, _ = attend_reference(q, rotated, layer, step, scale, logit_cap)
     if not step.rows_in_ring:
         store_tail_reference(rotated, layer, step)
     return out.to(q.dtype)
@@ -79,6 +79,6 @@ def reserve_scratch(q: torch.Tensor, config: CacheConfig, requests: int, pages: 
     device_signs(head_dim, q.dtype, q.device, False)
     device_signs(head_dim, torch.float16, q.device, True)
     rows = most_partial_rows(config, tokens, requests, pages, q_heads // config.kv_heads, q.device)
-    numbers = (rows + tokens * q_heads) * head_dim + rows
+    numbers = rows * (head_dim + 1) + tokens * q_heads
     kv_bytes = 2 * tokens * config.kv_heads * head_dim * q.element_size()
     torch.empty(numbers * torch.float32.itemsize + kv_bytes, dtype=torch.uint8, device=q.device)

@@ -8,8 +8,7 @@ import torch
 
 from kvarn import env
 from kvarn.core.capacity import CacheShape
-from kvarn.core.layout import TileLayout
-from kvarn.core.reference import DEFAULT, Recipe
+from kvarn.core.layout import KEY_GROUP_TOKENS, TileLayout
 
 
 @dataclass(frozen=True, slots=True)
@@ -24,7 +23,6 @@ class CacheConfig:
         ring_tokens: rows of a request's tail ring; at least a tile and the exact tail.
         canonical: read every full tile below a query's own from its record, those of the same step included.
         batch_invariant: sum each row's attention in an order that doesn't depend on the rest of the batch.
-        recipe: quantiser.
         tiles_per_block: tiles of one block, the unit in which the engine hands out memory. A page holds one tile;
             page p is tile p % tiles_per_block of block p // tiles_per_block.
     """
@@ -36,7 +34,6 @@ class CacheConfig:
     ring_tokens: int
     canonical: bool = False
     batch_invariant: bool = False
-    recipe: Recipe = DEFAULT
     tiles_per_block: int = 1
 
     def __post_init__(self) -> None:
@@ -69,7 +66,7 @@ class CacheConfig:
 
     @property
     def rotation_norm(self) -> float:
-        """Factor that makes the +1/-1 matrix orthonormal."""
+        """Factor that makes the values' +1/-1 matrix orthonormal."""
         return 1.0 / math.sqrt(self.layout.head_dim)
 
 
@@ -126,14 +123,8 @@ def layout_constants(layout: TileLayout) -> dict[str, Any]:
         "D": layout.head_dim,
         "DP": layout.padded_dim,
         "G": layout.tile_tokens,
+        "GROUP_TOKENS": KEY_GROUP_TOKENS,
         "K_FIELDS": tuple((f.bits, f.low_bit, f.offset_bytes, f.words) for f in layout.key_fields),
         "V_FIELDS": tuple((f.bits, f.low_bit, f.offset_bytes, f.words) for f in layout.value_fields),
-        "OFFSETS": (
-            layout.k_scale_offset,
-            layout.k_offset_offset,
-            layout.k_token_offset,
-            layout.v_scale_offset,
-            layout.v_offset_offset,
-            layout.v_channel_offset,
-        ),
+        "OFFSETS": (layout.k_scale_offset, layout.k_offset_offset, layout.v_scale_offset, layout.v_offset_offset),
     }

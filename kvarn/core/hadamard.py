@@ -1,8 +1,14 @@
-"""The rotation: an orthonormal Hadamard transform along head_dim.
+"""The rotations: orthonormal Hadamard transforms along head_dim, one of values, one of keys and queries.
 
-Powers of two use Sylvester's construction; 96 and 192 use H_12 x H_8 and H_12 x H_16, with Paley's matrix of order
-12. Every matrix has entries +1 and -1 only and is scaled by 1 / sqrt(head_dim) in float32, because that scale is not
-exact in a 16-bit dtype.
+Values are rotated whole, so that all channels get the same share of a token's outliers.
+
+Keys are rotated in fours: channel i with i + D/4, i + D/2 and i + 3D/4, among them the pair that rotary embedding turns
+together. Rotated whole, keys would give every channel the error of the largest, and queries are largest just where keys
+are small: with key biases of 158 (Qwen2.5-Coder-0.5B) that leaves eight times the KL (docs/performance-log.md, 20).
+
+Whole rotations of powers of two use Sylvester's construction; 96 and 192 use H_12 x H_8 and H_12 x H_16, with Paley's
+matrix of order 12. Every matrix has entries +1 and -1 only and is scaled by 1 / sqrt(head_dim) in float32, because that
+scale is not exact in a 16-bit dtype.
 """
 
 import functools
@@ -12,6 +18,7 @@ import torch
 
 _PALEY_ORDER = 12
 _PALEY_PRIME = 11
+_KEY_ORDER = 4
 
 
 @functools.cache
@@ -85,3 +92,24 @@ def _mix_outer(y: torch.Tensor, signs: torch.Tensor) -> torch.Tensor:
     for row in range(signs.shape[0]):
         mixed = mixed + y[..., row : row + 1, :] * signs[row].to(y.device)[:, None]
     return mixed
+
+
+def rotate_keys(x: torch.Tensor) -> torch.Tensor:
+    """Rotate keys or queries along the last dimension, in float32 (in float64 if that is what comes in).
+
+    Its own inverse. Products of a query and a key stay what they are.
+
+    Args:
+        x: [..., head_dim], any float dtype; head_dim a multiple of 4.
+
+    Returns:
+        [..., head_dim], float32 or float64.
+    """
+    first, *others = (x if x.dtype == torch.float64 else x.float()).chunk(_KEY_ORDER, dim=-1)
+    parts = []
+    for row in sign_matrix(_KEY_ORDER).tolist():
+        part = first
+        for sign, other in zip(row[1:], others, strict=True):
+            part = part + sign * other
+        parts.append(part)
+    return torch.cat(parts, dim=-1) * (1.0 / math.sqrt(_KEY_ORDER))

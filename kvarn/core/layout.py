@@ -1,7 +1,7 @@
 """TileLayout: where every byte of a record stands. The only place that computes an offset.
 
-A *record* holds one tile (``tile_tokens`` tokens x ``head_dim`` channels of one kv head): K codes, three K
-vectors, V codes, three V vectors, in that order, padded to 128 bytes.
+A *record* holds one tile (``tile_tokens`` tokens x ``head_dim`` channels of one kv head): K codes, K scales and
+offsets, V codes, V scales and offsets, in that order, padded to 128 bytes.
 
 Codes are **plane-packed 16-bit words**: bit plane j of a word belongs to a lane that stands j * words apart, so a
 reader masks a whole row of words and gets a contiguous slice of lanes, with no interleave.
@@ -12,16 +12,18 @@ reader masks a whole row of words and gets a contiguous slice of lanes, with no 
 Widths that don't divide 16 are split into *fields* that do: a 3-bit code is a 2-bit field (its low bits) followed
 by a 1-bit field (its high bit), each with words of its own.
 
-Values are restored as ``K[t, d] = (code * k_scale[d] + k_offset[d]) * k_token[t]`` and
-``V[t, d] = (code * v_scale[t] + v_offset[t]) * v_channel[d]``, all six vectors in fp16.
+Values are restored as ``K[t, d] = code * k_scale[t // 64, d] + k_offset[t // 64, d]`` and
+``V[t, d] = code * v_scale[t] + v_offset[t]``, scales and offsets in fp16.
 """
 
 from dataclasses import dataclass
 
 from kvarn.presets import Preset
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 HEAD_DIMS = (64, 96, 128, 192, 256, 512)
+# Tokens that share the scale and the offset of a key channel.
+KEY_GROUP_TOKENS = 64
 
 _WORD_BITS = 16
 _WORD_BYTES = 2
@@ -98,24 +100,24 @@ class TileLayout:
         return self._fields(self.value_bits, self.tile_tokens, self.head_dim, self.value_codes_offset)
 
     @property
+    def key_groups(self) -> int:
+        """Groups of tokens whose keys have scales and offsets of their own."""
+        return self.tile_tokens // KEY_GROUP_TOKENS
+
+    @property
     def k_scale_offset(self) -> int:
-        """Byte of the K scale, one fp16 a channel."""
+        """Byte of the K scales, [key_groups, head_dim] fp16."""
         return self.head_dim * self.tile_tokens * self.key_bits // 8
 
     @property
     def k_offset_offset(self) -> int:
-        """Byte of the K offset, one fp16 a channel."""
-        return self.k_scale_offset + self.head_dim * _SCALE_BYTES
-
-    @property
-    def k_token_offset(self) -> int:
-        """Byte of the K token scale, one fp16 a token."""
-        return self.k_offset_offset + self.head_dim * _SCALE_BYTES
+        """Byte of the K offsets, [key_groups, head_dim] fp16."""
+        return self.k_scale_offset + self.key_groups * self.head_dim * _SCALE_BYTES
 
     @property
     def value_codes_offset(self) -> int:
         """Byte of the first V word."""
-        return self.k_token_offset + self.tile_tokens * _SCALE_BYTES
+        return self.k_offset_offset + self.key_groups * self.head_dim * _SCALE_BYTES
 
     @property
     def v_scale_offset(self) -> int:
@@ -128,14 +130,9 @@ class TileLayout:
         return self.v_scale_offset + self.tile_tokens * _SCALE_BYTES
 
     @property
-    def v_channel_offset(self) -> int:
-        """Byte of the V channel scale, one fp16 a channel."""
-        return self.v_offset_offset + self.tile_tokens * _SCALE_BYTES
-
-    @property
     def payload_bytes(self) -> int:
         """Bytes of a record that carry information."""
-        return self.v_channel_offset + self.head_dim * _SCALE_BYTES
+        return self.v_offset_offset + self.tile_tokens * _SCALE_BYTES
 
     @property
     def record_bytes(self) -> int:

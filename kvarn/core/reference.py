@@ -1,7 +1,9 @@
 """The oracle: quantise, pack and restore one tile in plain torch, float32. Kernels are optimisations of this file.
 
-Method: Mueller et al., "KVarN: Variance-Normalized KV-Cache Quantization", arXiv 2606.03458, sections on rotation,
-variance normalisation and rounding. `PUBLISHED` is the released recipe, kept as the yardstick; `DEFAULT` is ours.
+Values are rotated as in Mueller et al., "KVarN: Variance-Normalized KV-Cache Quantization", arXiv 2606.03458. What that
+paper does next, evening out standard deviations over tokens and channels, is not here: on real models it changed
+nothing for values and did harm to keys, while groups of tokens with key scales of their own, for the same bytes, help
+(docs/performance-log.md, 21). The published recipe stands in `kvarn.evaluation.published`, to be compared with.
 """
 
 import math
@@ -9,161 +11,82 @@ from dataclasses import dataclass
 
 import torch
 
-from kvarn.core.layout import Field, TileLayout
+from kvarn.core.layout import KEY_GROUP_TOKENS, Field, TileLayout
 
-_STD_MIN = 1e-3
-_STD_MAX = 1e3
-_LOG_SCALE_MAX = 10.0
-_SCALE_MIN = 1e-10
+_SCALE_MIN = 1e-7
 _FP16_MAX = 65504.0
+# Attention multiplies queries of up to 64, and weights of up to 128, by a sixteenth of a scale, in fp16.
+SCALE_MAX = 8000.0
+# Share of a row's range that codes span, about its centre: coarse grids lose less by clipping peaks than by wide steps.
 # Best of a sweep by KL on a real model. Keys of 3 bits and more lose by clipping: their peaks carry the logits.
 _KEY_CLIPS = {2: 0.80}
 _VALUE_CLIPS = {2: 0.80, 3: 0.85, 4: 0.95}
 
 
-@dataclass(frozen=True, slots=True)
-class Recipe:
-    """How a tile is normalised and rounded.
-
-    Args:
-        iterations: rounds of variance normalisation.
-        log_scale_min: floor of a log scale. The released -0.3 keeps tiles with a standard deviation below 0.74 from
-            being normalised at all.
-        scale_free: divide the tile by its own standard deviation first, so that the floor doesn't matter.
-        margin: share by which a later iterate must be more even to replace an earlier one. Above zero, rounding in
-            another order (another GPU) can hardly change the choice.
-        clipped: let codes span only part of each row's range, about its centre: coarse codes lose less that way.
-    """
-
-    iterations: int
-    log_scale_min: float
-    scale_free: bool
-    margin: float
-    clipped: bool
-
-    def key_clip(self, bits: int) -> float:
-        """Return the share of a key row's range that codes of this width span."""
-        return _KEY_CLIPS.get(bits, 1.0) if self.clipped else 1.0
-
-    def value_clip(self, bits: int) -> float:
-        """Return the share of a value row's range that codes of this width span."""
-        return _VALUE_CLIPS.get(bits, 1.0) if self.clipped else 1.0
+def key_clip(bits: int) -> float:
+    """Return the share of the range of a group's keys in a channel that codes of this width span."""
+    return _KEY_CLIPS.get(bits, 1.0)
 
 
-PUBLISHED = Recipe(iterations=8, log_scale_min=-0.3, scale_free=False, margin=0.0, clipped=False)
-DEFAULT = Recipe(iterations=8, log_scale_min=-10.0, scale_free=True, margin=0.01, clipped=True)
+def value_clip(bits: int) -> float:
+    """Return the share of the range of a token's values that codes of this width span."""
+    return _VALUE_CLIPS.get(bits, 1.0)
 
 
 @dataclass(frozen=True, slots=True)
-class QuantisedTile:
-    """One oriented tile: ``x[row, col] = (code * scale[row] + offset[row]) * across[col]``.
+class QuantisedRows:
+    """Rows of codes: ``x[row, lane] = code * scale[row] + offset[row]``.
 
     Args:
-        codes: [..., rows, cols], int32.
+        codes: [..., rows, lanes], int32.
         scale: [..., rows], float16.
         offset: [..., rows], float16.
-        across: [..., cols], float16.
     """
 
     codes: torch.Tensor
     scale: torch.Tensor
     offset: torch.Tensor
-    across: torch.Tensor
 
     def restore(self) -> torch.Tensor:
-        """Return the values, [..., rows, cols], float32."""
-        rows = self.codes.float() * self.scale.float()[..., None] + self.offset.float()[..., None]
-        return rows * self.across.float()[..., None, :]
+        """Return the values, [..., rows, lanes], float32."""
+        return self.codes.float() * self.scale.float()[..., None] + self.offset.float()[..., None]
 
 
-def _imbalance(x: torch.Tensor) -> torch.Tensor:
-    """Return how uneven the standard deviations of rows and of columns are; 2 is perfect. [..., 1, 1]."""
-    total = torch.zeros(())
-    for dim in (-1, -2):
-        std = x.std(dim=dim)
-        total = total + std.amax(dim=-1) / std.amin(dim=-1).clamp_min(1e-8)
-    return total[..., None, None]
+def quantise_rows(x: torch.Tensor, bits: int, clip: float) -> QuantisedRows:
+    """Quantise rows to a uniform grid, a scale and an offset each.
 
-
-def normalise(x: torch.Tensor, recipe: Recipe) -> tuple[torch.Tensor, torch.Tensor]:
-    """Find row and column scales that even out the standard deviations.
+    Codes are computed with the rounded fp16 numbers, so that a reader restores exactly what was rounded. A range of
+    more than ``SCALE_MAX * (2**bits - 1)`` is clipped about its centre.
 
     Args:
-        x: [..., rows, cols], float32.
-        recipe: bounds and number of rounds.
-
-    Returns:
-        Log scales of rows [..., rows, 1] and of columns [..., 1, cols] of the most even iterate, identity included.
-    """
-    row = torch.zeros_like(x[..., :, :1])
-    col = torch.zeros_like(x[..., :1, :])
-    best_row, best_col, best = row, col, _imbalance(x)
-    for _ in range(recipe.iterations):
-        std = (x * torch.exp(-row) * torch.exp(-col)).std(dim=-2, keepdim=True).clamp(_STD_MIN, _STD_MAX)
-        col = (col + torch.log(std)).clamp(recipe.log_scale_min, _LOG_SCALE_MAX)
-        std = (x * torch.exp(-row) * torch.exp(-col)).std(dim=-1, keepdim=True).clamp(_STD_MIN, _STD_MAX)
-        row = (row + torch.log(std)).clamp(recipe.log_scale_min, _LOG_SCALE_MAX)
-        score = _imbalance(x * torch.exp(-row) * torch.exp(-col))
-        better = score <= best * (1.0 - recipe.margin)
-        best_row, best_col = torch.where(better, row, best_row), torch.where(better, col, best_col)
-        best = torch.where(better, score, best)
-    return best_row, best_col
-
-
-def quantise_oriented(x: torch.Tensor, bits: int, clip: float, recipe: Recipe) -> QuantisedTile:
-    """Quantise an oriented tile: one scale and offset a row, one scale a column.
-
-    Codes are computed with the rounded fp16 vectors, so that a reader restores exactly what was rounded. The tile's
-    amplitude is split evenly between the row and the column vectors, so that neither leaves fp16.
-
-    Args:
-        x: [..., rows, cols], float32, already rotated. Keys: rows are channels. Values: rows are tokens.
+        x: [..., rows, lanes], float32.
         bits: width of a code.
         clip: share of each row's range, about its centre, that the codes span.
-        recipe: normalisation.
     """
-    sigma = torch.ones_like(x[..., :1, :1])
-    if recipe.scale_free:
-        std = x.flatten(-2).std(dim=-1)[..., None, None]
-        sigma = torch.where(std > 0, std, sigma)
-    x = x / sigma
-    _, col = normalise(x, recipe)
-    x = x * sigma
-    column = torch.exp(col)
-    peak = (x / column).abs().amax(dim=(-2, -1), keepdim=True)
-    balance = torch.sqrt(peak / column.amax(dim=-1, keepdim=True))
-    across = (column * torch.where(peak > 0, balance, torch.ones_like(peak))).clamp_max(_FP16_MAX).half()
-    rows = x / _no_zero(across.float())
-    low, high = rows.amin(dim=-1), rows.amax(dim=-1)
-    middle, reach = (low + high) * 0.5, (high - low) * (0.5 * clip)
     levels = 2**bits - 1
-    scale = (2.0 * reach / levels).clamp(_SCALE_MIN, _FP16_MAX).half()
+    low, high = x.amin(dim=-1, keepdim=True), x.amax(dim=-1, keepdim=True)
+    middle, reach = (low + high) * 0.5, (high - low) * (0.5 * clip)
+    scale = (2.0 * reach / levels).clamp(_SCALE_MIN, SCALE_MAX).half()
+    reach = torch.minimum(reach, torch.full_like(reach, SCALE_MAX * levels * 0.5))
     offset = (middle - reach).clamp(-_FP16_MAX, _FP16_MAX).half()
-    codes = torch.round((rows - offset.float()[..., None]) / _no_zero(scale.float())[..., None])
-    return QuantisedTile(codes.clamp(0, levels).to(torch.int32), scale, offset, across.squeeze(-2))
+    codes = ((x - offset.float()) / scale.float()).round().clamp(0, levels)
+    return QuantisedRows(codes.to(torch.int32), scale.squeeze(-1), offset.squeeze(-1))
 
 
-def _no_zero(x: torch.Tensor) -> torch.Tensor:
-    """Replace zeros, which only constant rows and empty tiles have, by one."""
-    return torch.where(x == 0, torch.ones_like(x), x)
-
-
-def quantise_tile(
-    k: torch.Tensor, v: torch.Tensor, layout: TileLayout, recipe: Recipe = DEFAULT
-) -> tuple[QuantisedTile, QuantisedTile]:
+def quantise_tile(k: torch.Tensor, v: torch.Tensor, layout: TileLayout) -> tuple[QuantisedRows, QuantisedRows]:
     """Quantise rotated K and V rows of one tile.
 
     Args:
         k: [..., tile_tokens, head_dim], float32, rotated.
         v: the same shape.
         layout: widths.
-        recipe: `DEFAULT` or `PUBLISHED`.
 
     Returns:
-        The key tile (rows are channels) and the value tile (rows are tokens).
+        Keys, [..., key_groups, head_dim] rows of a group's tokens; and values, [..., tile_tokens] rows of channels.
     """
-    key = quantise_oriented(k.float().transpose(-1, -2), layout.key_bits, recipe.key_clip(layout.key_bits), recipe)
-    return key, quantise_oriented(v.float(), layout.value_bits, recipe.value_clip(layout.value_bits), recipe)
+    grouped = k.float().reshape(*k.shape[:-2], layout.key_groups, KEY_GROUP_TOKENS, layout.head_dim).transpose(-1, -2)
+    key = quantise_rows(grouped, layout.key_bits, key_clip(layout.key_bits))
+    return key, quantise_rows(v.float(), layout.value_bits, value_clip(layout.value_bits))
 
 
 def pack_codes(codes: torch.Tensor, fields: tuple[Field, ...]) -> torch.Tensor:
@@ -209,49 +132,49 @@ def unpack_codes(record: torch.Tensor, fields: tuple[Field, ...], rows: int) -> 
     return codes
 
 
-def pack_record(key: QuantisedTile, value: QuantisedTile, layout: TileLayout) -> torch.Tensor:
+def pack_record(key: QuantisedRows, value: QuantisedRows, layout: TileLayout) -> torch.Tensor:
     """Lay a quantised tile out as a record, [..., record_bytes], uint8. Padding bytes are zero."""
     parts = [
-        pack_codes(key.codes.transpose(-1, -2), layout.key_fields),
-        *(vector.contiguous().view(torch.uint8) for vector in (key.scale, key.offset, key.across)),
+        pack_codes(key.codes.transpose(-1, -2).flatten(-3, -2), layout.key_fields),
+        *(vector.flatten(-2).contiguous().view(torch.uint8) for vector in (key.scale, key.offset)),
         pack_codes(value.codes.transpose(-1, -2), layout.value_fields),
-        *(vector.contiguous().view(torch.uint8) for vector in (value.scale, value.offset, value.across)),
+        *(vector.contiguous().view(torch.uint8) for vector in (value.scale, value.offset)),
     ]
     record = torch.cat(parts, dim=-1)
     return torch.nn.functional.pad(record, (0, layout.record_bytes - layout.payload_bytes))
 
 
-def unpack_record(record: torch.Tensor, layout: TileLayout) -> tuple[QuantisedTile, QuantisedTile]:
-    """Undo `pack_record`: record [..., record_bytes], uint8, gives the key tile and the value tile."""
+def unpack_record(record: torch.Tensor, layout: TileLayout) -> tuple[QuantisedRows, QuantisedRows]:
+    """Undo `pack_record`: record [..., record_bytes], uint8, gives the keys and the values."""
 
-    def vector(offset: int, length: int) -> torch.Tensor:
-        return record[..., offset : offset + 2 * length].contiguous().view(torch.float16)
+    def vector(offset: int, *shape: int) -> torch.Tensor:
+        part = record[..., offset : offset + 2 * math.prod(shape)].contiguous().view(torch.float16)
+        return part.reshape(*record.shape[:-1], *shape)
 
-    channels, tokens = layout.head_dim, layout.tile_tokens
-    key = QuantisedTile(
-        unpack_codes(record, layout.key_fields, tokens).transpose(-1, -2),
-        vector(layout.k_scale_offset, channels),
-        vector(layout.k_offset_offset, channels),
-        vector(layout.k_token_offset, tokens),
+    channels, tokens, groups = layout.head_dim, layout.tile_tokens, layout.key_groups
+    key_codes = unpack_codes(record, layout.key_fields, tokens)
+    key = QuantisedRows(
+        key_codes.reshape(*record.shape[:-1], groups, KEY_GROUP_TOKENS, channels).transpose(-1, -2),
+        vector(layout.k_scale_offset, groups, channels),
+        vector(layout.k_offset_offset, groups, channels),
     )
-    value = QuantisedTile(
+    value = QuantisedRows(
         unpack_codes(record, layout.value_fields, channels).transpose(-1, -2),
         vector(layout.v_scale_offset, tokens),
         vector(layout.v_offset_offset, tokens),
-        vector(layout.v_channel_offset, channels),
     )
     return key, value
 
 
-def encode(k: torch.Tensor, v: torch.Tensor, layout: TileLayout, recipe: Recipe = DEFAULT) -> torch.Tensor:
+def encode(k: torch.Tensor, v: torch.Tensor, layout: TileLayout) -> torch.Tensor:
     """Turn rotated rows [..., tile_tokens, head_dim] into records [..., record_bytes], uint8."""
-    return pack_record(*quantise_tile(k, v, layout, recipe), layout)
+    return pack_record(*quantise_tile(k, v, layout), layout)
 
 
 def decode_record(record: torch.Tensor, layout: TileLayout) -> tuple[torch.Tensor, torch.Tensor]:
     """Turn records [..., record_bytes] into rotated K and V rows [..., tile_tokens, head_dim], float32."""
     key, value = unpack_record(record, layout)
-    return key.restore().transpose(-1, -2), value.restore()
+    return key.restore().transpose(-1, -2).flatten(-3, -2), value.restore()
 
 
 def softmax_attention(

@@ -5,7 +5,7 @@ import torch
 from kvarn.core.append import RotatedRows
 from kvarn.core.cache import LayerCache, layout_constants, runs_triton
 from kvarn.core.launch import chained
-from kvarn.core.reference import encode
+from kvarn.core.reference import SCALE_MAX, encode, key_clip, value_clip
 from kvarn.core.step import Step
 
 _TILE_ELEMENTS_PER_WARP = 2048
@@ -41,9 +41,8 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
         step.prefix_lens, step.seq_lens, step.query_start, step.block_table, tasks, *layer.records.stride()[:3],
         *layer.tails.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0), **constants,
         RING=config.ring_tokens, TILES=config.tiles_per_block, KEY_BITS=layout.key_bits, VALUE_BITS=layout.value_bits,
-        KEY_CLIP=config.recipe.key_clip(layout.key_bits), VALUE_CLIP=config.recipe.value_clip(layout.value_bits),
-        ITERATIONS=config.recipe.iterations, LOG_SCALE_MIN=config.recipe.log_scale_min,
-        MARGIN=config.recipe.margin, SCALE_FREE=config.recipe.scale_free, ROWS_IN_RING=step.rows_in_ring,
+        KEY_CLIP=key_clip(layout.key_bits), VALUE_CLIP=value_clip(layout.value_bits),
+        SCALE_MAX=SCALE_MAX, ROWS_IN_RING=step.rows_in_ring,
         BLOCK=_TASK_BLOCK if step.rows_in_ring else 1, **chained(layer.records.device),
         num_warps=min(16, max(4, layout.tile_tokens * constants["DP"] // _TILE_ELEMENTS_PER_WARP)),
     )  # fmt: skip
@@ -58,7 +57,7 @@ def seal_reference(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
         rows = [_row(rotated, layer, step, request, tile * tile_tokens + i) for i in range(tile_tokens)]
         k, v = torch.stack(rows, dim=2).unbind(0)  # [kv_heads, tile_tokens, head_dim] each
         page = layer.pages_of(step.block_table[request, tile].long())
-        layer.records[page] = encode(k.float(), v.float(), layer.config.layout, layer.config.recipe)
+        layer.records[page] = encode(k.float(), v.float(), layer.config.layout)
 
 
 def _row(rotated: RotatedRows, layer: LayerCache, step: Step, request: int, position: int) -> torch.Tensor:

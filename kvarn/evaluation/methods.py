@@ -11,15 +11,13 @@ from dataclasses import dataclass
 import torch
 
 from kvarn.core.hadamard import rotate
-from kvarn.core.layout import TileLayout
-from kvarn.core.reference import PUBLISHED, Recipe, decode_record, encode
-from kvarn.presets import get_preset
+from kvarn.core.reference import quantise_rows
+from kvarn.evaluation import published
 
 TILE = 128
 # [batch, kv_heads, TILE, head_dim], float32, to the same shape
 Restore = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]]
 
-_PLAIN = Recipe(iterations=0, log_scale_min=0.0, scale_free=False, margin=0.0, clipped=False)
 _HALF_BITS = 16
 _KIVI_GROUP = 32
 _PUBLISHED_SINKS = 128
@@ -53,12 +51,8 @@ class Method:
 def methods() -> dict[str, Method]:
     """Return every method by name."""
     made = [
-        _records("published-k4v2", "kvarn_k4v2_g128", PUBLISHED, tail_tokens=0, sink_tokens=_PUBLISHED_SINKS),
-        _records("published-k4v4", "kvarn_k4v4_g128", PUBLISHED, tail_tokens=0, sink_tokens=_PUBLISHED_SINKS),
-        _records("published-k2v2", "kvarn_k2v2_g128", PUBLISHED, tail_tokens=0, sink_tokens=_PUBLISHED_SINKS),
-        _records("hadamard-rtn-k4v2", "kvarn_k4v2_g128", _PLAIN),
-        _records("hadamard-rtn-k4v4", "kvarn_k4v4_g128", _PLAIN),
-        _records("hadamard-rtn-k2v2", "kvarn_k2v2_g128", _PLAIN),
+        *(_published(key_bits, value_bits) for key_bits, value_bits in ((4, 2), (4, 4), (2, 2))),
+        *(_hadamard_rtn(key_bits, value_bits) for key_bits, value_bits in ((4, 2), (4, 4), (2, 2))),
         _kivi(4, 2),
         _kivi(2, 2),
         _turboquant(4, 4),
@@ -73,19 +67,32 @@ def _both(restore: Callable[[torch.Tensor], torch.Tensor]) -> Restore:
     return lambda k, v: (restore(k), restore(v))
 
 
-def _records(name: str, preset_name: str, recipe: Recipe, **exact: int) -> Method:
-    """KVarN's records with another recipe: the published one (arXiv 2606.03458), or rotation and rounding alone."""
-    preset = get_preset(preset_name)
+def _published(key_bits: int, value_bits: int) -> Method:
+    """The published recipe (arXiv 2606.03458) as shipped: the first 128 tokens exact, no newest ones."""
 
     def restore(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        layout = TileLayout.of(preset, k.shape[-1])
-        restored = decode_record(encode(rotate(k), rotate(v), layout, recipe), layout)
-        return rotate(restored[0], inverse=True), rotate(restored[1], inverse=True)
+        keys = published.restore_oriented(rotate(k).transpose(-1, -2), key_bits).transpose(-1, -2)
+        values = published.restore_oriented(rotate(v), value_bits)
+        return rotate(keys, inverse=True), rotate(values, inverse=True)
 
     def bits(head_dim: int) -> float:
-        return TileLayout.of(preset, head_dim).record_bytes * 8 / (preset.tile_tokens * head_dim)
+        return published.bytes_of_tile(TILE, head_dim, key_bits, value_bits) * 8 / (TILE * head_dim)
 
-    return Method(name, restore, bits, **exact)
+    return Method(f"published-k{key_bits}v{value_bits}", restore, bits, 0, _PUBLISHED_SINKS)
+
+
+def _hadamard_rtn(key_bits: int, value_bits: int) -> Method:
+    """Whole rotation and rounding from end to end alone: keys by channel, values by token, scale and offset in fp16."""
+
+    def restore(k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        keys = quantise_rows(rotate(k).transpose(-1, -2), key_bits, 1.0).restore().transpose(-1, -2)
+        values = quantise_rows(rotate(v), value_bits, 1.0).restore()
+        return rotate(keys, inverse=True), rotate(values, inverse=True)
+
+    def bits(head_dim: int) -> float:
+        return key_bits + value_bits + 2 * _HALF_BITS / TILE + 2 * _HALF_BITS / head_dim
+
+    return Method(f"hadamard-rtn-k{key_bits}v{value_bits}", restore, bits)
 
 
 def _kivi(key_bits: int, value_bits: int) -> Method:

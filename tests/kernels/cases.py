@@ -92,7 +92,7 @@ def make_case(
             continue
         past, _ = chunk_step(state, request_rows, _ints(begin), _ints(end), names, table, group, sum(end) - sum(begin))
         count = sum(end) - sum(begin)
-        rotated = rotate_rows_reference(rows(count, kv_heads * group), rows(count, kv_heads), rows(count, kv_heads))
+        rotated = rotate_rows_reference(rows(count, kv_heads), rows(count, kv_heads))
         seal_reference(rotated, layer, past)
         store_tail_reference(rotated, layer, past)
     ends = [a + b for a, b in zip(lengths, new, strict=True)]
@@ -102,7 +102,7 @@ def make_case(
         step, _ = chunk_step(state, request_rows, _ints(lengths), _ints(ends), tags, table, group, sum(new))
     assert int(state.faults) == 0
     q, k, v = rows(sum(new), kv_heads * group), rows(sum(new), kv_heads), rows(sum(new), kv_heads)
-    case = Case(layer, state, step, rotate_rows_reference(q, k, v), q, k, v)
+    case = Case(layer, state, step, rotate_rows_reference(k, v), q, k, v)
     return case if device == "cpu" else to_device(case, device)
 
 
@@ -143,7 +143,7 @@ def without_others(case: Case, requests: int) -> Case:
     part = replace(step, query_start=step.query_start[: requests + 1], **kept)
     work_end = count_work_reference(config, Tasks(*(getattr(part, name) for name in Tasks._fields)))
     rows = {name: getattr(case, name)[:tokens] for name in ("q", "k", "v")}
-    rotated = RotatedRows(case.rotated.q[:tokens], case.rotated.k[:tokens], case.rotated.v[:tokens])
+    rotated = RotatedRows(case.rotated.k[:tokens], case.rotated.v[:tokens])
     return replace(case, step=replace(part, work_end=work_end), rotated=rotated, **rows)
 
 
@@ -157,7 +157,7 @@ def to_device(case: Case, device: str) -> Case:
         case.layer.config, *(_padded_to(x, device) for x in (case.layer.records, case.layer.tails, case.layer.sinks))
     )
     step = Step(**{name: move(getattr(case.step, name)) for name in Step.__dataclass_fields__})
-    rotated = RotatedRows(*(x.to(device) for x in (case.rotated.q, case.rotated.k, case.rotated.v)))
+    rotated = RotatedRows(*(x.to(device) for x in (case.rotated.k, case.rotated.v)))
     return Case(layer, case.state, step, rotated, case.q.to(device), case.k.to(device), case.v.to(device))
 
 

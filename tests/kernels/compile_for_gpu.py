@@ -1,8 +1,9 @@
-"""Compile the attention kernel with explicit layouts for sm_90, with no GPU: `python compile_for_gpu.py CASE ...`.
+"""Compile kernels for sm_90, with no GPU: `python compile_for_gpu.py CASE ...`.
 
-A case is PRESET/HEAD_DIM/GROUP, with /ROWS for several query rows. Prints a JSON object a case: registers of a thread,
-bytes of stack, and programs that a multiprocessor is asked to run and can. Needs an interpreter in which
-TRITON_INTERPRET is not set.
+A case is PRESET/HEAD_DIM/GROUP, with /ROWS for several query rows: the attention kernel with explicit layouts. Or
+KERNEL/PRESET/HEAD_DIM, with KERNEL one of KERNELS. Prints a JSON object a case: registers of a thread, bytes of stack,
+and, of the attention kernel, programs that a multiprocessor is asked to run and can. Needs an interpreter in which
+TRITON_INTERPRET is not set: Triton's own accepts code that its compiler refuses.
 """
 
 import json
@@ -16,54 +17,65 @@ from typing import Any
 import torch
 import triton
 from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from kvarn.core.attend import launch_shape
 from kvarn.core.cache import layout_constants
+from kvarn.core.kernels.attend import attend_kernel as plain_attend_kernel
+from kvarn.core.kernels.combine import combine_kernel
 from kvarn.core.kernels.gluon.attend import attend_kernel
+from kvarn.core.kernels.rotate import rotate_kernel, store_tail_kernel
+from kvarn.core.kernels.seal import seal_kernel
+from kvarn.core.kernels.step import decode_step_kernel
+from kvarn.core.kernels.work import count_work_kernel
 from kvarn.core.layout import TileLayout
+from kvarn.core.reference import SCALE_MAX
 from kvarn.core.step import CHUNK_COLUMNS, DECODE_COLUMNS, power_of_two
 from kvarn.core.work import RAW_BLOCK
 from kvarn.presets import get_preset
 
-_POINTERS = {
-    "records_ptr": "u8",
-    "tails_ptr": "fp16",
-    "sinks_ptr": "fp16",
-    "chunk_k_ptr": "fp16",
-    "chunk_v_ptr": "fp16",
+KERNELS = {
+    "attend": plain_attend_kernel,
+    "combine": combine_kernel,
+    "count": count_work_kernel,
+    "rotate": rotate_kernel,
+    "seal": seal_kernel,
+    "step": decode_step_kernel,
+    "store": store_tail_kernel,
 }
+_POINTERS = {
+    "fp16": ("q_ptr", "k_ptr", "v_ptr", "k_out_ptr", "v_out_ptr", "chunk_k_ptr", "chunk_v_ptr", "tails_ptr")
+    + ("sinks_ptr", "signs_ptr", "out_ptr"),
+    "fp32": ("partial_ptr", "partial_lse_ptr", "lse_ptr"),
+    "u8": ("records_ptr",),
+}
+_TARGET = GPUTarget("cuda", 90, 32)
 _SCHEDULERS, _REGISTERS, _SHARED_BYTES = 4, 65536, 228 << 10
-_FLOATS = ("q_ptr", "partial_ptr", "partial_lse_ptr")
 
 
 def main() -> None:
     """Compile every case of the command line."""
     for case in sys.argv[1:]:
-        preset, head_dim, group, *rows = case.split("/")
-        found = resources(preset, int(head_dim), int(group), int(rows[0]) if rows else 1)
+        first, second, third, *rows = case.split("/")
+        if first in KERNELS:
+            found = plain_resources(first, second, int(third))
+        else:
+            found = resources(first, int(second), int(third), int(rows[0]) if rows else 1)
         sys.stdout.write(json.dumps({"case": case, **found}) + "\n")
 
 
 def resources(preset: str, head_dim: int, group: int, rows: int) -> dict[str, int]:
-    """Return what one case's machine code takes."""
+    """Return what one case's attention takes."""
     layout = TileLayout.of(get_preset(preset), head_dim)
     columns = max(DECODE_COLUMNS if rows == 1 else CHUNK_COLUMNS, power_of_two(group * rows))
     shape = launch_shape(layout, columns, torch.device("cuda"))
-    constants: dict[str, Any] = {
-        **layout_constants(layout), "GROUP": group, "ROWS": rows, "COLUMNS": columns, "RING": 256, "TILES": 1,
-        "TAIL": 128, "SINK": 4, "SOFTCAP": 0.0, "ROWS_IN_RING": rows == 1, "CANONICAL": False,
-        "RAW_BLOCK": RAW_BLOCK, "TASK_BLOCK": 128, "SHARE": 1, "STAGES": shape.stages, "CHAINED": True,
-        "num_warps": shape.warps,
-    }  # fmt: skip
-    signature, attributes = {}, {}
-    for i, name in enumerate(attend_kernel.arg_names):
-        signature[name] = "constexpr" if name in constants else _type_of(name)
-        if name.endswith(("_ptr", "_stride")):
-            attributes[(i,)] = [["tt.divisibility", 16]]
-    source = GluonASTSource(attend_kernel, signature, constexprs=constants, attrs=attributes)
+    constants = _constants(layout, GROUP=group, ROWS=rows, COLUMNS=columns, STAGES=shape.stages)
+    constants |= {"ROWS_IN_RING": rows == 1, "num_warps": shape.warps}
     options = {"num_warps": shape.warps, "maxnreg": shape.registers, "launch_pdl": True}
-    made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options=options)
+    made = triton.compile(
+        GluonASTSource(attend_kernel, **_arguments(attend_kernel, constants)), target=_TARGET, options=options
+    )
     usage = _usage(made.asm["cubin"])
     # registers are handed out by scheduler, 8 a thread at a time; each program takes 1 KiB of shared memory more
     warps = _SCHEDULERS * (_REGISTERS // _SCHEDULERS // (-(-usage["registers"] // 8) * 8 * 32))
@@ -71,9 +83,39 @@ def resources(preset: str, head_dim: int, group: int, rows: int) -> dict[str, in
     return {**usage, "programs": shape.programs_per_sm, "fitting": fitting}
 
 
+def plain_resources(kernel: str, preset: str, head_dim: int) -> dict[str, int]:
+    """Return what one of the other kernels takes, in a decode step."""
+    layout = TileLayout.of(get_preset(preset), head_dim)
+    block = 4 if kernel == "combine" and layout.padded_dim == head_dim else 16
+    constants = _constants(layout, BLOCK=block)
+    source = ASTSource(KERNELS[kernel], **_arguments(KERNELS[kernel], constants))
+    made = triton.compile(source, target=_TARGET, options={"num_warps": 4, "launch_pdl": True})
+    return _usage(made.asm["cubin"])
+
+
+def _constants(layout: TileLayout, **changes: object) -> dict[str, Any]:
+    """Return a value for every constant of every kernel."""
+    return {
+        **layout_constants(layout), "GROUP": 8, "ROWS": 1, "COLUMNS": 8, "RING": 256, "TILES": 1, "TAIL": 128,
+        "SINK": 4, "SINKS": True, "SOFTCAP": 0.0, "ROWS_IN_RING": True, "CANONICAL": False, "RAW_BLOCK": RAW_BLOCK,
+        "TASK_BLOCK": 128, "SHARE": 1, "STAGES": 2, "CHAINED": True, "USE_ASM": True, "KV_HEADS": 8,
+        "NORM": layout.head_dim**-0.5, "STORE": True, "CHUNK": 64, "PARTS": 2, "PADDING_PAGES": 1,
+        "KEY_BITS": layout.key_bits, "VALUE_BITS": layout.value_bits, "KEY_CLIP": 1.0, "VALUE_CLIP": 0.8,
+        "SCALE_MAX": SCALE_MAX, **changes,
+    }  # fmt: skip
+
+
+def _arguments(kernel: Any, constants: dict[str, Any]) -> dict[str, Any]:
+    """Return how a kernel's arguments are described to the compiler: constants, types and alignment."""
+    own = {name: value for name, value in constants.items() if name in kernel.arg_names}
+    signature = {name: "constexpr" if name in own else _type_of(name) for name in kernel.arg_names}
+    aligned = [i for i, name in enumerate(kernel.arg_names) if name.endswith(("_ptr", "_stride"))]
+    return {"signature": signature, "constexprs": own, "attrs": {(i,): [["tt.divisibility", 16]] for i in aligned}}
+
+
 def _type_of(name: str) -> str:
     if name.endswith("_ptr"):
-        return "*" + _POINTERS.get(name, "fp32" if name in _FLOATS else "i32")
+        return "*" + next((kind for kind, names in _POINTERS.items() if name in names), "i32")
     return "fp32" if name == "scale" else "i32"
 
 

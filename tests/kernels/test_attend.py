@@ -6,7 +6,6 @@ from cases import Case, make_case, store_and_seal, to_device, without_others
 from tolerance import ATTEND_MAX, ATTEND_RMS, LSE, LSE_RELATIVE, relative_max, relative_rms
 
 from kvarn.core import attend as attend_module
-from kvarn.core.append import RotatedRows
 from kvarn.core.attend import attend, attend_reference
 from kvarn.presets import PRESETS
 
@@ -23,10 +22,9 @@ def kernel(request, device, monkeypatch):
 def check(case: Case, device: str, logit_cap: float = 0.0) -> None:
     store_and_seal(case)
     scale = case.layer.config.rotation_norm  # 1 / sqrt(head_dim)
-    exact = RotatedRows(case.rotated.q.double(), case.rotated.k, case.rotated.v)
-    want, want_lse = attend_reference(exact, case.layer, case.step, scale, logit_cap)
+    want, want_lse = attend_reference(case.q.double(), case.rotated, case.layer, case.step, scale, logit_cap)
     on_device = to_device(case, device)
-    got, lse = attend(on_device.rotated, on_device.layer, on_device.step, scale, logit_cap)
+    got, lse = attend(on_device.q, on_device.rotated, on_device.layer, on_device.step, scale, logit_cap)
     assert torch.isfinite(got).all()
     assert relative_rms(got, want) < ATTEND_RMS[got.dtype]
     assert relative_max(got, want) < ATTEND_MAX[got.dtype]
@@ -80,7 +78,7 @@ def test_batch_invariant_rows_are_the_same_alone_and_in_a_batch(lengths, new, de
     results = []
     for requests in (1, 2, len(lengths)):
         part = to_device(without_others(case, requests), device)
-        out, lse = attend(part.rotated, part.layer, part.step, case.layer.config.rotation_norm)
+        out, lse = attend(part.q, part.rotated, part.layer, part.step, case.layer.config.rotation_norm)
         results.append((out[: new[0]].cpu(), lse[: new[0]].cpu()))
     assert all(torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1]) for out, lse in results)
 

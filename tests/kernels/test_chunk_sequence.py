@@ -18,12 +18,14 @@ ROWS = 40
 PAGES = 64
 
 
-def on_cpu(layer: LayerCache, step: Step, rotated: RotatedRows) -> tuple[RotatedRows, LayerCache, Step]:
+def on_cpu(
+    q: torch.Tensor, rotated: RotatedRows, layer: LayerCache, step: Step
+) -> tuple[torch.Tensor, RotatedRows, LayerCache, Step]:
     """Copy what the reference needs; queries in float64."""
     tensors = {name: getattr(step, name) for name in Step.__dataclass_fields__}
     moved = {name: x.cpu() if isinstance(x, torch.Tensor) else x for name, x in tensors.items()}
-    exact = RotatedRows(rotated.q.cpu().double(), rotated.k.cpu(), rotated.v.cpu())
-    return exact, LayerCache(layer.config, layer.records.cpu(), layer.tails.cpu(), layer.sinks.cpu()), Step(**moved)
+    copied = LayerCache(layer.config, layer.records.cpu(), layer.tails.cpu(), layer.sinks.cpu())
+    return q.cpu().double(), RotatedRows(rotated.k.cpu(), rotated.v.cpu()), copied, Step(**moved)
 
 
 @pytest.mark.parametrize("group", [4, 6])
@@ -50,11 +52,11 @@ def test_every_chunk_of_a_prefill_matches_the_reference(group, device, dtype):
             state, ints(ROWS - 1), ints(chunk * size), ints((chunk + 1) * size), tags, table, group, size
         )
         heads = (KV_HEADS * group, KV_HEADS, KV_HEADS)
-        rows = [torch.randn(size, n, head_dim, generator=generator).to(device, dtype) for n in heads]
-        rotated = rotate_rows(*rows, layer, step, store=False)
+        q, k, v = (torch.randn(size, n, head_dim, generator=generator).to(device, dtype) for n in heads)
+        rotated = rotate_rows(k, v, layer, step, store=False)
         seal(rotated, layer, step)
-        got, _ = attend(rotated, layer, step, config.rotation_norm)
-        want, _ = attend_reference(*on_cpu(layer, step, rotated), config.rotation_norm)
+        got, _ = attend(q, rotated, layer, step, config.rotation_norm)
+        want, _ = attend_reference(*on_cpu(q, rotated, layer, step), config.rotation_norm)
         assert relative_rms(got, want) < ATTEND_RMS[dtype]
         store_tail(rotated, layer, step)
     assert int(state.own_start[ROWS - 1]) == 0

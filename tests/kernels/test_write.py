@@ -15,29 +15,29 @@ from kvarn.presets import PRESETS
 def test_rotation_matches_reference(head_dim, device, dtype):
     case = make_case([10, 3], [5, 30], head_dim=head_dim, dtype=dtype)
     moved = to_device(case, device)
-    got = rotate_rows(moved.q, moved.k, moved.v, moved.layer, moved.step, store=False)
-    want = rotate_rows_reference(case.q, case.k, case.v)
-    assert relative_rms(got.q, want.q) < 1e-6
-    assert relative_rms(got.k, want.k) < 1e-4
+    got = rotate_rows(moved.k, moved.v, moved.layer, moved.step, store=False)
+    want = rotate_rows_reference(case.k, case.v)
+    assert torch.equal(got.k.cpu(), want.k)
     assert relative_rms(got.v, want.v) < 1e-4
+    if head_dim & (head_dim - 1) == 0:  # sums in the reference's order
+        assert torch.equal(got.v.cpu(), want.v)
 
 
 def test_rotation_takes_strided_rows(device):
     case = to_device(make_case([10], [33]), device)
-    fused = torch.cat((case.q, case.k, case.v), dim=1)
-    q, k, v = fused.split([case.q.shape[1], case.k.shape[1], case.v.shape[1]], dim=1)
-    got = rotate_rows(q, k, v, case.layer, case.step, store=False)
-    want = rotate_rows(case.q, case.k, case.v, case.layer, case.step, store=False)
-    assert torch.equal(got.q, want.q)
+    k, v = torch.cat((case.k, case.v), dim=1).split([case.k.shape[1], case.v.shape[1]], dim=1)
+    got = rotate_rows(k, v, case.layer, case.step, store=False)
+    want = rotate_rows(case.k, case.v, case.layer, case.step, store=False)
     assert torch.equal(got.k, want.k)
     assert torch.equal(got.v, want.v)
 
 
-def test_a_row_gets_the_same_bits_in_any_batch(device, dtype):
-    case = to_device(make_case([0], [100], dtype=dtype, head_dim=128), device)
-    whole = rotate_rows(case.q, case.k, case.v, case.layer, case.step, store=False)
-    for begin, end in ((0, 1), (37, 38), (50, 71)):
-        part = (x[begin:end] for x in (case.q, case.k, case.v))
+@pytest.mark.parametrize("head_dim", [96, 128])
+def test_a_row_gets_the_same_bits_in_any_batch(head_dim, device, dtype):
+    case = to_device(make_case([0], [600], dtype=dtype, head_dim=head_dim), device)
+    whole = rotate_rows(case.k, case.v, case.layer, case.step, store=False)
+    for begin, end in ((0, 1), (37, 38), (50, 571)):
+        part = (x[begin:end] for x in (case.k, case.v))
         got = rotate_rows(*part, case.layer, case.step, store=False)
         assert torch.equal(got.k, whole.k[begin:end])
         assert torch.equal(got.v, whole.v[begin:end])
@@ -55,7 +55,7 @@ def test_store_tail_matches_reference(lengths, new, device, dtype):
 
 def test_decode_stores_in_the_launch_that_rotates(device, dtype):
     case = to_device(make_case([300, 2, 127], [1, 1, 1], dtype=dtype), device)
-    rotated = rotate_rows(case.q, case.k, case.v, case.layer, case.step, store=True)
+    rotated = rotate_rows(case.k, case.v, case.layer, case.step, store=True)
     stored = case.layer.tails.clone(), case.layer.sinks.clone()
     store_tail(rotated, case.layer, case.step)
     assert torch.equal(stored[0].nan_to_num(7.0), case.layer.tails.nan_to_num(7.0))

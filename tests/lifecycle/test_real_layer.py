@@ -18,7 +18,7 @@ from lifecycle_world import GROUP, SETTINGS, TILE, Setting, World
 from kvarn.core.append import RotatedRows, rotate_rows
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, allocate_layer
-from kvarn.core.hadamard import rotate
+from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.reference import decode_record, softmax_attention
 from kvarn.core.seal import seal
 from kvarn.core.step import Step, chunk_step, record_end
@@ -72,7 +72,7 @@ class CleanLayer:
         one, zero, length = (torch.tensor([n], dtype=torch.int32, device=DEVICE) for n in (1, 0, len(tags)))
         table = torch.ones(1, -(-len(tags) // TILE), dtype=torch.int32, device=DEVICE)
         step, _ = chunk_step(state, one, zero, length, owner_tags(["x"]).to(DEVICE), table, GROUP, len(tags))
-        return rotate_rows(*stack(tags), layer, step, store=False), layer, step
+        return rotate_rows(*stack(tags)[1:], layer, step, store=False), layer, step
 
 
 class LiveWorld(World):
@@ -132,7 +132,7 @@ class LiveWorld(World):
         is_raw = (at >= ends[:, None]) | (at < sinks)
         visible = torch.cat((is_raw, ~is_raw[:, : tiles * TILE]), dim=1)
         visible &= torch.cat((at, at[: tiles * TILE])) <= position[:, None]
-        q = raw.q[request.computed :].double()
+        q = rotate_keys(stack(request.tags[request.computed : length])[0].double())
         want, _ = softmax_attention(q, *(x.double() for x in kv), visible, SCALE)
         off = out.double() - rotate(want, inverse=True)
         norm = want.square().mean().sqrt()

@@ -101,7 +101,7 @@ class Replay:
     def write(self, batch: Sequence[tuple[int, int]], *, decode: bool) -> None:
         """Do all of a step but its attention."""
         step, index = self.step(batch, decode=decode)
-        rotated = rotate_rows(*(x[index] for x in self.rows), self.layer, step, store=step.rows_in_ring)
+        rotated = rotate_rows(*(x[index] for x in self.rows[1:]), self.layer, step, store=step.rows_in_ring)
         seal(rotated, self.layer, step)
         if not step.rows_in_ring:
             store_tail(rotated, self.layer, step)

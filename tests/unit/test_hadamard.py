@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from kvarn.core.hadamard import rotate, sign_matrix
+from kvarn.core.hadamard import rotate, rotate_keys, sign_matrix
 from kvarn.core.layout import HEAD_DIMS
 
 every_dim = pytest.mark.parametrize("head_dim", HEAD_DIMS)
@@ -86,3 +86,14 @@ def test_nan_stays_in_its_row() -> None:
 def test_impossible_head_dim_is_refused(head_dim: int) -> None:
     with pytest.raises(ValueError, match=f"head_dim {head_dim} has no Hadamard matrix"):
         sign_matrix(head_dim)
+
+
+@every_dim
+def test_keys_are_rotated_in_fours(head_dim: int) -> None:
+    """Channel i with i + D/4, i + D/2 and i + 3D/4, by the matrix of order four, which is its own inverse."""
+    x = torch.randn(3, head_dim, dtype=torch.float64, generator=torch.Generator().manual_seed(head_dim))
+    quarter = head_dim // 4
+    matrix = torch.kron(sign_matrix(4).double(), torch.eye(quarter, dtype=torch.float64)) / 2
+    assert torch.allclose(rotate_keys(x), x @ matrix, rtol=0, atol=1e-13)
+    assert torch.allclose(rotate_keys(rotate_keys(x)), x, rtol=0, atol=1e-13)
+    assert rotate_keys(x.half()).dtype == torch.float32

@@ -9,27 +9,28 @@ import torch
 
 from kvarn.core.cache import CacheConfig, allocate_layer, layer_bytes
 from kvarn.core.layout import FORMAT_VERSION, HEAD_DIMS, Field, TileLayout
-from kvarn.core.reference import QuantisedTile, pack_codes, pack_record, unpack_codes, unpack_record
+from kvarn.core.reference import QuantisedRows, pack_codes, pack_record, unpack_codes, unpack_record
 from kvarn.presets import PRESETS, get_preset
 
 LAYOUTS = {f"{name}-d{dim}": TileLayout.of(preset, dim) for name, preset in PRESETS.items() for dim in HEAD_DIMS}
 every_layout = pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS)
-VECTORS = ("k_scale", "k_offset", "k_token", "v_scale", "v_offset", "v_channel")
+VECTORS = ("k_scale", "k_offset", "v_scale", "v_offset")
 
-# Bytes of K and V of one head's tile, from the published sizes: (head_dim, tile, key bits, value bits).
+# Bytes of K and V of one head's tile: (head_dim, tile, key bits, value bits). Codes, and 4 bytes for each of
+# head_dim channels a group of 64 tokens and for each token.
 KNOWN_BYTES = {
     (128, 128, 2, 2): 9_728, (128, 128, 4, 2): 13_824, (128, 128, 3, 3): 13_824, (128, 128, 4, 3): 15_872,
-    (128, 128, 4, 4): 17_920, (128, 128, 8, 4): 26_112, (128, 64, 2, 2): 5_248, (128, 64, 4, 2): 7_296,
-    (128, 64, 4, 4): 9_344, (64, 128, 4, 2): 7_296, (64, 64, 4, 2): 3_840, (256, 128, 2, 2): 18_688,
-    (256, 128, 4, 2): 26_880, (256, 128, 4, 4): 35_072, (256, 64, 4, 2): 14_208, (256, 64, 4, 4): 18_304,
-    (512, 128, 4, 2): 52_992, (512, 128, 4, 4): 69_376,
+    (128, 128, 4, 4): 17_920, (128, 128, 8, 4): 26_112, (128, 64, 2, 2): 4_864, (128, 64, 4, 2): 6_912,
+    (128, 64, 4, 4): 8_960, (64, 128, 4, 2): 7_168, (64, 64, 4, 2): 3_584, (256, 128, 2, 2): 18_944,
+    (256, 128, 4, 2): 27_136, (256, 128, 4, 4): 35_328, (256, 64, 4, 2): 13_568, (256, 64, 4, 4): 17_664,
+    (512, 128, 4, 2): 53_760, (512, 128, 4, 4): 70_144,
 }  # fmt: skip
 
 
 def lengths(layout: TileLayout) -> dict[str, int]:
     """Elements of each vector."""
-    channels, tokens = layout.head_dim, layout.tile_tokens
-    return dict(zip(VECTORS, (channels, channels, tokens, tokens, tokens, channels), strict=True))
+    keys, tokens = layout.key_groups * layout.head_dim, layout.tile_tokens
+    return dict(zip(VECTORS, (keys, keys, tokens, tokens), strict=True))
 
 
 def offsets(layout: TileLayout) -> dict[str, int]:
@@ -54,16 +55,15 @@ def read_code(record: bytes, fields: tuple[Field, ...], row: int, lane: int) -> 
     return code
 
 
-def random_tile(layout: TileLayout, seed: int) -> tuple[QuantisedTile, QuantisedTile]:
+def random_tile(layout: TileLayout, seed: int) -> tuple[QuantisedRows, QuantisedRows]:
     """Random codes with every extreme among them, and random vectors."""
     generator = torch.Generator().manual_seed(seed)
     tiles = []
-    shapes = ((layout.head_dim, layout.tile_tokens), (layout.tile_tokens, layout.head_dim))
-    for (rows, cols), bits in zip(shapes, (layout.key_bits, layout.value_bits), strict=True):
-        codes = torch.randint(0, 2**bits, (rows, cols), generator=generator, dtype=torch.int32)
-        codes[0], codes[1], codes[:, 0], codes[2, ::2] = 0, 2**bits - 1, 2**bits - 1, 0
-        scale, offset = (torch.randn(rows, generator=generator).half() for _ in range(2))
-        tiles.append(QuantisedTile(codes, scale, offset, torch.randn(cols, generator=generator).half()))
+    keys = (layout.key_groups, layout.head_dim, layout.tile_tokens // layout.key_groups)
+    for shape, bits in ((keys, layout.key_bits), ((layout.tile_tokens, layout.head_dim), layout.value_bits)):
+        codes = torch.randint(0, 2**bits, shape, generator=generator, dtype=torch.int32)
+        codes[..., 0, :], codes[..., 1, :], codes[..., 0], codes[..., 2, ::2] = 0, 2**bits - 1, 2**bits - 1, 0
+        tiles.append(QuantisedRows(codes, *(torch.randn(shape[:-1], generator=generator).half() for _ in range(2))))
     return tiles[0], tiles[1]
 
 
@@ -76,7 +76,7 @@ def test_packed_unpacked_packed_is_the_identity(layout: TileLayout) -> None:
         assert record.shape == (layout.record_bytes,)
         for got, want in zip(unpack_record(record, layout), (key, value), strict=True):
             assert torch.equal(got.codes, want.codes)
-            for name in ("scale", "offset", "across"):
+            for name in ("scale", "offset"):
                 assert torch.equal(getattr(got, name), getattr(want, name))
         assert torch.equal(pack_record(*unpack_record(record, layout), layout), record)
 
@@ -103,10 +103,11 @@ def test_every_constant_code_round_trips(bits: int) -> None:
 def test_codes_stand_where_the_docstring_says(layout: TileLayout) -> None:
     key, value = random_tile(layout, 5)
     record = bytes(pack_record(key, value, layout).tolist())
+    key_codes = key.codes.transpose(-1, -2).flatten(0, 1)
     pick = random.Random(3)
     for _ in range(300):
         token, channel = pick.randrange(layout.tile_tokens), pick.randrange(layout.head_dim)
-        assert read_code(record, layout.key_fields, token, channel) == int(key.codes[channel, token])
+        assert read_code(record, layout.key_fields, token, channel) == int(key_codes[token, channel])
         assert read_code(record, layout.value_fields, channel, token) == int(value.codes[token, channel])
 
 
@@ -114,7 +115,7 @@ def test_codes_stand_where_the_docstring_says(layout: TileLayout) -> None:
 def test_vectors_stand_where_their_offsets_say(layout: TileLayout) -> None:
     key, value = random_tile(layout, 6)
     record = bytes(pack_record(key, value, layout).tolist())
-    parts = (key.scale, key.offset, key.across, value.scale, value.offset, value.across)
+    parts = (key.scale.flatten(), key.offset.flatten(), value.scale, value.offset)
     for vector, (name, offset) in zip(parts, offsets(layout).items(), strict=True):
         assert vector.tolist() == list(struct.unpack_from(f"<{lengths(layout)[name]}e", record, offset))
 
@@ -166,7 +167,7 @@ def test_default_preset_costs_108_bytes_a_token_and_head() -> None:
 
 
 def test_wide_heads_are_not_padded_to_a_power_of_two() -> None:
-    assert TileLayout(256, 128, 4, 4).record_bytes == 274 * 128
+    assert TileLayout(256, 128, 4, 4).record_bytes == 276 * 128
 
 
 def test_cache_beyond_2_gib_is_counted_in_full() -> None:

@@ -2,8 +2,8 @@
 
 Operands are swapped: tokens (for K) or channels (for V) stand on the wide side of the MMA, query columns on the narrow
 one. A *column* is one query head of one query row, so that all heads of a kv head and several query rows share one
-unpacking of a tile. Scales stay outside the inner products: the K channel scale is folded into q, the K token scale
-into the scores, the V token scale into the weights, the V channel scale into the tile's output.
+unpacking of a tile. Scales stay outside the inner products: those of K are folded into q, once for every group of
+tokens, those of V into the weights.
 """
 
 import triton
@@ -11,23 +11,23 @@ import triton.language as tl
 
 from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.chain import wait_for_previous
+from kvarn.core.kernels.hadamard import load_in_fours
 from kvarn.core.kernels.read_rule import record_end
-from kvarn.core.kernels.unpack import BIAS, lane_codes, lane_weights, padded_words, unpack
+from kvarn.core.kernels.unpack import BIAS, lane_codes, lane_weights, one_below_other, padded_words, unpack
 from kvarn.core.kernels.work import share_of, task_at, units_of
 
 _NEVER = tl.constexpr(-1e30)  # a finite "minus infinity" for running maxima: no inf - inf, hence no NaN
 _LOG2E = tl.constexpr(1.4426950408889634)
-# Weights are exp2(x - max + 10): where one token holds nearly all the mass, the others must not fall out of fp16.
-_WEIGHT_SHIFT = tl.constexpr(10.0)
+# Weights are exp2(x - max + 7): where one token holds nearly all the mass, the others must not fall out of fp16.
+_WEIGHT_SHIFT = tl.constexpr(7.0)
 _QUERY_SHIFT = tl.constexpr(6.0)
 
 
 @triton.jit
-def _query_lanes(q_cols, col_ok, q_unit, BITS: tl.constexpr, WORDS: tl.constexpr):
-    """Load q in the order of a key field's lanes: [lanes, columns], float32, divided by q_unit."""
+def _query_lanes(q_cols, col_ok, q_unit, D: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """Load q, rotated, in the order of a key field's lanes: [lanes, columns], float32, divided by q_unit."""
     channel, lane_ok = lane_codes(BITS, WORDS)
-    q = tl.load(q_cols[None, :] + channel[:, None], mask=lane_ok[:, None] & col_ok[None, :], other=0.0)
-    return q / q_unit
+    return load_in_fours(q_cols[None, :], channel[:, None], lane_ok[:, None] & col_ok[None, :], D) / q_unit
 
 
 @triton.jit
@@ -59,14 +59,17 @@ def _load_words(record, rows, OFFSET: tl.constexpr, WORDS: tl.constexpr, ROWS: t
 
 @triton.jit
 def _add_key_field(
-    x, record, q_lanes, BITS: tl.constexpr, LOW_BIT: tl.constexpr, OFFSET: tl.constexpr, WORDS: tl.constexpr,
-    K_SCALE: tl.constexpr, K_OFFSET: tl.constexpr, G: tl.constexpr, USE_ASM: tl.constexpr,
+    x, record, q_lanes, FIRST: tl.constexpr, BITS: tl.constexpr, LOW_BIT: tl.constexpr, OFFSET: tl.constexpr,
+    WORDS: tl.constexpr, K_SCALE: tl.constexpr, K_OFFSET: tl.constexpr, G: tl.constexpr, USE_ASM: tl.constexpr,
 ):  # fmt: skip
-    """Add one field's part of ``q . (code * scale + offset)`` to x, [G, columns]; also return the bias correction."""
+    """Add one field's part of ``q . (code * scale + offset)`` to x, [tokens, columns]; also the bias correction.
+
+    The tokens, from FIRST on, share the scales and offsets at bytes K_SCALE and K_OFFSET.
+    """
     channel, lane_ok = lane_codes(BITS, WORDS)
     padded: tl.constexpr = padded_words(WORDS) != WORDS
     halfs = record.to(tl.pointer_type(tl.float16))
-    words = _load_words(record, tl.arange(0, G), OFFSET, WORDS, G)
+    words = _load_words(record, FIRST + tl.arange(0, x.shape[0]), OFFSET, WORDS, G)
     scale, offset = _load_pair(halfs + K_SCALE // 2 + channel, (K_OFFSET - K_SCALE) // 2, lane_ok, padded)
     scaled = (q_lanes * (scale * lane_weights(BITS, LOW_BIT, WORDS))[:, None]).to(tl.float16)
     x = tl.dot(unpack(words, BITS, USE_ASM), scaled, x)
@@ -74,6 +77,25 @@ def _add_key_field(
     if LOW_BIT == 0:
         correction += q_lanes * offset[:, None]
     return x, tl.sum(correction, axis=0)
+
+
+@triton.jit
+def _group_logits(
+    record, first_lanes, second_lanes, GROUP: tl.constexpr, GROUP_TOKENS: tl.constexpr, K_FIELDS: tl.constexpr,
+    OFFSETS: tl.constexpr, D: tl.constexpr, G: tl.constexpr, USE_ASM: tl.constexpr,
+):  # fmt: skip
+    """Return q . k of one group of a record's tokens, [tokens, columns]."""
+    FIRST: tl.constexpr = GROUP * GROUP_TOKENS
+    SCALE: tl.constexpr = OFFSETS[0] + 2 * GROUP * D
+    OFFSET: tl.constexpr = OFFSETS[1] + 2 * GROUP * D
+    x = tl.zeros((GROUP_TOKENS, first_lanes.shape[1]), tl.float32)
+    x, shift = _add_key_field(x, record, first_lanes, FIRST, K_FIELDS[0][0], K_FIELDS[0][1], K_FIELDS[0][2],
+                              K_FIELDS[0][3], SCALE, OFFSET, G, USE_ASM)  # fmt: skip
+    if len(K_FIELDS) == 2:
+        x, more = _add_key_field(x, record, second_lanes, FIRST, K_FIELDS[1][0], K_FIELDS[1][1], K_FIELDS[1][2],
+                                 K_FIELDS[1][3], SCALE, OFFSET, G, USE_ASM)  # fmt: skip
+        shift += more
+    return x + shift[None, :]
 
 
 @triton.jit
@@ -121,38 +143,31 @@ def _attend_raw(
 @triton.jit
 def _attend_tile(
     m, total, acc, record, first_lanes, second_lanes, q_scale, token_ok, column_ok, K_FIELDS: tl.constexpr,
-    V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, D: tl.constexpr, G: tl.constexpr, SOFTCAP: tl.constexpr,
-    MASK_COLUMNS: tl.constexpr, USE_ASM: tl.constexpr,
+    V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, GROUP_TOKENS: tl.constexpr, D: tl.constexpr, G: tl.constexpr,
+    SOFTCAP: tl.constexpr, MASK_COLUMNS: tl.constexpr, USE_ASM: tl.constexpr,
 ):  # fmt: skip
     """Fold one record into the running softmax. token_ok: [G]; column_ok: [columns], looked at with MASK_COLUMNS."""
     tokens = tl.arange(0, G)
-    channels = tl.arange(0, acc.shape[0])
     halfs = record.to(tl.pointer_type(tl.float16))
-    x = tl.zeros((G, acc.shape[1]), tl.float32)
-    x, shift = _add_key_field(x, record, first_lanes, K_FIELDS[0][0], K_FIELDS[0][1], K_FIELDS[0][2],
-                              K_FIELDS[0][3], OFFSETS[0], OFFSETS[1], G, USE_ASM)  # fmt: skip
-    if len(K_FIELDS) == 2:
-        x, more = _add_key_field(x, record, second_lanes, K_FIELDS[1][0], K_FIELDS[1][1], K_FIELDS[1][2],
-                                 K_FIELDS[1][3], OFFSETS[0], OFFSETS[1], G, USE_ASM)  # fmt: skip
-        shift += more
-    # with what stands before it, which is thrown away
-    _, k_token = _load_pair(halfs + OFFSETS[2] // 2 - G + tokens, G, tokens >= 0, False)
-    x = _cap((x + shift[None, :]) * (k_token * q_scale)[:, None], SOFTCAP)
+    x = _group_logits(record, first_lanes, second_lanes, 0, GROUP_TOKENS, K_FIELDS, OFFSETS, D, G, USE_ASM)
+    if G > GROUP_TOKENS:
+        after = _group_logits(record, first_lanes, second_lanes, 1, GROUP_TOKENS, K_FIELDS, OFFSETS, D, G, USE_ASM)
+        x = one_below_other(x, after)
+    x = _cap(x * q_scale, SOFTCAP)
     x += tl.where(token_ok, 0.0, float("-inf"))[:, None]
     if MASK_COLUMNS:
         x = tl.where(column_ok[None, :], x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, axis=0))
     decay = tl.exp2(m - m_new)
     weights = tl.exp2(x - (m_new - _WEIGHT_SHIFT)[None, :])
-    v_scale, v_offset = _load_pair(halfs + OFFSETS[3] // 2 + tokens, (OFFSETS[4] - OFFSETS[3]) // 2, tokens >= 0, False)
-    _, v_channel = _load_pair(halfs + OFFSETS[5] // 2 - D + channels, D, channels < D, channels.shape[0] != D)
+    v_scale, v_offset = _load_pair(halfs + OFFSETS[2] // 2 + tokens, (OFFSETS[3] - OFFSETS[2]) // 2, tokens >= 0, False)
     shift = weights * v_offset[:, None]
     o = tl.zeros((acc.shape[0], acc.shape[1]), tl.float32)
     for f in tl.static_range(len(V_FIELDS)):
         o, more = _add_value_field(o, record, weights, v_scale, V_FIELDS[f][0], V_FIELDS[f][1], V_FIELDS[f][2],
                                    V_FIELDS[f][3], D, USE_ASM)  # fmt: skip
         shift += more
-    acc = acc * decay[None, :] + (o + tl.sum(shift, axis=0)[None, :]) * v_channel[:, None]
+    acc = acc * decay[None, :] + o + tl.sum(shift, axis=0)[None, :]
     return m_new, total * decay + tl.sum(weights, axis=0), acc
 
 
@@ -161,14 +176,15 @@ def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
     task_request_ptr, task_row_ptr, work_end_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
     query_start_ptr, block_table_ptr, partial_ptr, partial_lse_ptr, scale, tasks,
-    q_heads, record_block_stride, record_tile_stride, record_head_stride, tail_row_stride, tail_kv_stride,
-    tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride, chunk_head_stride,
-    block_table_stride,
+    q_token_stride, q_head_stride, record_block_stride, record_tile_stride, record_head_stride, tail_row_stride,
+    tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride,
+    chunk_head_stride, block_table_stride,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr,
-    SINK: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, SOFTCAP: tl.constexpr,
-    ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr, RAW_BLOCK: tl.constexpr, TASK_BLOCK: tl.constexpr,
-    SHARE: tl.constexpr, STAGES: tl.constexpr, USE_ASM: tl.constexpr, CHAINED: tl.constexpr,
+    SINK: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr,
+    GROUP_TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr,
+    RAW_BLOCK: tl.constexpr, TASK_BLOCK: tl.constexpr, SHARE: tl.constexpr, STAGES: tl.constexpr,
+    USE_ASM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program attends an equal stretch of all tasks' shares, for one kv head. Grid: (programs, kv_heads).
 
@@ -213,9 +229,9 @@ def attend_kernel(
         committed = length if CANONICAL else prefix
         record_stop = tl.where(col_ok, record_end(committed, position, own_start, TAIL, G), 0)
 
-        q_cols = q_ptr + ((query_start + row).to(tl.int64) * q_heads + head * GROUP + column % GROUP) * D
-        q_mask = (channels < D)[:, None] & col_ok[None, :]
-        q_full = tl.load(q_cols[None, :] + channels[:, None], mask=q_mask, other=0.0)
+        q_cols = q_ptr + (query_start + row).to(tl.int64) * q_token_stride
+        q_cols += (head * GROUP + column % GROUP) * q_head_stride
+        q_full = load_in_fours(q_cols[None, :], channels[:, None], (channels < D)[:, None] & col_ok[None, :], D)
         # A power of two that brings the largest to about 64, so that q times a scale stays well inside fp16. Columns
         # far below it are rounded more coarsely, but their logits move by no more than those of the largest do.
         q_unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q_full)), 1e-30))) - _QUERY_SHIFT)
@@ -225,10 +241,10 @@ def attend_kernel(
         acc = tl.zeros((DP, COLUMNS), tl.float32)
 
         sinks = SINK if sink_slot >= 0 else 0
-        first_lanes = _query_lanes(q_cols, col_ok, q_unit, K_FIELDS[0][0], K_FIELDS[0][3])
+        first_lanes = _query_lanes(q_cols, col_ok, q_unit, D, K_FIELDS[0][0], K_FIELDS[0][3])
         second_lanes = first_lanes
         if len(K_FIELDS) == 2 and padded_words(K_FIELDS[1][3]) != K_FIELDS[1][3]:
-            second_lanes = _query_lanes(q_cols, col_ok, q_unit, K_FIELDS[1][0], K_FIELDS[1][3])
+            second_lanes = _query_lanes(q_cols, col_ok, q_unit, D, K_FIELDS[1][0], K_FIELDS[1][3])
         table = block_table_ptr + request.to(tl.int64) * block_table_stride
         for tile in tl.range(begin, tl.minimum(end, tiles), num_stages=STAGES):
             record = find_record(
@@ -237,7 +253,8 @@ def attend_kernel(
             )  # fmt: skip
             m, total, acc = _attend_tile(
                 m, total, acc, record, first_lanes, second_lanes, q_scale, tile * G + tokens >= sinks,
-                (tile + 1) * G <= record_stop, K_FIELDS, V_FIELDS, OFFSETS, D, G, SOFTCAP, ROWS > 1, USE_ASM,
+                (tile + 1) * G <= record_stop, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, D, G, SOFTCAP, ROWS > 1,
+                USE_ASM,
             )  # fmt: skip
 
         q_full = q_full / q_unit

@@ -4,26 +4,10 @@ import triton
 import triton.language as tl
 
 from kvarn.core.kernels.chain import wait_for_previous
+from kvarn.core.kernels.hadamard import hadamard
 from kvarn.core.kernels.work import program_of
 
 _LN2 = tl.constexpr(0.6931471805599453)
-
-
-@triton.constexpr_function
-def _stages(width):
-    return width.bit_length() - 1
-
-
-@triton.jit
-def _hadamard(x):
-    """Multiply the rows of x, [R, D], by Sylvester's matrix of +1 and -1; D is a power of two."""
-    R: tl.constexpr = x.shape[0]
-    D: tl.constexpr = x.shape[1]
-    for stage in tl.static_range(_stages(D)):
-        pairs = tl.permute(tl.reshape(x, (R, D // (2 << stage), 2, 1 << stage)), (0, 1, 3, 2))
-        low, high = tl.split(pairs)
-        x = tl.reshape(tl.permute(tl.join(low + high, low - high), (0, 1, 3, 2)), (R, D))
-    return x
 
 
 @triton.jit
@@ -79,7 +63,7 @@ def combine_kernel(
         m = m_new
     acc = acc / tl.maximum(total, 1e-37)[:, None]
     if D == DP:
-        out = _hadamard(acc)
+        out = hadamard(acc)
     else:
         mask = channel_ok[:, None] & channel_ok[None, :]
         signs = tl.load(signs_ptr + channels[:, None] * D + channels[None, :], mask=mask, other=0.0)

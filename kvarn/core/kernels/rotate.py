@@ -1,39 +1,22 @@
-"""Rotate the rows of a step: queries to float32, keys and values to the model dtype, optionally into the ring."""
+"""Rotate the keys and values of a step and round them to the model dtype, optionally into ring and sinks too."""
 
 import triton
 import triton.language as tl
 
 from kvarn.core.kernels.chain import wait_for_previous
+from kvarn.core.kernels.hadamard import hadamard, load_in_fours
 
 # The largest number that is finite in fp16 and exact in bf16: rotated rows are clamped to it.
 _RAW_MAX = tl.constexpr(65280.0)
 
 
 @triton.jit
-def rotate_kernel(
-    q_ptr, k_ptr, v_ptr, signs_ptr, q_out_ptr, k_out_ptr, v_out_ptr, tails_ptr, sinks_ptr,
-    token_request_ptr, token_position_ptr, rows_ptr, sink_slot_ptr, num_tokens,
-    q_token_stride, q_head_stride, k_token_stride, k_head_stride, v_token_stride, v_head_stride,
-    tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride,
-    Q_HEADS: tl.constexpr, KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr,
-    RING: tl.constexpr, SINK: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
-    CHAINED: tl.constexpr,
-):  # fmt: skip
-    """Grid: (blocks of tokens, q heads + 2 kv heads). Outputs are contiguous [tokens, heads, D]."""
-    wait_for_previous(CHAINED)
-    head = tl.program_id(1)
-    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    token_ok = token < num_tokens
-    wide = token.to(tl.int64)
+def _rotate_by_matrix(
+    in_ptrs, signs_ptr, token_ok, D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr
+):
+    """Load rows [BLOCK, DP] and multiply them by a +1/-1 matrix [D, D], of which CHUNK rows are held at a time."""
     channels = tl.arange(0, DP)
     channel_ok = channels < D
-    mask = token_ok[:, None] & channel_ok[None, :]
-    if head < Q_HEADS:
-        in_ptrs = q_ptr + wide * q_token_stride + head * q_head_stride
-    elif head < Q_HEADS + KV_HEADS:
-        in_ptrs = k_ptr + wide * k_token_stride + (head - Q_HEADS) * k_head_stride
-    else:
-        in_ptrs = v_ptr + wide * v_token_stride + (head - Q_HEADS - KV_HEADS) * v_head_stride
     y = tl.zeros((BLOCK, DP), tl.float32)
     for start in tl.static_range(0, DP, CHUNK):
         part = start + tl.arange(0, CHUNK)
@@ -43,25 +26,50 @@ def rotate_kernel(
             signs_ptr + part[:, None] * D + channels[None, :], mask=part_ok[:, None] & channel_ok[None, :], other=0.0
         )
         y = tl.dot(x, signs, y)
-    y *= NORM
-    if head < Q_HEADS:
-        q_ptrs = q_out_ptr + (wide * Q_HEADS + head) * D
-        tl.store(q_ptrs[:, None] + channels[None, :], y, mask=mask)
+    return y
+
+
+@triton.jit
+def rotate_kernel(
+    k_ptr, v_ptr, signs_ptr, k_out_ptr, v_out_ptr, tails_ptr, sinks_ptr,
+    token_request_ptr, token_position_ptr, rows_ptr, sink_slot_ptr, num_tokens,
+    k_token_stride, k_head_stride, v_token_stride, v_head_stride,
+    tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride,
+    KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr,
+    RING: tl.constexpr, SINK: tl.constexpr, STORE: tl.constexpr, BLOCK: tl.constexpr, CHUNK: tl.constexpr,
+    CHAINED: tl.constexpr,
+):  # fmt: skip
+    """Grid: (blocks of tokens, 2 kv heads): keys, then values. Outputs are contiguous [tokens, kv heads, D].
+
+    signs: [D, D] in the dtype of v, looked at where D is no power of two, and BLOCK is 16 then.
+    """
+    wait_for_previous(CHAINED)
+    which = tl.program_id(1) // KV_HEADS  # 0 for keys, 1 for values
+    head = tl.program_id(1) % KV_HEADS
+    token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    token_ok = token < num_tokens
+    wide = token.to(tl.int64)
+    channels = tl.arange(0, DP)
+    mask = token_ok[:, None] & (channels < D)[None, :]
+    if which == 0:
+        in_ptrs = k_ptr + wide * k_token_stride + head * k_head_stride
+        y = load_in_fours(in_ptrs[:, None], channels[None, :], mask, D)
+        out_ptrs = k_out_ptr + (wide * KV_HEADS + head) * D
     else:
-        which = (head - Q_HEADS) // KV_HEADS  # 0 for keys, 1 for values
-        kv_head = (head - Q_HEADS) % KV_HEADS
-        raw = tl.minimum(tl.maximum(y, -_RAW_MAX), _RAW_MAX).to(k_out_ptr.dtype.element_ty)
-        if which == 0:
-            out_ptrs = k_out_ptr + (wide * KV_HEADS + kv_head) * D
+        in_ptrs = v_ptr + wide * v_token_stride + head * v_head_stride
+        if D == DP:
+            y = hadamard(tl.load(in_ptrs[:, None] + channels[None, :], mask=mask, other=0.0).to(tl.float32)) * NORM
         else:
-            out_ptrs = v_out_ptr + (wide * KV_HEADS + kv_head) * D
-        tl.store(out_ptrs[:, None] + channels[None, :], raw, mask=mask)
-        if STORE:
-            store_rows(
-                raw, token, token_ok, token_ok, which, kv_head, tails_ptr, sinks_ptr, token_request_ptr,
-                token_position_ptr, rows_ptr, sink_slot_ptr, tail_row_stride, tail_kv_stride, tail_head_stride,
-                sink_slot_stride, sink_kv_stride, sink_head_stride, D, RING, SINK,
-            )  # fmt: skip
+            y = _rotate_by_matrix(in_ptrs, signs_ptr, token_ok, D, DP, BLOCK, CHUNK) * NORM
+        out_ptrs = v_out_ptr + (wide * KV_HEADS + head) * D
+    raw = tl.minimum(tl.maximum(y, -_RAW_MAX), _RAW_MAX).to(k_out_ptr.dtype.element_ty)
+    tl.store(out_ptrs[:, None] + channels[None, :], raw, mask=mask)
+    if STORE:
+        store_rows(
+            raw, token, token_ok, token_ok, which, head, tails_ptr, sinks_ptr, token_request_ptr, token_position_ptr,
+            rows_ptr, sink_slot_ptr, tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride,
+            sink_kv_stride, sink_head_stride, D, RING, SINK,
+        )  # fmt: skip
 
 
 @triton.jit

@@ -137,6 +137,14 @@ def side_by_side(a, b):
 
 
 @triton.jit
+def one_below_other(a, b):
+    """Concatenate two [R, N] along their first axis."""
+    R: tl.constexpr = a.shape[0]
+    N: tl.constexpr = a.shape[1]
+    return tl.reshape(tl.permute(tl.join(a, b), (2, 0, 1)), (2 * R, N))
+
+
+@triton.jit
 def unpack(words, BITS: tl.constexpr, USE_ASM: tl.constexpr):
     """Return ``1024 + code * 2**position`` of every lane.
 

@@ -22,13 +22,14 @@ from kvarn.core.kernels.gluon.layouts import (
     rows_copy_layout,
 )
 from kvarn.core.kernels.gluon.record import allocate_half, copy_half, key_logits, weigh_values
+from kvarn.core.kernels.hadamard import load_in_fours
 from kvarn.core.kernels.read_rule import record_end
 from kvarn.core.kernels.work import share_of, units_of
 
 # As in kernels.attend.
 _NEVER = gl.constexpr(-1e30)
 _LOG2E = gl.constexpr(1.4426950408889634)
-_WEIGHT_SHIFT = gl.constexpr(10.0)
+_WEIGHT_SHIFT = gl.constexpr(7.0)
 _QUERY_SHIFT = gl.constexpr(6.0)
 
 
@@ -41,10 +42,10 @@ def _cap(x, SOFTCAP: gl.constexpr):
 
 @gluon.jit
 def _load_query(
-    q_ptr, query_start, first_row, query_rows, q_heads, head, q_parts, K_FIELDS: gl.constexpr, GROUP: gl.constexpr,
-    ROWS: gl.constexpr, warps: gl.constexpr,
+    q_ptr, query_start, first_row, query_rows, token_stride, head_stride, head, q_parts, K_FIELDS: gl.constexpr,
+    GROUP: gl.constexpr, ROWS: gl.constexpr, warps: gl.constexpr,
 ):  # fmt: skip
-    """Bring a task's queries to shared memory: rounded to fp16, and what that leaves. Return what divided them.
+    """Rotate a task's queries into shared memory: rounded to fp16, and what that leaves. Return what divided them.
 
     q_parts: [2, D, columns]. The divisor is a power of two that brings the largest to about 64, so that q times a scale
     stays well inside fp16.
@@ -55,9 +56,9 @@ def _load_query(
     column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, right))
     row = first_row + column // GROUP
     ok = (column < ROWS * GROUP) & (row < query_rows)
-    at = ((query_start + row).to(gl.int64) * q_heads + head * GROUP + column % GROUP) * D
+    at = (query_start + row).to(gl.int64) * token_stride + (head * GROUP + column % GROUP) * head_stride
     channel = gl.arange(0, D, layout=gl.SliceLayout(1, right))
-    q = gl.load(q_ptr + at[None, :] + channel[:, None], mask=ok[None, :], other=0.0)
+    q = load_in_fours(q_ptr + at[None, :], channel[:, None], ok[None, :], D)
     largest = gl.max(gl.max(gl.abs(q), axis=0), axis=0)
     unit = gl.exp2(gl.ceil(gl.log2(gl.maximum(largest, 1e-30))) - _QUERY_SHIFT)
     q = q / unit
@@ -71,8 +72,8 @@ def _load_query(
 def _attend_records(
     records_ptr, table, begin, stop, sinks, record_stop, head, q_parts, q_scale, block_stride, tile_stride, head_stride,
     D: gl.constexpr, G: gl.constexpr, TILES: gl.constexpr, K_FIELDS: gl.constexpr, V_FIELDS: gl.constexpr,
-    OFFSETS: gl.constexpr, SOFTCAP: gl.constexpr, MASK_COLUMNS: gl.constexpr, STAGES: gl.constexpr,
-    warps: gl.constexpr,
+    OFFSETS: gl.constexpr, GROUP_TOKENS: gl.constexpr, SOFTCAP: gl.constexpr, MASK_COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr, warps: gl.constexpr,
 ):  # fmt: skip
     """Attend tiles begin to stop of a request from their records. Return running maximum, sum and output.
 
@@ -82,10 +83,10 @@ def _attend_records(
     COLUMNS: gl.constexpr = q_parts.shape[2]
     mma: gl.constexpr = mma_layout(warps)
     v_right: gl.constexpr = gl.DotOperandLayout(1, mma, operand_width(V_FIELDS))
-    K_OFFSETS: gl.constexpr = (OFFSETS[0], OFFSETS[1], OFFSETS[2])
-    V_OFFSETS: gl.constexpr = (OFFSETS[3], OFFSETS[4], OFFSETS[5])
-    k_words, k_vectors = allocate_half(K_FIELDS, G, (D, D, G), STAGES)
-    v_words, v_vectors = allocate_half(V_FIELDS, D, (G, G, D), STAGES)
+    K_OFFSETS: gl.constexpr = (OFFSETS[0], OFFSETS[1])
+    V_OFFSETS: gl.constexpr = (OFFSETS[2], OFFSETS[3])
+    k_words, k_vectors = allocate_half(K_FIELDS, G, G // GROUP_TOKENS * D, STAGES)
+    v_words, v_vectors = allocate_half(V_FIELDS, D, G, STAGES)
     for i in gl.static_range(STAGES):
         if begin + i < stop:
             page = gl.load(table + begin + i)
@@ -107,7 +108,7 @@ def _attend_records(
         record = find_record(records_ptr, page, head, block_stride, tile_stride, head_stride, TILES)
         page = gl.load(table + gl.minimum(tile + STAGES + 1, stop - 1))
         async_copy.wait_group(2 * STAGES - 1)
-        x = key_logits(k_words, k_vectors, slot, q_parts, K_FIELDS, G, warps)
+        x = key_logits(k_words, k_vectors, slot, q_parts, K_FIELDS, G, GROUP_TOKENS, warps)
         if tile + STAGES < stop:
             copy_half(k_words, k_vectors, record, slot, K_FIELDS, K_OFFSETS, warps)
         async_copy.commit_group()
@@ -256,14 +257,15 @@ def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
     task_request_ptr, task_row_ptr, work_end_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
     query_start_ptr, block_table_ptr, partial_ptr, partial_lse_ptr, scale, tasks,
-    q_heads, record_block_stride, record_tile_stride, record_head_stride, tail_row_stride, tail_kv_stride,
-    tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride, chunk_head_stride,
-    block_table_stride,
+    q_token_stride, q_head_stride, record_block_stride, record_tile_stride, record_head_stride, tail_row_stride,
+    tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride,
+    chunk_head_stride, block_table_stride,
     GROUP: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr,
     D: gl.constexpr, DP: gl.constexpr, G: gl.constexpr, RING: gl.constexpr, TILES: gl.constexpr, TAIL: gl.constexpr,
-    SINK: gl.constexpr, K_FIELDS: gl.constexpr, V_FIELDS: gl.constexpr, OFFSETS: gl.constexpr, SOFTCAP: gl.constexpr,
-    ROWS_IN_RING: gl.constexpr, CANONICAL: gl.constexpr, RAW_BLOCK: gl.constexpr, TASK_BLOCK: gl.constexpr,
-    SHARE: gl.constexpr, STAGES: gl.constexpr, CHAINED: gl.constexpr, num_warps: gl.constexpr,
+    SINK: gl.constexpr, K_FIELDS: gl.constexpr, V_FIELDS: gl.constexpr, OFFSETS: gl.constexpr,
+    GROUP_TOKENS: gl.constexpr, SOFTCAP: gl.constexpr, ROWS_IN_RING: gl.constexpr, CANONICAL: gl.constexpr,
+    RAW_BLOCK: gl.constexpr, TASK_BLOCK: gl.constexpr, SHARE: gl.constexpr, STAGES: gl.constexpr,
+    CHAINED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program attends an equal stretch of all tasks' shares, for one kv head: as `kernels.attend.attend_kernel`."""
     wait_for_previous(CHAINED)
@@ -308,13 +310,14 @@ def attend_kernel(
             sinks = SINK
         q_parts = gl.allocate_shared_memory(gl.float16, [2, D, COLUMNS], query_shared(K_FIELDS))
         q_unit = _load_query(
-            q_ptr, query_start, first_row, query_rows, q_heads, head, q_parts, K_FIELDS, GROUP, ROWS, num_warps
-        )
+            q_ptr, query_start, first_row, query_rows, q_token_stride, q_head_stride, head, q_parts, K_FIELDS, GROUP,
+            ROWS, num_warps,
+        )  # fmt: skip
         q_scale = q_unit * (scale * _LOG2E)
         m, total, acc = _attend_records(
             records_ptr, block_table_ptr + request.to(gl.int64) * block_table_stride, begin, gl.minimum(end, tiles),
             sinks, record_stop, head, q_parts, q_scale, record_block_stride, record_tile_stride, record_head_stride,
-            D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, SOFTCAP, ROWS > 1, STAGES, num_warps,
+            D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, SOFTCAP, ROWS > 1, STAGES, num_warps,
         )  # fmt: skip
 
         k_buffer = gl.allocate_shared_memory(tails_ptr.dtype.element_ty, [RAW_BLOCK, D], raw_key_shared())

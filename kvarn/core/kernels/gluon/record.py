@@ -18,32 +18,31 @@ from kvarn.core.kernels.gluon.layouts import (
     vector_copy_layout,
     words_layout,
 )
-from kvarn.core.kernels.unpack import BIAS, plane_asm, planes, side_by_side, weight_of
+from kvarn.core.kernels.unpack import BIAS, one_below_other, plane_asm, planes, side_by_side, weight_of
 
 
 @gluon.jit
 def allocate_half(
-    FIELDS: gl.constexpr, ROWS: gl.constexpr, LENGTHS: gl.constexpr, STAGES: gl.constexpr
+    FIELDS: gl.constexpr, ROWS: gl.constexpr, LENGTH: gl.constexpr, STAGES: gl.constexpr
 ):  # fmt: skip
-    """Return shared memory for the keys or the values of STAGES records: words of every field, and three vectors."""
+    """Return shared memory for the keys or the values of STAGES records: words of every field, scales and offsets."""
     words = ()
     for f in gl.static_range(len(FIELDS)):
         words = words + (gl.allocate_shared_memory(gl.int16, [STAGES, ROWS, FIELDS[f][3]], plain_shared(2)),)
-    vectors = ()
-    for i in gl.static_range(3):
-        vectors = vectors + (gl.allocate_shared_memory(gl.float16, [STAGES, LENGTHS[i]], plain_shared(1)),)
-    return words, vectors
+    scales = gl.allocate_shared_memory(gl.float16, [STAGES, LENGTH], plain_shared(1))
+    offsets = gl.allocate_shared_memory(gl.float16, [STAGES, LENGTH], plain_shared(1))
+    return words, (scales, offsets)
 
 
 @gluon.jit
 def copy_half(
     words, vectors, record, slot, FIELDS: gl.constexpr, OFFSETS: gl.constexpr, warps: gl.constexpr
 ):  # fmt: skip
-    """Begin to copy the keys or the values of a record into a slot. OFFSETS: bytes of their three vectors."""
+    """Begin to copy the keys or the values of a record into a slot. OFFSETS: bytes of scales and of offsets."""
     for f in gl.static_range(len(FIELDS)):
         _copy_words(words[f].index(slot), record, FIELDS[f][2], warps)
     halfs = record.to(gl.pointer_type(gl.float16))
-    for i in gl.static_range(3):
+    for i in gl.static_range(2):
         _copy_vector(vectors[i].index(slot), halfs + OFFSETS[i] // 2, warps)
 
 
@@ -108,7 +107,8 @@ def _repeat(x, ROWS: gl.constexpr, layout: gl.constexpr, mma: gl.constexpr):
 
 @gluon.jit
 def key_logits(
-    words, vectors, slot, q_parts, FIELDS: gl.constexpr, G: gl.constexpr, warps: gl.constexpr
+    words, vectors, slot, q_parts, FIELDS: gl.constexpr, G: gl.constexpr, GROUP_TOKENS: gl.constexpr,
+    warps: gl.constexpr,
 ):  # fmt: skip
     """Return q . k of the tokens of the record in a slot, [G, columns], as an MMA's result.
 
@@ -116,28 +116,43 @@ def key_logits(
     """
     D: gl.constexpr = q_parts.shape[1]
     C: gl.constexpr = q_parts.shape[2]
+    GROUPS: gl.constexpr = G // GROUP_TOKENS
     mma: gl.constexpr = mma_layout(warps)
     width: gl.constexpr = operand_width(FIELDS)
     left: gl.constexpr = gl.DotOperandLayout(0, mma, width)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, width)
-    repeated: gl.constexpr = repeat_layout(G, C, warps)
+    repeated: gl.constexpr = repeat_layout(GROUP_TOKENS, C, warps)
     q = q_parts.index(0).load(right)
-    scale = vectors[0].index(slot).load(gl.SliceLayout(1, right))
-    offset = vectors[1].index(slot).load(gl.SliceLayout(0, left))
-    offset, _ = gl.broadcast(offset[None, :], gl.zeros((16, D), gl.float16, left))
-    zeros = gl.zeros((16, C), gl.float32, mma)
-    bias = mma_v2(offset, q, zeros) + mma_v2(offset, q_parts.index(1).load(right), zeros)
+    # rows 0-7 for the first group, rows 8-15 for the second
+    upper = (gl.arange(0, 16, layout=gl.SliceLayout(1, left)) < 8)[:, None]
+    first = vectors[1].index(slot).slice(0, D).load(gl.SliceLayout(0, left))
+    second = vectors[1].index(slot).slice((GROUPS - 1) * D, D).load(gl.SliceLayout(0, left))
+    offset = gl.where(upper, first[None, :], second[None, :])
+    bias = mma_v2(offset, q, gl.zeros((16, C), gl.float32, mma))
+    bias = mma_v2(offset, q_parts.index(1).load(right), bias)
     minus = gl.full((16, D), -BIAS, gl.float16, left)
-    x = gl.zeros((G, C), gl.float32, mma)
-    for f in gl.static_range(len(FIELDS)):
-        weights = _lane_weights(D, FIELDS[f][0], FIELDS[f][1], gl.SliceLayout(1, right))
-        scaled = q * weights[:, None] * scale[:, None]
-        bias += mma_v2(minus, scaled, zeros)
-        packed = words[f].index(slot).load(words_layout(G, FIELDS[f][3], width, warps))
-        x = mma_v2(_unpack(packed, FIELDS[f][0], left), scaled, x)
-    bias, _ = _halves(bias, repeated)
-    x += _repeat(bias, G, repeated, mma)
-    return x * vectors[2].index(slot).load(gl.SliceLayout(1, mma)).to(gl.float32)[:, None]
+    carried = gl.zeros((16, C), gl.float32, mma)
+    logits = ()
+    for group in gl.static_range(GROUPS):
+        scale = vectors[0].index(slot).slice(group * D, D).load(gl.SliceLayout(1, right))
+        own = minus
+        if GROUPS > 1:
+            own = gl.where(upper == (group == 0), minus, 0.0 * minus)
+        x = gl.zeros((GROUP_TOKENS, C), gl.float32, mma)
+        for f in gl.static_range(len(FIELDS)):
+            weights = _lane_weights(D, FIELDS[f][0], FIELDS[f][1], gl.SliceLayout(1, right))
+            scaled = q * weights[:, None] * scale[:, None]
+            carried = mma_v2(own, scaled, carried)
+            rows = words[f].index(slot).slice(group * GROUP_TOKENS, GROUP_TOKENS)
+            packed = rows.load(words_layout(GROUP_TOKENS, FIELDS[f][3], width, warps))
+            x = mma_v2(_unpack(packed, FIELDS[f][0], left), scaled, x)
+        logits = logits + (x,)
+    first, second = _halves(bias + carried, repeated)
+    x = logits[0] + _repeat(first, GROUP_TOKENS, repeated, mma)
+    if GROUPS > 1:
+        after = logits[1] + _repeat(second, GROUP_TOKENS, repeated, mma)
+        x = gl.convert_layout(one_below_other(x, after), mma, assert_trivial=True)
+    return x
 
 
 @gluon.jit
@@ -171,5 +186,4 @@ def weigh_values(
         packed = words[f].index(slot).load(words_layout(D, FIELDS[f][3], width, warps))
         o = mma_v2(_unpack(packed, FIELDS[f][0], left), scaled, o)
     bias, mass = _halves(sums, repeated)
-    o += _repeat(bias, D, repeated, mma)
-    return o * vectors[2].index(slot).load(gl.SliceLayout(1, mma)).to(gl.float32)[:, None], mass
+    return o + _repeat(bias, D, repeated, mma), mass
