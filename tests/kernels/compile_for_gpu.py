@@ -1,6 +1,7 @@
 """Compile kernels for sm_90, with no GPU: `python compile_for_gpu.py CASE ...`.
 
-A case is PRESET/HEAD_DIM/GROUP, with /ROWS for several query rows: the attention kernel with explicit layouts. Or
+A case is PRESET/HEAD_DIM/GROUP: the attention kernel with explicit layouts; with /ROWS for several query rows, and after
+that /canonical. Or
 KERNEL/PRESET/HEAD_DIM, with KERNEL one of KERNELS. Prints a JSON object a case: registers of a thread, bytes of stack,
 and, of the attention kernel, programs that a multiprocessor is asked to run and can. Needs an interpreter in which
 TRITON_INTERPRET is not set: Triton's own accepts code that its compiler refuses.
@@ -57,21 +58,23 @@ _SCHEDULERS, _REGISTERS, _SHARED_BYTES = 4, 65536, 228 << 10
 def main() -> None:
     """Compile every case of the command line."""
     for case in sys.argv[1:]:
-        first, second, third, *rows = case.split("/")
+        first, second, third, *more = case.split("/")
         if first in KERNELS:
             found = plain_resources(first, second, int(third))
         else:
-            found = resources(first, int(second), int(third), int(rows[0]) if rows else 1)
+            found = resources(first, int(second), int(third), int(more[0]) if more else 1, "canonical" in more)
         sys.stdout.write(json.dumps({"case": case, **found}) + "\n")
 
 
-def resources(preset: str, head_dim: int, group: int, rows: int) -> dict[str, int]:
+def resources(preset: str, head_dim: int, group: int, rows: int, canonical: bool = False) -> dict[str, int]:
     """Return what one case's attention takes."""
     layout = TileLayout.of(get_preset(preset), head_dim)
     columns = max(DECODE_COLUMNS if rows == 1 else CHUNK_COLUMNS, power_of_two(group * rows))
     shape = launch_shape(layout, columns, torch.device("cuda"))
     constants = _constants(layout, GROUP=group, ROWS=rows, COLUMNS=columns, STAGES=shape.stages)
     constants |= {"ROWS_IN_RING": rows == 1, "num_warps": shape.warps}
+    if canonical:
+        constants |= {"CANONICAL": True, "TAIL": 0, "SINK": 0}
     options = {"num_warps": shape.warps, "maxnreg": shape.registers, "launch_pdl": True}
     made = triton.compile(
         GluonASTSource(attend_kernel, **_arguments(attend_kernel, constants)), target=_TARGET, options=options

@@ -56,6 +56,11 @@ def test_main_shapes_keep_their_registers():
     assert decode["stack"] <= 32
 
 
+def test_canonical_mode_compiles():
+    cases = ["kvarn_k4v2_g128/64/8/1/canonical", "kvarn_k4v2_g128/64/4/4/canonical"]
+    assert set(compiled(*cases)) == set(cases)
+
+
 @pytest.mark.parametrize("head_dim", [64, 96])
 def test_every_other_kernel_compiles(head_dim):
     cases = [f"{kernel}/kvarn_k3v3_g128/{head_dim}" for kernel in KERNELS]

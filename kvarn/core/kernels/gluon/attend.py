@@ -322,12 +322,13 @@ def attend_kernel(
 
         k_buffer = gl.allocate_shared_memory(tails_ptr.dtype.element_ty, [RAW_BLOCK, D], raw_key_shared())
         v_buffer = gl.allocate_shared_memory(tails_ptr.dtype.element_ty, [RAW_BLOCK, D], raw_value_shared())
-        if (SINK > 0) & (begin <= tiles) & (tiles < end) & (tiles > 0) & (sink_slot >= 0):
-            base = sinks_ptr + sink_slot * sink_slot_stride + head * sink_head_stride
-            m, total, acc = _attend_sinks(
-                m, total, acc, q_parts, q_scale, k_buffer, v_buffer, base, base + sink_kv_stride, record_stop, SINK,
-                SOFTCAP, num_warps,
-            )  # fmt: skip
+        if SINK > 0:
+            if (begin <= tiles) & (tiles < end) & (tiles > 0) & (sink_slot >= 0):
+                base = sinks_ptr + sink_slot * sink_slot_stride + head * sink_head_stride
+                m, total, acc = _attend_sinks(
+                    m, total, acc, q_parts, q_scale, k_buffer, v_buffer, base, base + sink_kv_stride, record_stop,
+                    SINK, SOFTCAP, num_warps,
+                )  # fmt: skip
         base = tails_ptr + ring_row * tail_row_stride + head * tail_head_stride
         m, total, acc = _attend_rows(
             m, total, acc, q_parts, q_scale, k_buffer, v_buffer, base, base + tail_kv_stride,
