@@ -15,8 +15,8 @@ from kvarn.core.step import CHUNK_COLUMNS, DECODE_COLUMNS, Step, power_of_two, r
 from kvarn.core.work import RAW_BLOCK, TASK_BLOCK, most_shares, units_per_share
 
 # Query columns of a program that merges partial results, and how many of these it takes at a time: where there are
-# few rows, each has many parts.
-_COMBINE_MANY = (4, 8)
+# few rows, each has many parts; else as many as a task has on average, within these.
+_COMBINE_MANY = (4, (4, 8))
 _COMBINE_FEW = (1, 64)
 _COMBINE_BY_MATRIX = (16, 2)
 _COMBINE_ELEMENTS_PER_WARP = 1024
@@ -222,17 +222,27 @@ def combine(
     tasks = step.task_request.shape[0]
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
     padded = layer.config.layout.padded_dim
-    block, parts = _COMBINE_FEW if tokens * q_heads <= _FEW_ROWS and not layer.config.batch_invariant else _COMBINE_MANY
-    if padded != head_dim:
-        block, parts = _COMBINE_BY_MATRIX
+    block, parts = _combine_shape(tokens * q_heads, partial.shape[0] - tasks, tasks, layer.config)
     combine_kernel[(tasks, kv_heads, -(-columns // block))](
         partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse,
         step.task_request, step.task_row, step.work_end, step.query_start, tasks, partial.shape[0] - tasks, q_heads,
         GROUP=q_heads // kv_heads, ROWS=step.rows_per_task, COLUMNS=columns, BLOCK=block, PARTS=parts, D=head_dim,
         DP=padded, NORM=layer.config.rotation_norm, **chained(partial.device),
-        num_warps=max(4, block * parts * padded // _COMBINE_ELEMENTS_PER_WARP),
+        num_warps=max(2, block * parts * padded // _COMBINE_ELEMENTS_PER_WARP),
     )  # fmt: skip
     return lse
+
+
+def _combine_shape(rows: int, programs: int, tasks: int, config: CacheConfig) -> tuple[int, int]:
+    """Return the columns of a program that merges partial results and the parts that it takes at a time."""
+    if config.layout.padded_dim != config.layout.head_dim:
+        return _COMBINE_BY_MATRIX
+    if config.batch_invariant:  # the same whatever else is in the batch
+        return _COMBINE_MANY[0], _COMBINE_MANY[1][1]
+    if rows <= _FEW_ROWS:
+        return _COMBINE_FEW
+    block, (fewest, most) = _COMBINE_MANY
+    return block, min(most, max(fewest, power_of_two(programs // tasks + 2)))
 
 
 def attend_reference(

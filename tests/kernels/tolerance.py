@@ -19,7 +19,7 @@ def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:
 
 
 def relative_max(got: torch.Tensor, want: torch.Tensor) -> float:
-    """Return the largest difference that rounding to the dtype of got doesn't explain, over the RMS of what is wanted."""
+    """Return the largest difference, beyond the rounding of got to its dtype, over the RMS of what is wanted."""
     rounding = torch.finfo(got.dtype).eps / 2
     got, want = got.double().cpu(), want.double().cpu()
     return float(((got - want).abs() - rounding * want.abs()).max() / want.square().mean().sqrt())

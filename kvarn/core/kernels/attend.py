@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kvarn.core.kernels.address import find_record
-from kvarn.core.kernels.chain import wait_for_previous
+from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import load_in_fours
 from kvarn.core.kernels.read_rule import record_end
 from kvarn.core.kernels.unpack import BIAS, lane_codes, lane_weights, one_below_other, padded_words, unpack
@@ -192,11 +192,16 @@ def attend_kernel(
     RAW_BLOCK ring rows, then blocks of this step's own rows. partial: [programs + tasks, kv_heads, COLUMNS, D],
     float32; program p leaves its part of task t in row p + t, with its log-sum-exp (base 2) in partial_lse.
     """
-    wait_for_previous(CHAINED)
+    allow_next(CHAINED)
+    # A decode step reads no record that it seals, where newer tokens are read exact: only raw rows must be waited for.
+    WAIT_FIRST: tl.constexpr = not (ROWS_IN_RING and TAIL > 0)
+    if WAIT_FIRST:
+        wait_for_previous(CHAINED)
     program = tl.program_id(0)
     head = tl.program_id(1)
     share_begin, share_end = share_of(program, tl.num_programs(0), tl.load(work_end_ptr + tasks - 1))
     if share_begin >= share_end:
+        wait_for_previous(CHAINED)
         return
     first_task = task_at(share_begin, work_end_ptr, tasks, TASK_BLOCK)
     last_task = task_at(share_end - 1, work_end_ptr, tasks, TASK_BLOCK)
@@ -257,6 +262,7 @@ def attend_kernel(
                 USE_ASM,
             )  # fmt: skip
 
+        wait_for_previous(CHAINED)
         q_full = q_full / q_unit
         q_high = q_full.to(tl.float16)
         q_low = (q_full - q_high.to(tl.float32)).to(tl.float16)

@@ -1,4 +1,9 @@
-"""Let a kernel be launched while the one before it still runs (programmatic dependent launch)."""
+"""Let a kernel be launched while the one before it still runs (programmatic dependent launch).
+
+Every program of a chained kernel calls both functions, so a kernel that is past its wait knows all earlier ones to be
+complete, not the previous alone. The first kernel of an operation waits before it allows the next: so whatever ran
+before the operation is complete when its later kernels begin, and they may read that before they wait.
+"""
 
 import triton
 import triton.language as tl
@@ -6,12 +11,14 @@ from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
 
 @triton.jit
-def wait_for_previous(CHAINED: tl.constexpr):
-    """Let the next kernel be launched, then wait until the one before is complete and its writes are visible.
-
-    Every program calls it before it touches memory. Since every program of every chained kernel waits, a kernel that is
-    past its wait knows all earlier ones to be complete, not the previous alone.
-    """
+def allow_next(CHAINED: tl.constexpr):
+    """Let the next kernel be launched, as far as there is room beside this one."""
     if CHAINED:
         gdc_launch_dependents()
+
+
+@triton.jit
+def wait_for_previous(CHAINED: tl.constexpr):
+    """Wait until the kernel before is complete and its writes are visible. Again costs nothing."""
+    if CHAINED:
         gdc_wait()

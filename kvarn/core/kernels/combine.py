@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvarn.core.kernels.chain import wait_for_previous
+from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import hadamard
 from kvarn.core.kernels.work import program_of
 
@@ -22,18 +22,17 @@ def combine_kernel(
     partial, partial_lse: as `attend_kernel` leaves them, by that many programs; lse: natural logarithm. signs: [D, D],
     fp16, already transposed for the way back; looked at where D is no power of two, and BLOCK is 16 then.
     """
-    wait_for_previous(CHAINED)
+    allow_next(CHAINED)
     task = tl.program_id(0)
     head = tl.program_id(1)
     kv_heads = tl.num_programs(1)
     begin = tl.load(work_end_ptr + task - 1, mask=task > 0, other=0)
     end = tl.load(work_end_ptr + task)
     total_shares = tl.load(work_end_ptr + tasks - 1)
-    if begin >= end:
-        return
     first_program = program_of(begin, programs, total_shares)
     last_program = program_of(end - 1, programs, total_shares)
-    request = tl.load(task_request_ptr + task)
+    # a task of no request has no shares
+    request = tl.maximum(tl.load(task_request_ptr + task), 0)
     query_start = tl.load(query_start_ptr + request)
     query_rows = tl.load(query_start_ptr + request + 1) - query_start
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
@@ -42,6 +41,9 @@ def combine_kernel(
     row = (query_start + query_row).to(tl.int64) * q_heads + head * GROUP + column % GROUP
     channels = tl.arange(0, DP)
     channel_ok = channels < D
+    wait_for_previous(CHAINED)
+    if begin >= end:
+        return
     m = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK, DP), tl.float32)

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvarn.core.kernels.chain import wait_for_previous
+from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import hadamard, load_in_fours
 
 # The largest number that is finite in fp16 and exact in bf16: rotated rows are clamped to it.
@@ -44,6 +44,7 @@ def rotate_kernel(
     signs: [D, D] in the dtype of v, looked at where D is no power of two, and BLOCK is 16 then.
     """
     wait_for_previous(CHAINED)
+    allow_next(CHAINED)
     which = tl.program_id(1) // KV_HEADS  # 0 for keys, 1 for values
     head = tl.program_id(1) % KV_HEADS
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from kvarn.core.kernels.address import find_record
-from kvarn.core.kernels.chain import wait_for_previous
+from kvarn.core.kernels.chain import allow_next, wait_for_previous
 
 _SCALE_MIN = tl.constexpr(1e-7)
 _FP16_MAX = tl.constexpr(65504.0)
@@ -145,6 +145,7 @@ def seal_kernel(
     A task with tile -1 does nothing. In a decode step most have none: programs are few then, and look at BLOCK tasks
     together.
     """
+    allow_next(CHAINED)
     wait_for_previous(CHAINED)
     first = tl.program_id(0)
     programs = tl.num_programs(0)

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from kvarn.core.kernels.address import find_record
-from kvarn.core.kernels.chain import wait_for_previous
+from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.gluon.layouts import (
     begin_copy,
     mma_layout,
@@ -268,7 +268,11 @@ def attend_kernel(
     CHAINED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program attends an equal stretch of all tasks' shares, for one kv head: as `kernels.attend.attend_kernel`."""
-    wait_for_previous(CHAINED)
+    allow_next(CHAINED)
+    # A decode step reads no record that it seals, where newer tokens are read exact: only raw rows must be waited for.
+    WAIT_FIRST: gl.constexpr = not (ROWS_IN_RING and TAIL > 0)
+    if WAIT_FIRST:
+        wait_for_previous(CHAINED)
     program = gl.program_id(0)
     head = gl.program_id(1)
     mma: gl.constexpr = mma_layout(num_warps)
@@ -320,9 +324,10 @@ def attend_kernel(
             D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, SOFTCAP, ROWS > 1, STAGES, num_warps,
         )  # fmt: skip
 
+        wait_for_previous(CHAINED)
         k_buffer = gl.allocate_shared_memory(tails_ptr.dtype.element_ty, [RAW_BLOCK, D], raw_key_shared())
         v_buffer = gl.allocate_shared_memory(tails_ptr.dtype.element_ty, [RAW_BLOCK, D], raw_value_shared())
-        if SINK > 0:
+        if SINK > 0:  # noqa: SIM102 (joined, the body would be compiled for no sinks too)
             if (begin <= tiles) & (tiles < end) & (tiles > 0) & (sink_slot >= 0):
                 base = sinks_ptr + sink_slot * sink_slot_stride + head * sink_head_stride
                 m, total, acc = _attend_sinks(
@@ -349,3 +354,4 @@ def attend_kernel(
         gl.store(partial_lse_ptr + out_row, lse, mask=col_ok)
         out_ptrs = partial_ptr + out_row[None, :] * D + channel[:, None]
         gl.store(out_ptrs, acc / gl.maximum(total, 1e-37)[None, :], mask=(col_ok & (total > 0))[None, :])
+    wait_for_previous(CHAINED)
