@@ -5,8 +5,9 @@ from typing import Any
 
 import torch
 
-from kvarn.core.append import RotatedRows, device_signs
+from kvarn.core.append import RotatedRows
 from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
+from kvarn.core.combine import combine
 from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.launch import chained
 from kvarn.core.layout import TileLayout
@@ -14,18 +15,11 @@ from kvarn.core.reference import decode_record, softmax_attention
 from kvarn.core.step import CHUNK_COLUMNS, DECODE_COLUMNS, Step, power_of_two, record_end
 from kvarn.core.work import RAW_BLOCK, TASK_BLOCK, most_shares, units_per_share
 
-# Query columns of a program that merges partial results, and how many of these it takes at a time: where there are
-# few rows, each has many parts; else as many as a task has on average, within these.
-_COMBINE_MANY = (4, (4, 8))
-_COMBINE_FEW = (1, 64)
-_COMBINE_BY_MATRIX = (16, 2)
-_COMBINE_ELEMENTS_PER_WARP = 1024
-_FEW_ROWS = 512
 # What the kernel with explicit layouts serves: head_dim, and words of a row of codes.
 _WIDEST_EXPLICIT = 256
 _FEWEST_WORDS = 8
-# Output elements of a program up to which 168 registers a thread hold them and a tile's; at twice as many a few spill.
-_ACCUMULATORS = 2048
+# Output elements of a program up to which 168 registers a thread hold them and a tile's.
+_ACCUMULATORS = 1024
 # Of a Hopper multiprocessor; and what each program takes beside its buffers, reductions and the driver's part.
 _SHARED_BYTES = 228 << 10
 _SHARED_OVERHEAD = 3 << 10
@@ -197,52 +191,6 @@ def _attend_kernel(layout: TileLayout, device: torch.device) -> tuple[Any, dict[
     from kvarn.core.kernels.attend import attend_kernel
 
     return attend_kernel, {"USE_ASM": _has_lop3(device)}
-
-
-def combine(
-    partial: torch.Tensor, partial_lse: torch.Tensor, layer: LayerCache, step: Step, out: torch.Tensor
-) -> torch.Tensor:
-    """Merge the partial results of every task, rotate back and cast to the model dtype.
-
-    Args:
-        partial: [programs + tasks, kv_heads, columns, head_dim], float32: what program p made of task t stands in row
-            p + t. Parts that saw nothing may hold anything.
-        partial_lse: [programs + tasks, kv_heads, columns], float32, base 2; -inf for a part that saw nothing.
-        layer: the layer's cache.
-        step: the forward pass.
-        out: [tokens, q_heads, head_dim], contiguous; written.
-
-    Returns:
-        Natural log-sum-exp [tokens, q_heads], float32.
-    """
-    from kvarn.core.kernels.combine import combine_kernel
-
-    tokens, q_heads, head_dim = out.shape
-    kv_heads, columns = partial_lse.shape[1:]
-    tasks = step.task_request.shape[0]
-    lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
-    padded = layer.config.layout.padded_dim
-    block, parts = _combine_shape(tokens * q_heads, partial.shape[0] - tasks, tasks, layer.config)
-    combine_kernel[(tasks, kv_heads, -(-columns // block))](
-        partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse,
-        step.task_request, step.task_row, step.work_end, step.query_start, tasks, partial.shape[0] - tasks, q_heads,
-        GROUP=q_heads // kv_heads, ROWS=step.rows_per_task, COLUMNS=columns, BLOCK=block, PARTS=parts, D=head_dim,
-        DP=padded, NORM=layer.config.rotation_norm, **chained(partial.device),
-        num_warps=max(2, block * parts * padded // _COMBINE_ELEMENTS_PER_WARP),
-    )  # fmt: skip
-    return lse
-
-
-def _combine_shape(rows: int, programs: int, tasks: int, config: CacheConfig) -> tuple[int, int]:
-    """Return the columns of a program that merges partial results and the parts that it takes at a time."""
-    if config.layout.padded_dim != config.layout.head_dim:
-        return _COMBINE_BY_MATRIX
-    if config.batch_invariant:  # the same whatever else is in the batch
-        return _COMBINE_MANY[0], _COMBINE_MANY[1][1]
-    if rows <= _FEW_ROWS:
-        return _COMBINE_FEW
-    block, (fewest, most) = _COMBINE_MANY
-    return block, min(most, max(fewest, power_of_two(programs // tasks + 2)))
 
 
 def attend_reference(

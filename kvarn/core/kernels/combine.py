@@ -51,7 +51,8 @@ def combine_kernel(
         program = start + tl.arange(0, PARTS)
         at = ((program + task).to(tl.int64) * kv_heads + head) * COLUMNS
         at = at[:, None] + column[None, :]  # [PARTS, BLOCK]
-        ok = row_ok[None, :] & (program <= last_program)[:, None]
+        # rows that no query has are loaded too: to know them takes as long as to load them
+        ok = (column < COLUMNS)[None, :] & (program <= last_program)[:, None]
         lse = tl.load(partial_lse_ptr + at, mask=ok, other=float("-inf"))
         m_new = tl.maximum(m, tl.max(lse, axis=0))
         weight = tl.exp2(lse - m_new[None, :])

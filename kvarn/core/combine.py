@@ -1,0 +1,77 @@
+"""Merge what the programs of attention left of each row, rotate back and cast."""
+
+from dataclasses import dataclass
+
+import torch
+
+from kvarn.core.append import device_signs
+from kvarn.core.cache import CacheConfig, LayerCache
+from kvarn.core.launch import chained
+from kvarn.core.step import Step
+
+# Up to so many rows of output each has many parts.
+_FEW_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class CombineShape:
+    """How the kernel that merges is launched.
+
+    Args:
+        columns: query columns of a program.
+        parts: partial results that it takes at a time.
+        warps: of a program.
+    """
+
+    columns: int
+    parts: int
+    warps: int
+
+
+_BY_MATRIX = CombineShape(16, 2, 4)
+# One warp has no barriers: merging 64 rows of 8 heads took 15 us less than with four.
+_MANY = CombineShape(2, 4, 1)
+
+
+def combine_shape(rows: int, config: CacheConfig) -> CombineShape:
+    """Return the shape for so many rows of output."""
+    layout = config.layout
+    if layout.padded_dim != layout.head_dim:
+        return _BY_MATRIX
+    # batch-invariant: the same order of summing whatever else is in the batch
+    if rows > _FEW_ROWS or config.batch_invariant:
+        return _MANY
+    return CombineShape(1, 64, max(4, layout.head_dim // 32))
+
+
+def combine(
+    partial: torch.Tensor, partial_lse: torch.Tensor, layer: LayerCache, step: Step, out: torch.Tensor
+) -> torch.Tensor:
+    """Merge the partial results of every task, rotate back and cast to the model dtype.
+
+    Args:
+        partial: [programs + tasks, kv_heads, columns, head_dim], float32: what program p made of task t stands in row
+            p + t. Parts that saw nothing may hold anything.
+        partial_lse: [programs + tasks, kv_heads, columns], float32, base 2; -inf for a part that saw nothing.
+        layer: the layer's cache.
+        step: the forward pass.
+        out: [tokens, q_heads, head_dim], contiguous; written.
+
+    Returns:
+        Natural log-sum-exp [tokens, q_heads], float32.
+    """
+    from kvarn.core.kernels.combine import combine_kernel
+
+    tokens, q_heads, head_dim = out.shape
+    kv_heads, columns = partial_lse.shape[1:]
+    tasks = step.task_request.shape[0]
+    lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
+    padded = layer.config.layout.padded_dim
+    shape = combine_shape(tokens * q_heads, layer.config)
+    combine_kernel[(tasks, kv_heads, -(-columns // shape.columns))](
+        partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse,
+        step.task_request, step.task_row, step.work_end, step.query_start, tasks, partial.shape[0] - tasks, q_heads,
+        GROUP=q_heads // kv_heads, ROWS=step.rows_per_task, COLUMNS=columns, BLOCK=shape.columns, PARTS=shape.parts,
+        D=head_dim, DP=padded, NORM=layer.config.rotation_norm, **chained(partial.device), num_warps=shape.warps,
+    )  # fmt: skip
+    return lse
