@@ -24,7 +24,7 @@ def provenance(engine: str | None = None) -> dict[str, str]:
         "commit": env.commit() or _output("git", "rev-parse", "HEAD"),
         "date": datetime.datetime.now(tz=datetime.UTC).strftime("%Y-%m-%d"),
         "gpu": torch.cuda.get_device_name() if on_gpu else "none",
-        "driver": _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader") if on_gpu else "none",
+        "driver": _driver() if on_gpu else "none",
         "torch": torch.__version__,
         "triton": _version("triton"),
         "engine": f"{engine} {_version(engine)}" if engine else "none",
@@ -36,6 +36,11 @@ def write(path: Path, rows: list[dict[str, Any]], engine: str | None = None) -> 
     """Write a result file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps({"provenance": provenance(engine), "rows": rows}, indent=1) + "\n")
+
+
+def _driver() -> str:
+    """Return the driver's version, told once whatever the number of GPUs."""
+    return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
 
 
 def _module() -> str:

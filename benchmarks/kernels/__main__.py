@@ -3,6 +3,7 @@
     python -m benchmarks.kernels decode                  about four minutes, writes benchmarks/results/decode-h100.json
     python -m benchmarks.kernels decode --only gqa16     cases whose name matches; --quick for one of each kind
     python -m benchmarks.kernels tune --only 64x16k/gqa8$   KVarN alone under many launch shapes
+    python -m benchmarks.kernels once NAME ...           two layers of each case, for a profiler to look at
     python -m benchmarks.kernels list                    names of all cases, with peers and whether they can run
 
 The exit status is 1 if an output was wrong or a case could not run; bars that are lost are told, and don't change it.
@@ -20,8 +21,9 @@ from pathlib import Path
 import torch
 
 from benchmarks.kernels import bandwidth, cases, decode, measure, timing, tune, warm
+from benchmarks.kernels.inputs import make_inputs
 from benchmarks.kernels.peers import registry
-from benchmarks.kernels.workload import TABLE_TOKENS
+from benchmarks.kernels.workload import TABLE_TOKENS, build
 
 _OUT = Path(__file__).resolve().parents[1] / "results" / "decode-h100.json"
 
@@ -37,6 +39,8 @@ def main() -> None:
         _warm(args)
     elif args.command == "tune":
         _tune(args)
+    elif args.command == "once":
+        _once(args)
     else:
         sys.exit(0 if _decode(args) else 1)
 
@@ -69,6 +73,8 @@ def _arguments() -> argparse.Namespace:
     )
     tuned.add_argument("--out", type=Path, default=_OUT.with_name("tune.json"), help="result file")
     tuned.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many seconds")
+    shown = commands.add_parser("once", help="run two layers of some cases, for a profiler")
+    shown.add_argument("names", nargs="+")
     for command in (run, names, tuned):
         command.add_argument("--table-tokens", type=int, default=TABLE_TOKENS, help="width of page tables, in tokens")
     commands.add_parser("list", help="print the names of cases and peers")
@@ -116,6 +122,15 @@ def _warm(args: argparse.Namespace) -> None:
         with tune.launched_as(shape) if shape else contextlib.nullcontext():
             warm.compile_own(chosen, device, args.table_tokens)
     torch.cuda.synchronize()
+
+
+def _once(args: argparse.Namespace) -> None:
+    device = torch.device("cuda")
+    for case in (case for case in cases.registry() if case.name in args.names):
+        made = build(make_inputs(case, device), torch.cuda.get_device_properties(device).L2_cache_size)
+        for copy in range(2):
+            made.run(copy % len(made.layers))
+        torch.cuda.synchronize()
 
 
 def _list() -> None:

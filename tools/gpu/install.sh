@@ -17,7 +17,9 @@ vllm() { # into a folder of its own: SGLang wants other versions of the same pac
   mkdir -p "$home"
   tar xJf "$pieces/vllm-site.txz" -C "$home"
   xz -dc "$pieces/vllm-c.so.xz" >"$home/site/vllm/_C_stable_libtorch.abi3.so" &
-  xz -dc "$pieces/vllm-fa3.so.xz" >"$home/site/vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
+  for version in 2 3; do
+    xz -dc "$pieces/vllm-fa$version.so.xz" >"$home/site/vllm/vllm_flash_attn/_vllm_fa${version}_C.abi3.so"
+  done
   python3 -m pip install -q --no-index --no-deps --no-compile --target "$home/wheels" "$pieces"/vllm-whl/*.whl
   wait $!
 }
