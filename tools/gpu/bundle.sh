@@ -9,7 +9,7 @@
 #   .gpu/w00..w15/    one piece each of Qwen2.5-Coder-1.5B-Instruct (GGUF, Q4_K_M, Apache-2.0)
 #   .gpu/vllm/        vLLM's Python, FlashAttention 3, vllm-whl/ (the wheels that the machine lacks)
 #   .gpu/vllm-c/      vLLM's compiled library
-#   .gpu/vllm-fa2/    FlashAttention 2, which vLLM takes for the layers that TurboQuant leaves in the model dtype
+#   .gpu/vllm-fa2-0/, .gpu/vllm-fa2-1/    FlashAttention 2, which vLLM takes where TurboQuant keeps the model dtype
 #
 # Every folder has a NAME.sha256 that receive.sh checks. prose.txt is 40,000 characters of the Debian package
 # `anarchism` (GPL-2), text for perplexity; neither it nor the weights may be committed.
@@ -84,12 +84,13 @@ PY
 
 vllm() {
   local site=$TMP/vllm-site
-  mkdir -p "$OUT/vllm" "$OUT/vllm-c" "$OUT/vllm-fa2"
+  mkdir -p "$OUT/vllm" "$OUT/vllm-c" "$OUT/vllm-fa2-0" "$OUT/vllm-fa2-1"
   wheels "$TMP/vllm" vllm==0.33.0
   python3 -m zipfile -e "$TMP"/vllm/vllm-*.whl "$site"
   xz -T2 -6 -c "$site/vllm/_C_stable_libtorch.abi3.so" >"$OUT/vllm-c/vllm-c.so.xz"
   xz -T2 -3 -c "$site/vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so" >"$OUT/vllm/vllm-fa3.so.xz"
-  xz -T2 -6 -c "$site/vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so" >"$OUT/vllm-fa2/vllm-fa2.so.xz"
+  xz -T2 -6 -c "$site/vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so" | split -b 58M -d -a 1 - "$TMP/vllm-fa2.so.xz."
+  for piece in 0 1; do mv "$TMP/vllm-fa2.so.xz.$piece" "$OUT/vllm-fa2-$piece/"; done
   # What is left is Python; the other libraries are for MoE, MLA and other GPUs, and vLLM does without them.
   find "$site" -name '*.so' -delete
   rm -rf "$site/vllm/vllm-rs" "$site/vllm/third_party/deep_gemm"
@@ -99,7 +100,8 @@ vllm() {
   wheels "$OUT/vllm/vllm-whl" -r "$HERE/wheels-vllm.txt"
   sums vllm
   sums vllm-c
-  sums vllm-fa2
+  sums vllm-fa2-0
+  sums vllm-fa2-1
 }
 
 mkdir -p "$OUT"

@@ -13,14 +13,9 @@ from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import load_in_fours
 from kvarn.core.kernels.read_rule import record_end
+from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, cap, load_task, part_of_task, query_unit
 from kvarn.core.kernels.unpack import BIAS, lane_codes, lane_weights, one_below_other, padded_words, unpack
 from kvarn.core.kernels.work import share_of, task_at, units_of
-
-_NEVER = tl.constexpr(-1e30)  # a finite "minus infinity" for running maxima: no inf - inf, hence no NaN
-_LOG2E = tl.constexpr(1.4426950408889634)
-# Weights are exp2(x - max + 7): where one token holds nearly all the mass, the others must not fall out of fp16.
-_WEIGHT_SHIFT = tl.constexpr(7.0)
-_QUERY_SHIFT = tl.constexpr(6.0)
 
 
 @triton.jit
@@ -110,15 +105,6 @@ def _add_value_field(
 
 
 @triton.jit
-def _cap(x, SOFTCAP: tl.constexpr):
-    """Apply ``c * tanh(x / c)`` to base-2 logits."""
-    if SOFTCAP > 0:
-        y = x / (SOFTCAP * _LOG2E)
-        x = (SOFTCAP * _LOG2E) * (1.0 - 2.0 / (tl.exp2(2.0 * _LOG2E * y) + 1.0))
-    return x
-
-
-@triton.jit
 def _attend_raw(
     m, total, acc, q_high, q_low, q_scale, k_ptrs, v_ptrs, row_ok, ok, D: tl.constexpr, SOFTCAP: tl.constexpr
 ):
@@ -131,11 +117,13 @@ def _attend_raw(
     mask = row_ok[:, None] & (channels < D)[None, :]
     k = tl.load(k_ptrs[:, None] + channels[None, :], mask=mask, other=0.0).to(tl.float32).to(tl.float16)
     v = tl.load(v_ptrs[:, None] + channels[None, :], mask=mask, other=0.0).to(tl.float32).to(tl.float16)
-    x = _cap(tl.dot(k, q_low, tl.dot(k, q_high)) * q_scale, SOFTCAP)
+    x = tl.dot(k, q_low, tl.dot(k, q_high)) * q_scale
+    if SOFTCAP > 0:
+        x = cap(x, SOFTCAP)
     x = tl.where(ok, x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, axis=0))
     decay = tl.exp2(m - m_new)
-    weights = tl.exp2(x - (m_new - _WEIGHT_SHIFT)[None, :])
+    weights = tl.exp2(x - (m_new - WEIGHT_SHIFT)[None, :])
     acc = acc * decay[None, :] + tl.dot(tl.trans(v), weights.to(tl.float16))
     return m_new, total * decay + tl.sum(weights, axis=0), acc
 
@@ -153,13 +141,15 @@ def _attend_tile(
     if G > GROUP_TOKENS:
         after = _group_logits(record, first_lanes, second_lanes, 1, GROUP_TOKENS, K_FIELDS, OFFSETS, D, G, USE_ASM)
         x = one_below_other(x, after)
-    x = _cap(x * q_scale, SOFTCAP)
+    x *= q_scale
+    if SOFTCAP > 0:
+        x = cap(x, SOFTCAP)
     x += tl.where(token_ok, 0.0, float("-inf"))[:, None]
     if MASK_COLUMNS:
         x = tl.where(column_ok[None, :], x, float("-inf"))
     m_new = tl.maximum(m, tl.max(x, axis=0))
     decay = tl.exp2(m - m_new)
-    weights = tl.exp2(x - (m_new - _WEIGHT_SHIFT)[None, :])
+    weights = tl.exp2(x - (m_new - WEIGHT_SHIFT)[None, :])
     v_scale, v_offset = _load_pair(halfs + OFFSETS[2] // 2 + tokens, (OFFSETS[3] - OFFSETS[2]) // 2, tokens >= 0, False)
     shift = weights * v_offset[:, None]
     o = tl.zeros((acc.shape[0], acc.shape[1]), tl.float32)
@@ -171,7 +161,7 @@ def _attend_tile(
     return m_new, total * decay + tl.sum(weights, axis=0), acc
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks"])
 def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
     task_request_ptr, task_row_ptr, work_end_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
@@ -210,20 +200,11 @@ def attend_kernel(
     tokens = tl.arange(0, G)
     block = tl.arange(0, RAW_BLOCK)
     for task in tl.range(first_task, last_task + 1, num_stages=1):
-        task_begin = tl.load(work_end_ptr + task - 1, mask=task > 0, other=0)
-        begin = tl.maximum(share_begin - task_begin, 0) * SHARE
-        end = (tl.minimum(share_end, tl.load(work_end_ptr + task)) - task_begin) * SHARE
-        # a task of no request has no units
-        request = tl.maximum(tl.load(task_request_ptr + task), 0)
-        first_row = tl.load(task_row_ptr + task)
-        query_start = tl.load(query_start_ptr + request)
-        query_rows = tl.load(query_start_ptr + request + 1) - query_start
-        prefix = tl.load(prefix_ptr + request)
-        length = tl.load(length_ptr + request)
-        own_start = tl.load(own_start_ptr + request)
-        sink_slot = tl.load(sink_slot_ptr + request).to(tl.int64)
-        ring_row = tl.load(rows_ptr + request).to(tl.int64)
-
+        begin, end = part_of_task(task, share_begin, share_end, work_end_ptr, SHARE)
+        request, first_row, query_start, query_rows, prefix, length, own_start, sink_slot, ring_row = load_task(
+            task, task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
+            rows_ptr,
+        )  # fmt: skip
         row = first_row + column // GROUP
         col_ok = (column < ROWS * GROUP) & (row < query_rows)
         position = prefix + row
@@ -237,11 +218,10 @@ def attend_kernel(
         q_cols = q_ptr + (query_start + row).to(tl.int64) * q_token_stride
         q_cols += (head * GROUP + column % GROUP) * q_head_stride
         q_full = load_in_fours(q_cols[None, :], channels[:, None], (channels < D)[:, None] & col_ok[None, :], D)
-        # A power of two that brings the largest to about 64, so that q times a scale stays well inside fp16. Columns
-        # far below it are rounded more coarsely, but their logits move by no more than those of the largest do.
-        q_unit = tl.exp2(tl.ceil(tl.log2(tl.maximum(tl.max(tl.abs(q_full)), 1e-30))) - _QUERY_SHIFT)
-        q_scale = q_unit * (scale * _LOG2E)
-        m = tl.full((COLUMNS,), _NEVER, tl.float32)
+        # Columns far below the largest are rounded more coarsely, but their logits move by no more than its do.
+        q_unit = query_unit(tl.max(tl.abs(q_full)))
+        q_scale = q_unit * (scale * LOG2E)
+        m = tl.full((COLUMNS,), NEVER, tl.float32)
         total = tl.zeros((COLUMNS,), tl.float32)
         acc = tl.zeros((DP, COLUMNS), tl.float32)
 
@@ -293,7 +273,7 @@ def attend_kernel(
 
         out_ok = col_ok & (begin < end)
         out_row = ((program + task).to(tl.int64) * tl.num_programs(1) + head) * COLUMNS + column
-        lse = tl.where(total > 0, m + tl.log2(tl.maximum(total, 1e-37)) - _WEIGHT_SHIFT, float("-inf"))
+        lse = tl.where(total > 0, m + tl.log2(tl.maximum(total, 1e-37)) - WEIGHT_SHIFT, float("-inf"))
         tl.store(partial_lse_ptr + out_row, lse, mask=out_ok)
         out_ptrs = partial_ptr + out_row[None, :] * D + channels[:, None]
         mask = (channels < D)[:, None] & (out_ok & (total > 0))[None, :]

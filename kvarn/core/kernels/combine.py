@@ -10,7 +10,7 @@ from kvarn.core.kernels.work import program_of
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks", "programs"])
 def combine_kernel(
     partial_ptr, partial_lse_ptr, signs_ptr, out_ptr, lse_ptr, task_request_ptr, task_row_ptr, work_end_ptr,
     query_start_ptr, tasks, programs, q_heads,

@@ -29,7 +29,7 @@ def _rotate_by_matrix(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def rotate_kernel(
     k_ptr, v_ptr, signs_ptr, k_out_ptr, v_out_ptr, tails_ptr, sinks_ptr,
     token_request_ptr, token_position_ptr, rows_ptr, sink_slot_ptr, num_tokens,
@@ -95,7 +95,7 @@ def store_rows(
         tl.store(sink[:, None] + channels[None, :], raw, mask=sink_ok[:, None] & channel_ok[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def store_tail_kernel(
     k_ptr, v_ptr, tails_ptr, sinks_ptr, token_request_ptr, token_position_ptr, rows_ptr, sink_slot_ptr, length_ptr,
     num_tokens, tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride,

@@ -32,7 +32,7 @@ def move_sink_slots(count, page_slot_ptr, free_slots_ptr, page, starts, at_zero)
     return count
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_tokens"])
 def update_sinks_kernel(
     page_slot_ptr, free_slots_ptr, free_count_ptr, token_position_ptr, token_page_ptr, num_tokens,
     G: tl.constexpr, PADDING_PAGES: tl.constexpr, BLOCK: tl.constexpr,

@@ -6,7 +6,7 @@ import triton.language as tl
 from kvarn.core.kernels.sinks import move_sink_slots
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["requests"])
 def decode_step_kernel(
     rows_ptr, seq_lens_ptr, table_ptr, ring_end_ptr, ring_page_ptr, own_start_ptr, page_writer_ptr, page_slot_ptr,
     free_slots_ptr, free_count_ptr, faults_ptr, out_ptr, requests, table_stride, out_stride,

@@ -27,7 +27,7 @@ def units_of(
     return tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tasks"])
 def count_work_kernel(
     task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, work_end_ptr, tasks,
     ROWS: tl.constexpr, G: tl.constexpr, TAIL: tl.constexpr, RAW_BLOCK: tl.constexpr, ROWS_IN_RING: tl.constexpr,

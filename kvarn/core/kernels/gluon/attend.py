@@ -24,20 +24,8 @@ from kvarn.core.kernels.gluon.layouts import (
 from kvarn.core.kernels.gluon.record import allocate_half, copy_half, key_logits, weigh_values
 from kvarn.core.kernels.hadamard import load_in_fours
 from kvarn.core.kernels.read_rule import record_end
+from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, cap, load_task, part_of_task, query_unit
 from kvarn.core.kernels.work import share_of, units_of
-
-# As in kernels.attend.
-_NEVER = gl.constexpr(-1e30)
-_LOG2E = gl.constexpr(1.4426950408889634)
-_WEIGHT_SHIFT = gl.constexpr(7.0)
-_QUERY_SHIFT = gl.constexpr(6.0)
-
-
-@gluon.jit
-def _cap(x, SOFTCAP: gl.constexpr):
-    """Apply ``c * tanh(x / c)`` to base-2 logits."""
-    y = x / (SOFTCAP * _LOG2E)
-    return (SOFTCAP * _LOG2E) * (1.0 - 2.0 / (gl.exp2(2.0 * _LOG2E * y) + 1.0))
 
 
 @gluon.jit
@@ -47,8 +35,7 @@ def _load_query(
 ):  # fmt: skip
     """Rotate a task's queries into shared memory: rounded to fp16, and what that leaves. Return what divided them.
 
-    q_parts: [2, D, columns]. The divisor is a power of two that brings the largest to about 64, so that q times a scale
-    stays well inside fp16.
+    q_parts: [2, D, columns].
     """
     D: gl.constexpr = q_parts.shape[1]
     COLUMNS: gl.constexpr = q_parts.shape[2]
@@ -60,7 +47,7 @@ def _load_query(
     channel = gl.arange(0, D, layout=gl.SliceLayout(1, right))
     q = load_in_fours(q_ptr + at[None, :], channel[:, None], ok[None, :], D)
     largest = gl.max(gl.max(gl.abs(q), axis=0), axis=0)
-    unit = gl.exp2(gl.ceil(gl.log2(gl.maximum(largest, 1e-30))) - _QUERY_SHIFT)
+    unit = query_unit(largest)
     q = q / unit
     high = q.to(gl.float16)
     q_parts.index(0).store(high)
@@ -98,7 +85,7 @@ def _attend_records(
             async_copy.commit_group()
         async_copy.commit_group()
     tokens = gl.arange(0, G, layout=gl.SliceLayout(1, mma))
-    m = gl.full((COLUMNS,), _NEVER, gl.float32, gl.SliceLayout(0, mma))
+    m = gl.full((COLUMNS,), NEVER, gl.float32, gl.SliceLayout(0, mma))
     mass = gl.zeros((8, COLUMNS), gl.float32, gl.SliceLayout(0, repeat_layout(D, COLUMNS, warps)))
     acc = gl.zeros((D, COLUMNS), gl.float32, mma)
     slot = 0
@@ -114,7 +101,7 @@ def _attend_records(
         async_copy.commit_group()
         factor = q_scale
         if SOFTCAP > 0:
-            x = _cap(x * q_scale, SOFTCAP)
+            x = cap(x * q_scale, SOFTCAP)
             factor = 1.0
         if tile * G < sinks:
             x = gl.where((tile * G + tokens >= sinks)[:, None], x, float("-inf"))
@@ -122,7 +109,7 @@ def _attend_records(
             x = gl.where(((tile + 1) * G <= record_stop)[None, :], x, float("-inf"))
         m_new = gl.maximum(m, gl.max(x, axis=0) * factor)
         decay = gl.exp2(m - m_new)
-        p = gl.exp2(x * factor - (m_new - _WEIGHT_SHIFT)[None, :]).to(gl.float16)
+        p = gl.exp2(x * factor - (m_new - WEIGHT_SHIFT)[None, :]).to(gl.float16)
         p = gl.convert_layout(p, v_right)
         async_copy.wait_group(2 * STAGES - 1)
         o, added = weigh_values(p, v_words, v_vectors, slot, D, V_FIELDS, warps)
@@ -165,11 +152,11 @@ def _attend_raw(
     _copy_raw(k_buffer, k_base, next_offsets, has_next, warps)
     x *= q_scale
     if SOFTCAP > 0:
-        x = _cap(x, SOFTCAP)
+        x = cap(x, SOFTCAP)
     x = gl.where(ok, x, float("-inf"))
     m_new = gl.maximum(m, gl.max(x, axis=0))
     decay = gl.exp2(m - m_new)
-    p = gl.exp2(x - (m_new - _WEIGHT_SHIFT)[None, :])
+    p = gl.exp2(x - (m_new - WEIGHT_SHIFT)[None, :])
     p_half = gl.convert_layout(p.to(gl.float16), gl.DotOperandLayout(1, mma, 2))
     async_copy.wait_group(1)
     v = v_buffer.permute((1, 0)).load(gl.DotOperandLayout(0, mma, 2)).to(gl.float32).to(gl.float16)
@@ -252,7 +239,7 @@ def _span(program, programs, work_end_ptr, tasks, BLOCK: gl.constexpr, warps: gl
     return begin, end, first, last
 
 
-@gluon.jit
+@gluon.jit(do_not_specialize=["tasks"])
 def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
     task_request_ptr, task_row_ptr, work_end_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
@@ -284,20 +271,11 @@ def attend_kernel(
     if share_begin == share_end:
         last_task = first_task - 1
     for task in range(first_task, last_task + 1):
-        task_begin = gl.load(work_end_ptr + task - 1, mask=task > 0, other=0)
-        begin = gl.maximum(share_begin - task_begin, 0) * SHARE
-        end = (gl.minimum(share_end, gl.load(work_end_ptr + task)) - task_begin) * SHARE
-        # a task of no request has no units
-        request = gl.maximum(gl.load(task_request_ptr + task), 0)
-        first_row = gl.load(task_row_ptr + task)
-        query_start = gl.load(query_start_ptr + request)
-        query_rows = gl.load(query_start_ptr + request + 1) - query_start
-        prefix = gl.load(prefix_ptr + request)
-        length = gl.load(length_ptr + request)
-        own_start = gl.load(own_start_ptr + request)
-        sink_slot = gl.load(sink_slot_ptr + request).to(gl.int64)
-        ring_row = gl.load(rows_ptr + request).to(gl.int64)
-
+        begin, end = part_of_task(task, share_begin, share_end, work_end_ptr, SHARE)
+        request, first_row, query_start, query_rows, prefix, length, own_start, sink_slot, ring_row = load_task(
+            task, task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
+            rows_ptr,
+        )  # fmt: skip
         row = first_row + column // GROUP
         col_ok = (column < ROWS * GROUP) & (row < query_rows)
         position = prefix + row
@@ -317,7 +295,7 @@ def attend_kernel(
             q_ptr, query_start, first_row, query_rows, q_token_stride, q_head_stride, head, q_parts, K_FIELDS, GROUP,
             ROWS, num_warps,
         )  # fmt: skip
-        q_scale = q_unit * (scale * _LOG2E)
+        q_scale = q_unit * (scale * LOG2E)
         m, total, acc = _attend_records(
             records_ptr, block_table_ptr + request.to(gl.int64) * block_table_stride, begin, gl.minimum(end, tiles),
             sinks, record_stop, head, q_parts, q_scale, record_block_stride, record_tile_stride, record_head_stride,
@@ -350,7 +328,7 @@ def attend_kernel(
             )  # fmt: skip
 
         out_row = ((program + task).to(gl.int64) * gl.num_programs(1) + head) * COLUMNS + column
-        lse = gl.where(total > 0, m + gl.log2(gl.maximum(total, 1e-37)) - _WEIGHT_SHIFT, float("-inf"))
+        lse = gl.where(total > 0, m + gl.log2(gl.maximum(total, 1e-37)) - WEIGHT_SHIFT, float("-inf"))
         gl.store(partial_lse_ptr + out_row, lse, mask=col_ok)
         out_ptrs = partial_ptr + out_row[None, :] * D + channel[:, None]
         gl.store(out_ptrs, acc / gl.maximum(total, 1e-37)[None, :], mask=(col_ok & (total > 0))[None, :])
