@@ -9,8 +9,8 @@ from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.launch import chained
 from kvarn.core.step import Step
 
-# Up to so many rows of output each has many parts.
-_FEW_ROWS = 512
+# From so many parts of a task on they are taken many at a time.
+_MANY_PARTS = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,17 +30,17 @@ class CombineShape:
 
 _BY_MATRIX = CombineShape(16, 2, 4)
 # One warp has no barriers: merging 64 rows of 8 heads took 15 us less than with four.
-_MANY = CombineShape(2, 4, 1)
+_FEW = CombineShape(2, 4, 1)
 
 
-def combine_shape(rows: int, config: CacheConfig) -> CombineShape:
-    """Return the shape for so many rows of output."""
+def combine_shape(programs: int, tasks: int, config: CacheConfig) -> CombineShape:
+    """Return the shape for so many programs of attention a kv head, and tasks that they share."""
     layout = config.layout
     if layout.padded_dim != layout.head_dim:
         return _BY_MATRIX
     # batch-invariant: the same order of summing whatever else is in the batch
-    if rows > _FEW_ROWS or config.batch_invariant:
-        return _MANY
+    if programs // tasks < _MANY_PARTS or config.batch_invariant:
+        return _FEW
     return CombineShape(1, 64, max(4, layout.head_dim // 32))
 
 
@@ -65,12 +65,13 @@ def combine(
     tokens, q_heads, head_dim = out.shape
     kv_heads, columns = partial_lse.shape[1:]
     tasks = step.task_request.shape[0]
+    programs = partial.shape[0] - tasks
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
     padded = layer.config.layout.padded_dim
-    shape = combine_shape(tokens * q_heads, layer.config)
+    shape = combine_shape(programs, tasks, layer.config)
     combine_kernel[(tasks, kv_heads, -(-columns // shape.columns))](
         partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse,
-        step.task_request, step.task_row, step.work_end, step.query_start, tasks, partial.shape[0] - tasks, q_heads,
+        step.task_request, step.task_row, step.work_end, step.query_start, tasks, programs, q_heads,
         GROUP=q_heads // kv_heads, ROWS=step.rows_per_task, COLUMNS=columns, BLOCK=shape.columns, PARTS=shape.parts,
         D=head_dim, DP=padded, NORM=layer.config.rotation_norm, **chained(partial.device), num_warps=shape.warps,
     )  # fmt: skip
