@@ -2,8 +2,8 @@
 
 Every program of a chained kernel calls both functions, so a kernel that is past its wait knows all earlier ones to be
 complete, not the previous alone. The first kernel of an operation waits before it allows the next: so whatever ran
-before the operation is complete when its later kernels begin, and they may read that before they wait, from the second-level
-cache: that the first level holds nothing older is only certain after the wait.
+before the operation is complete when its later kernels begin, and they may read that before they wait, from the
+second-level cache: that the first level holds nothing older is only certain after the wait.
 """
 
 import triton
