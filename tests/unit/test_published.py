@@ -5,23 +5,11 @@ import statistics
 
 import pytest
 import torch
+from test_reference import tile
 
 from kvarn.evaluation.published import normalise, restore_oriented
 
 Matrix = list[list[float]]
-
-
-def tile(kind: str, rows: int = 64, cols: int = 48, seed: int = 0) -> torch.Tensor:
-    """An oriented tile of some character, float32."""
-    generator = torch.Generator().manual_seed(seed)
-    x = torch.randn(rows, cols, generator=generator)
-    if kind == "uneven":
-        x *= torch.exp(0.6 * torch.randn(rows, 1, generator=generator))
-        x *= torch.exp(0.6 * torch.randn(1, cols, generator=generator))
-    if kind == "outliers":
-        x[:, 3] *= 40.0
-        x[7] *= 15.0
-    return x
 
 
 KINDS = ("even", "uneven", "offset rows", "small", "outliers")
