@@ -126,7 +126,11 @@ def _warm(args: argparse.Namespace) -> None:
 
 def _once(args: argparse.Namespace) -> None:
     device = torch.device("cuda")
-    for case in (case for case in cases.registry() if case.name in args.names):
+    known = {case.name: case for case in cases.registry()}
+    unknown = [name for name in args.names if name not in known]
+    if unknown:
+        sys.exit(f"No case is named {unknown[0]}; `python -m benchmarks.kernels list` prints their names.")
+    for case in (known[name] for name in args.names):
         made = build(make_inputs(case, device), torch.cuda.get_device_properties(device).L2_cache_size)
         for copy in range(2):
             made.run(copy % len(made.layers))
