@@ -21,7 +21,9 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from kvarn.core.attention import attention, reserve_scratch
 from kvarn.core.cache import CacheConfig
 from kvarn.core.capacity import cache_shape
+from kvarn.core.flash import flash_for
 from kvarn.core.layout import HEAD_DIMS, TileLayout
+from kvarn.core.prefill_plan import PrefillPlan, plan_prefill
 from kvarn.core.step import Step, aligned_ints, chunk_step, decode_step
 from kvarn.errors import UnsupportedConfig
 from kvarn.presets import PRESETS, Preset
@@ -106,6 +108,7 @@ class TileMetadata(AttentionMetadata):
         block_table: [requests, blocks], int32.
         num_tokens: rows of the step that hold tokens, padding of a decode step included.
         is_decode: every request has one row.
+        plan: of the step's long chunks.
         steps: the step for every column of the tail's block table.
     """
 
@@ -114,6 +117,7 @@ class TileMetadata(AttentionMetadata):
     block_table: torch.Tensor
     num_tokens: int
     is_decode: bool
+    plan: PrefillPlan | None = None
     steps: list[Step] | None = None
 
 
@@ -142,13 +146,28 @@ class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
         state = self._tail.pool.state
         state.check_faults()
         state.watch_faults()
-        is_decode = common.max_query_len == 1
-        if is_decode:
-            table, tokens = common.block_table_tensor, common.num_reqs
-        else:
-            blocks = -(-common.max_seq_len // self.kv_cache_spec.block_size)
-            table, tokens = common.block_table_tensor[:, :blocks], int(common.query_start_loc_cpu[-1])
-        return TileMetadata(common.seq_lens, common.query_start_loc, table, tokens, is_decode)
+        if common.max_query_len == 1:
+            return TileMetadata(
+                common.seq_lens, common.query_start_loc, common.block_table_tensor, common.num_reqs, True
+            )
+        blocks = -(-common.max_seq_len // self.kv_cache_spec.block_size)
+        table, tokens = common.block_table_tensor[:, :blocks], int(common.query_start_loc_cpu[-1])
+        return TileMetadata(common.seq_lens, common.query_start_loc, table, tokens, False, self._plan(common))
+
+    def _plan(self, common: CommonAttentionMetadata) -> PrefillPlan | None:
+        """Plan the step's long chunks. vLLM's lengths on the host are true for requests that are being prefilled."""
+        if common.seq_lens_cpu_upper_bound is None:
+            return None
+        query_lens = common.query_start_loc_cpu.diff()
+        prefix_lens = common.seq_lens_cpu_upper_bound - query_lens
+        return plan_prefill(
+            self._tail.pool.config,
+            self._tail.flash,
+            self._tail.raw_dtype,
+            prefix_lens.tolist(),
+            query_lens.tolist(),
+            common.seq_lens.device,
+        )
 
 
 class TileAttention(AttentionImpl[TileMetadata]):
@@ -203,6 +222,11 @@ class TileAttention(AttentionImpl[TileMetadata]):
         self._logit_cap = logits_soft_cap or 0.0
         self._index = 0
 
+    @property
+    def caps_logits(self) -> bool:
+        """Whether the layer has a soft cap on its logits."""
+        return self._logit_cap > 0
+
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Find the layer's place in the model; the first layer also makes the companion of all. May be called again."""
         config = get_current_vllm_config()
@@ -225,7 +249,8 @@ class TileAttention(AttentionImpl[TileMetadata]):
         """Append, seal and attend; rows of padding are left alone. Graph-safe: yes for decode steps."""
         tail: TailCache = self._tail
         if attn_metadata is None:
-            reserve_scratch(query, CacheConfig.of(tail.shape), tail.max_requests, tail.max_pages)
+            plans = tail.flash is not None
+            reserve_scratch(query, CacheConfig.of(tail.shape), tail.max_requests, tail.max_pages, plans=plans)
             return output.fill_(0)
         pool = tail.pool
         if self._index == 0:
@@ -286,6 +311,13 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
         config.model_config.max_model_len,
         config.device_config.device,
     )
+    tail.flash = flash_for(
+        CacheConfig.of(shape),
+        raw_dtype,
+        tail.sinks.device,
+        caps_logits=any(layer.impl.caps_logits for layer in layers.values()),
+        engine=compat.flash_attention(tail.sinks.device, shape.head_dim),
+    )
     compat.add_layer(config, tail.layer_name, tail)
     return tail
 
@@ -302,6 +334,14 @@ def _describe(pool: TilePool, metadata: TileMetadata, tail_blocks: torch.Tensor,
     else:
         prefix_lens = metadata.seq_lens - metadata.query_start.diff()
         step, _ = chunk_step(
-            pool.state, rows[0], prefix_lens, metadata.seq_lens, None, table, group, metadata.num_tokens
+            pool.state,
+            rows[0],
+            prefix_lens,
+            metadata.seq_lens,
+            None,
+            table,
+            group,
+            metadata.num_tokens,
+            metadata.plan,
         )
     return [replace(step, rows=column) for column in rows]

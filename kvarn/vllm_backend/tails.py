@@ -10,6 +10,7 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.capacity import CacheShape
+from kvarn.core.flash import FlashAttention
 from kvarn.core.tail import TailState
 from kvarn.vllm_backend import compat
 from kvarn.vllm_backend.spec import TailSpec
@@ -122,6 +123,7 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         self.max_requests = max_requests
         self.max_pages = -(-max_tokens // shape.preset.tile_tokens)
         self.kv_cache = torch.empty(0)
+        self.flash: FlashAttention | None = None  # what attends long chunks, if anything does
         # Plain attributes: the attention layers are modules of the model, not of this one.
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "_pool", None)
