@@ -15,8 +15,10 @@ from kvarn.core.append import rotate_rows
 from kvarn.core.attend import attend
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
+from kvarn.core.flash import FlashAttention
 from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.layout import TileLayout
+from kvarn.core.prefill_plan import plan_prefill
 from kvarn.core.reference import encode
 from kvarn.core.seal import seal
 from kvarn.core.step import Step, chunk_step, decode_step
@@ -91,7 +93,14 @@ class Workload:
         return compare(out[token_rows(requests, case.q_len, out.device)], want)
 
 
-def build(inputs: Inputs, l2_bytes: int, table_tokens: int = TABLE_TOKENS, *, hollow: bool = False) -> Workload:
+def build(
+    inputs: Inputs,
+    l2_bytes: int,
+    table_tokens: int = TABLE_TOKENS,
+    *,
+    hollow: bool = False,
+    flash: FlashAttention | None = None,
+) -> Workload:
     """Bring caches to life.
 
     Args:
@@ -99,6 +108,7 @@ def build(inputs: Inputs, l2_bytes: int, table_tokens: int = TABLE_TOKENS, *, ho
         l2_bytes: size of the L2, which sets the number of layers.
         table_tokens: tokens that the page table is wide enough for; at least those of the longest request.
         hollow: one page stands for all, and one layer: the same launches in little memory, for compiling.
+        flash: what attends long chunks; None for the kernels over tiles.
     """
     case = inputs.case
     preset = get_preset(case.preset)
@@ -110,7 +120,7 @@ def build(inputs: Inputs, l2_bytes: int, table_tokens: int = TABLE_TOKENS, *, ho
     state = TailState(config, case.batch + 1, sum(pages) + 1, case.batch, inputs.device)
     table = _shuffled_table(inputs, pages, -(-table_tokens // layout.tile_tokens))
     rows = _shuffled(inputs, case.batch)
-    step = _step(inputs, state, rows, table)
+    step = _step(inputs, state, rows, table, flash)
     traffic = read_traffic(config, step, inputs.q.element_size())
     copies = 1 if hollow else copies_needed(traffic.total, l2_bytes)
     pools = _pools(inputs, layout)
@@ -132,7 +142,9 @@ def _shuffled_table(inputs: Inputs, pages: list[int], width: int) -> torch.Tenso
     return table
 
 
-def _step(inputs: Inputs, state: TailState, rows: torch.Tensor, table: torch.Tensor) -> Step:
+def _step(
+    inputs: Inputs, state: TailState, rows: torch.Tensor, table: torch.Tensor, flash: FlashAttention | None
+) -> Step:
     """Tell the state of a prefill of all that came before, then describe the step."""
     case = inputs.case
     seq_lens = inputs.seq_lens()
@@ -142,7 +154,9 @@ def _step(inputs: Inputs, state: TailState, rows: torch.Tensor, table: torch.Ten
     chunk_step(state, rows, torch.zeros_like(prefix), prefix, tags, table, case.group, past)
     if case.q_len == 1:
         return decode_step(state, rows, seq_lens, table, case.group)
-    step, _ = chunk_step(state, rows, prefix, seq_lens, tags, table, case.group, case.batch * case.q_len)
+    lens = (prefix.tolist(), [case.q_len] * case.batch)
+    plan = plan_prefill(state.config, flash, inputs.q.dtype, *lens, inputs.device)
+    step, _ = chunk_step(state, rows, prefix, seq_lens, tags, table, case.group, case.batch * case.q_len, plan)
     return step
 
 

@@ -130,10 +130,10 @@ def flash_reference(
         if causal:
             visible = visible.tril(keys - queries)
         # copies, because a product's bits depend on where its operands lie
-        own = (
+        own_q, own_k, own_v = (
             x.to(torch.float32, copy=True).contiguous() for x in (q[q_begin:q_end], k[k_begin:k_end], v[k_begin:k_end])
         )
-        out, lse = softmax_attention(*own, visible, scale, logit_cap)
+        out, lse = softmax_attention(own_q, own_k, own_v, visible, scale, logit_cap)
         outs.append(out.to(q.dtype))
         lses.append(lse.T)
     return torch.cat(outs), torch.cat(lses, dim=1)

@@ -206,6 +206,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
         if reasons:
             raise UnsupportedConfig(reasons)
         compat.watch_admissions(forget_rings)
+        compat.before_warm_up(TailCache.warm_up)
         asked = [f"{name}={value!r}" for name, value in extras.items() if value]
         asked += ["ALiBi slopes"] * bool(alibi_slopes)
         asked += ["the cache of another layer"] * (kv_sharing_target_layer_name is not None)

@@ -129,6 +129,25 @@ def watch_admissions(note: Callable[[Any, list[int]], None]) -> None:
         runner.execute_model = _watched(runner.execute_model, note)
 
 
+def before_warm_up(call: Callable[[Any], None]) -> None:
+    """Call `call` with the TailCache when a worker's caches are there and it begins to warm up."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    warm_up = Worker.compile_or_warm_up_model
+    if getattr(warm_up, _MARK, False):
+        return
+
+    @functools.wraps(warm_up)
+    def called(worker: Any) -> Any:
+        tail = tail_of(worker.vllm_config)
+        if tail is not None and tail.is_bound:
+            call(tail)
+        return warm_up(worker)
+
+    setattr(called, _MARK, True)
+    Worker.compile_or_warm_up_model = called
+
+
 def require_watched() -> None:
     """Refuse to run where admissions go unseen.
 

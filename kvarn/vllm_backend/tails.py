@@ -12,6 +12,7 @@ from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.capacity import CacheShape
 from kvarn.core.flash import FlashAttention
 from kvarn.core.tail import TailState
+from kvarn.core.warm_up import warm_up
 from kvarn.vllm_backend import compat
 from kvarn.vllm_backend.spec import TailSpec
 
@@ -169,6 +170,10 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         if self._pool is None:
             object.__setattr__(self, "_pool", self._make_pool())
         return self._pool
+
+    def warm_up(self) -> None:
+        """Compile what steps launch; the caches are bound."""
+        warm_up(self.pool.layers[0], self.layers[0].num_heads, self.flash)
 
     def _make_pool(self) -> TilePool:
         records = [_records(layer.kv_cache, self.shape) for layer in self.layers]

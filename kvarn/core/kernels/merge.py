@@ -7,7 +7,11 @@ _LOG2E = tl.constexpr(1.4426950408889634)
 _LN2 = tl.constexpr(0.6931471805599453)
 
 
-@triton.jit(do_not_specialize=["rows"])
+# A step's lengths and where its requests begin mustn't make new variants.
+@triton.jit(
+    do_not_specialize=["rows", "lse_stride", "part_lse_stride"],
+    do_not_specialize_on_alignment=["lse_ptr", "part_lse_ptr"],
+)
 def merge_kernel(
     out_ptr, lse_ptr, part_ptr, part_lse_ptr, rows, heads, lse_stride, part_lse_stride,
     D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,

@@ -97,7 +97,7 @@ def _restore_values(
     tl.store(out_ptrs, (y * NORM).to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & (channels < D)[None, :])
 
 
-@triton.jit(do_not_specialize=["first_request"])
+@triton.jit(do_not_specialize=["first_request", "block_table_stride"])
 def restore_kernel(
     records_ptr, tails_ptr, sinks_ptr, signs_ptr, k_out_ptr, v_out_ptr, rows_ptr, block_table_ptr, prefix_ptr,
     own_start_ptr, sink_slot_ptr, begin_ptr, key_start_ptr, first_request,
