@@ -25,7 +25,7 @@ def test_nothing_but_padding_is_written(device, monkeypatch):
     warm_up(layer, GROUP, flash)
     for now, before in zip((layer.records[1:], layer.tails[1:], layer.sinks), kept, strict=True):
         assert torch.equal(now.contiguous().view(torch.uint8), before.contiguous().view(torch.uint8))
-    assert not torch.isnan(layer.tails[0, :, :1]).any(), "no ring was written: nothing ran"
+    assert torch.isfinite(layer.tails[0, :, :1, 0]).all(), "no ring was written: nothing ran"
 
 
 @pytest.mark.parametrize(
