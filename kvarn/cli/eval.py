@@ -23,9 +23,7 @@ def add_parser(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument(
         "methods", nargs="*", default=["kvarn_k4v2_g128"], help="presets, other methods, variants; all; ablation"
     )
-    parser.add_argument(
-        "--text", required=True, help="a text file, code, humaneval or agent-8192 (docs/quality.md)"
-    )
+    parser.add_argument("--text", required=True, help="a text file, code, humaneval or agent-8192 (docs/quality.md)")
     parser.add_argument("--out", type=Path, required=True, help="result file; what stands in it isn't measured again")
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--dtype", default=None, help="of the model; default: float16 on a GPU, float32 elsewhere")

@@ -13,6 +13,7 @@ from kvarn import hf
 from kvarn.checkpoint import describe
 from kvarn.core.layout import TileLayout
 from kvarn.evaluation.divergence import divergence
+from kvarn.evaluation.generate import EXACT, greedy
 from kvarn.evaluation.method_cache import MethodCache
 from kvarn.evaluation.methods import TILE, Method, methods
 from kvarn.evaluation.variants import is_variant_name, variant
@@ -23,7 +24,6 @@ if TYPE_CHECKING:
 
 # Shows how far an iteration is: takes what to go through and a label, gives it back.
 Progress = Callable[[Sequence[Any], str], Iterable[Any]]
-_EXACT = "exact"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -71,7 +71,7 @@ class Evaluation:
             UnsupportedConfig: the model can't be served with tiles.
         """
         if self._exact is None:
-            self._exact = self._states(_EXACT)
+            self._exact = self._states(EXACT)
         found = dataclasses.asdict(divergence(self._head, self._exact, self._states(name), self._ids, self._turns))
         quarters, by_turn = found.pop("kl_quarters"), found.pop("kl_turns")
         found |= {f"kl_quarter_{i}": value for i, value in enumerate(quarters, 1)}
@@ -86,7 +86,7 @@ class Evaluation:
         """Return the final hidden states of the text, [tokens, hidden], fed in chunks of one tile."""
         self._model.set_attn_implementation(hf.ATTENTION if is_preset_name(name) else "sdpa")
         cache = self._cache(name)
-        passes = self._passes(resumes=name != _EXACT)
+        passes = self._passes(resumes=name != EXACT)
         states = []
         for one in self._progress(passes, name):
             if one.resumes:
@@ -106,7 +106,7 @@ class Evaluation:
         return passes
 
     def _cache(self, name: str) -> Cache:
-        if name == _EXACT:
+        if name == EXACT:
             return DynamicCache()
         if is_preset_name(name):
             return hf.TileCache(self._model, name, max_tokens=-(-len(self._ids) // TILE) * TILE)
@@ -139,7 +139,6 @@ def bytes_per_token_head(name: str, model: PreTrainedModel) -> float:
     return layout.record_bytes / layout.tile_tokens
 
 
-@torch.no_grad()
 def first_divergences(model: PreTrainedModel, name: str, prompts: list[torch.Tensor], new_tokens: int) -> list[int]:
     """Generate greedily with a preset's cache and without; return how many tokens are equal before the first is not.
 
@@ -149,17 +148,7 @@ def first_divergences(model: PreTrainedModel, name: str, prompts: list[torch.Ten
         prompts: token ids, [tokens] each.
         new_tokens: generated for each prompt.
     """
-    equal = []
-    for prompt in prompts:
-        ids = prompt[None].to(model.device)
-        outs = []
-        for attention in ("sdpa", hf.ATTENTION):
-            model.set_attn_implementation(attention)
-            longest = ids.shape[1] + new_tokens
-            cache = DynamicCache() if attention == "sdpa" else hf.TileCache(model, name, max_tokens=longest)
-            options = {"do_sample": False, "min_new_tokens": new_tokens, "max_new_tokens": new_tokens}
-            out = model.generate(ids, past_key_values=cache, attention_mask=torch.ones_like(ids), **options)
-            outs.append(out[0, ids.shape[1] :].tolist())
-        pairs = enumerate(zip(*outs, strict=True))
-        equal.append(next((i for i, (a, b) in pairs if a != b), new_tokens))
-    return equal
+    asked = [prompt.tolist() for prompt in prompts]
+    answers = [greedy(model, dtype, asked, new_tokens) for dtype in (EXACT, name)]
+    pairs = zip(*answers, strict=True)
+    return [next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), new_tokens) for a, b in pairs]

