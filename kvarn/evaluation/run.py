@@ -16,7 +16,8 @@ from kvarn.evaluation.divergence import divergence
 from kvarn.evaluation.generate import EXACT, greedy
 from kvarn.evaluation.method_cache import MethodCache
 from kvarn.evaluation.methods import TILE, Method, methods
-from kvarn.evaluation.variants import is_variant_name, variant
+from kvarn.evaluation.names import is_variant_name
+from kvarn.evaluation.variants import variant
 from kvarn.presets import get_preset, is_preset_name
 
 if TYPE_CHECKING:

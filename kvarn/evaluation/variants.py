@@ -12,9 +12,9 @@ from kvarn.core.layout import KEY_GROUP_TOKENS
 from kvarn.core.reference import key_clip, quantise_rows, value_clip
 from kvarn.errors import KVarNError
 from kvarn.evaluation.methods import TILE, Method
+from kvarn.evaluation.names import VARIANT_MARK
 
 _HALF_BITS = 16
-_SEPARATOR = ":"
 # What each part of the quantiser is worth: one thing different from the preset in every line.
 ABLATION = (
     "k4v2:key_order=0",
@@ -68,18 +68,13 @@ class Variant:
         return self.key_bits + self.value_bits + 2 * _HALF_BITS / self.key_group + 2 * _HALF_BITS / head_dim
 
 
-def is_variant_name(name: str) -> bool:
-    """Tell whether a name is one of a variant, valid or not."""
-    return _SEPARATOR in name
-
-
 def variant(name: str) -> Method:
     """Return the variant of a name: bits, a colon, and what differs, e.g. ``k4v2:key_order=0,value_clip=1``.
 
     Raises:
         KVarNError: the name is not like that.
     """
-    bits, _, changes = name.partition(_SEPARATOR)
+    bits, _, changes = name.partition(VARIANT_MARK)
     names = {field.name: type(field.default) for field in fields(Variant) if field.default is not MISSING}
     try:
         key_bits, value_bits = (int(digits) for digits in bits.removeprefix("k").split("v"))
