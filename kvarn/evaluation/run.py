@@ -12,7 +12,7 @@ from transformers import Cache, DynamicCache
 from kvarn import hf
 from kvarn.checkpoint import describe
 from kvarn.core.layout import TileLayout
-from kvarn.evaluation.divergence import divergence
+from kvarn.evaluation.divergence import Divergence, divergence
 from kvarn.evaluation.generate import EXACT, greedy
 from kvarn.evaluation.method_cache import MethodCache
 from kvarn.evaluation.methods import TILE, Method, methods
@@ -71,9 +71,7 @@ class Evaluation:
             UnknownPreset: it is neither.
             UnsupportedConfig: the model can't be served with tiles.
         """
-        if self._exact is None:
-            self._exact = self._states(EXACT)
-        found = dataclasses.asdict(divergence(self._head, self._exact, self._states(name), self._ids, self._turns))
+        found = dataclasses.asdict(self.compare(self._cache(name), name))
         quarters, by_turn = found.pop("kl_quarters"), found.pop("kl_turns")
         found |= {f"kl_quarter_{i}": value for i, value in enumerate(quarters, 1)}
         if len(by_turn) > 1:
@@ -82,14 +80,24 @@ class Evaluation:
         bytes_each = round(bytes_per_token_head(name, self._model), 2)
         return {"method": name, "bytes_per_token_head": bytes_each, "tokens": len(self._ids), **rounded}
 
+    def compare(self, cache: hf.TileCache | MethodCache, label: str) -> Divergence:
+        """Return what an empty cache changes about the predictions.
+
+        Args:
+            cache: for the text's length.
+            label: for the progress bar.
+        """
+        if self._exact is None:
+            self._exact = self._states(DynamicCache(), EXACT)
+        return divergence(self._head, self._exact, self._states(cache, label), self._ids, self._turns)
+
     @torch.no_grad()
-    def _states(self, name: str) -> torch.Tensor:
+    def _states(self, cache: Cache, label: str) -> torch.Tensor:
         """Return the final hidden states of the text, [tokens, hidden], fed in chunks of one tile."""
-        self._model.set_attn_implementation(hf.ATTENTION if is_preset_name(name) else "sdpa")
-        cache = self._cache(name)
-        passes = self._passes(resumes=name != EXACT)
+        self._model.set_attn_implementation(hf.ATTENTION if isinstance(cache, hf.TileCache) else "sdpa")
+        passes = self._passes(resumes=isinstance(cache, hf.TileCache | MethodCache))
         states = []
-        for one in self._progress(passes, name):
+        for one in self._progress(passes, label):
             if one.resumes:
                 cache.resume()
             chunk = self._ids[None, one.begin : one.end]
@@ -106,10 +114,9 @@ class Evaluation:
                 passes.append(_Pass(begin, min(begin + TILE, end), max(0, start - begin), new))
         return passes
 
-    def _cache(self, name: str) -> Cache:
-        if name == EXACT:
-            return DynamicCache()
+    def _cache(self, name: str) -> hf.TileCache | MethodCache:
         if is_preset_name(name):
+            self._model.set_attn_implementation(hf.ATTENTION)
             return hf.TileCache(self._model, name, max_tokens=-(-len(self._ids) // TILE) * TILE)
         return MethodCache([_method(name)] * self._model.config.get_text_config().num_hidden_layers)
 

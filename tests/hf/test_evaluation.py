@@ -13,9 +13,11 @@ from tokenizers import Tokenizer  # noqa: E402
 from tokenizers.models import WordLevel  # noqa: E402
 from tokenizers.pre_tokenizers import Whitespace  # noqa: E402
 
+from benchmarks.quality import layers  # noqa: E402
 from kvarn.cli.main import main  # noqa: E402
 from kvarn.errors import KVarNError, UnknownPreset  # noqa: E402
 from kvarn.evaluation.divergence import divergence  # noqa: E402
+from kvarn.evaluation.layers import cheapest, sensitivity  # noqa: E402
 from kvarn.evaluation.methods import Method, gaussian_codebook, methods  # noqa: E402
 from kvarn.evaluation.run import Evaluation, check_name, first_divergences  # noqa: E402
 from kvarn.evaluation.variants import ABLATION, rotate_strided, variant  # noqa: E402
@@ -141,3 +143,45 @@ def test_command_writes_rows_and_goes_on_where_it_was(tmp_path, capsys):
     assert "300 tokens, not 1000" in capsys.readouterr().err
     assert main(["presets"]) == 0
     assert "kvarn_k2v2_g128" in capsys.readouterr().out
+
+
+def test_layers_get_what_they_mind_least_within_the_budget():
+    costs = [[9.0, 1.0, 0.0], [2.0, 1.9, 1.8], [9.0, 8.0, 0.0]]
+    assert cheapest(costs, [1, 2, 3], 6) == [1, 0, 2]
+    assert cheapest(costs, [1, 2, 3], 9) == [2, 2, 2]
+    with pytest.raises(ValueError, match="do not fit"):
+        cheapest(costs, [1, 2, 3], 2)
+
+
+def test_sensitivity_is_that_of_one_layer_alone():
+    evaluation = Evaluation(make_model("sdpa"), ids(400))
+    first, second = (sensitivity(evaluation, variant("k2v2:"), layer, 2) for layer in range(2))
+    assert first > 1e-6
+    assert second > 1e-6
+    assert first != second
+    assert sensitivity(evaluation, variant("k2v2:tail=512"), 0, 2) < 1e-9
+
+
+def test_choices_by_layer_are_compared_at_the_same_bytes(tmp_path):
+    text, out, model = tmp_path / "text.txt", tmp_path / "layers.json", tmp_path / "tiny"
+    text.write_text(saved_model(model))
+    command = [
+        "--model",
+        str(model),
+        "--text",
+        str(text),
+        "--out",
+        str(out),
+        "--tokens",
+        "300",
+        "--short-tokens",
+        "260",
+    ]
+    layers.main(command)
+    rows = json.loads(out.read_text())["rows"]
+    chosen = [row for row in rows if "chosen" in row]
+    assert [row["chosen"] for row in chosen] == ["uniform", "by layer"] * 2
+    assert all(row["bytes_per_token_head"] <= 56 for row in chosen)
+    assert len(rows) == len(chosen) + 2 * 2 * 4
+    layers.main(command)
+    assert json.loads(out.read_text())["rows"] == rows
