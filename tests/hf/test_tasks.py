@@ -9,6 +9,7 @@ transformers = pytest.importorskip("transformers")
 from test_tile_cache import make_model, prompt  # noqa: E402 (after the check)
 
 from benchmarks.quality import __main__ as command  # noqa: E402
+from benchmarks.quality.generate import Asked, by_engine  # noqa: E402
 from benchmarks.quality.sandbox import all_pass, passes  # noqa: E402
 from benchmarks.quality.tasks import JudgeFailed, Task, check_judge, humaneval, last_number, needles  # noqa: E402
 from kvarn.evaluation.generate import cut, greedy  # noqa: E402
@@ -121,6 +122,26 @@ def test_answers_are_what_the_model_goes_on_with_one_by_one():
         stop = together[0][2]
         assert greedy(model, dtype, prompts[:1], 6, [stop])[0] == cut(together[0], [stop])
     assert cut([5, 6, 7, 6], [6]) == [5, 6]
+
+
+def test_an_engine_is_asked_all_tasks_at_once_and_its_answers_end_where_they_should(tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [8, 7]}))
+    jobs = []
+
+    def run_job(engine, job, work, name):
+        jobs.append(job)
+        return {"answers": [[[1, 8, 2]], [[3, 7, 9], [4, 5, 6]]]}
+
+    monkeypatch.setattr("benchmarks.quality.generate.run_job", run_job)
+    generate = by_engine("vllm", str(tmp_path), "float16", 4, {"seed": 1}, {"enforce_eager": True})
+    asked = [Asked([[1]], 3), Asked([[2], [3]], 3)]
+    assert generate("kvarn_k4v2_g128", asked) == [[[1, 8]], [[3, 7], [4, 5, 6]]]
+    generate("auto", asked)
+    assert [job["engine"]["kv_cache_dtype"] for job in jobs] == ["kvarn_k4v2_g128", "auto"]
+    assert ["enforce_eager" in job["engine"] for job in jobs] == [False, True]
+    assert all(job["engine"]["seed"] == 1 for job in jobs)
+    assert jobs[0]["answers"][1] == {"prompts": [[2], [3]], "new_tokens": 3}
 
 
 def test_rows_are_paired_with_the_models_own_dtype_and_not_asked_again(tmp_path, monkeypatch, capsys):
