@@ -50,17 +50,17 @@ def test_divergence_of_known_distributions():
     assert found.ppl == pytest.approx(2.0, rel=1e-3)
 
 
-@pytest.mark.parametrize("turns", [(0,), (0, 5, 200, 450)])
+@pytest.mark.parametrize("turns", [(0,), (0, 5, 256, 450)])
 def test_exact_tiles_change_nothing(turns, monkeypatch):
     exact = Method("nothing", lambda k, v: (k, v), lambda d: 32.0)
     monkeypatch.setattr("kvarn.evaluation.run.methods", lambda: {"nothing": exact})
     row = Evaluation(make_model("sdpa"), ids(), turns=turns).row("nothing")
-    assert row["kl_mean"] < 1e-9
+    assert row["kl_mean"] < 1e-7  # sums in another order
     assert row["top1"] == 1.0
     assert row["ppl"] == pytest.approx(row["ppl_exact"])
 
 
-@pytest.mark.parametrize("turns", [(0,), (0, 5, 200, 450)])
+@pytest.mark.parametrize("turns", [(0,), (0, 5, 256, 450)])
 def test_kvarn_as_a_variant_is_kvarn(turns):
     """The same quantiser through a method's cache and through records, kernels and rings gives the same figures."""
     evaluation = Evaluation(make_model("sdpa"), ids(), turns=turns)
