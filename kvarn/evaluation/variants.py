@@ -60,8 +60,10 @@ class Variant:
         channels = rotate_strided(k, self.key_order).unflatten(-2, (-1, self.key_group)).transpose(-1, -2)
         keys = _round(channels, self.key_bits, clip_k, self.key_refit).transpose(-1, -2).flatten(-3, -2)
         values = _round(rotate_strided(v, self.value_order), self.value_bits, clip_v, 0)
-        # these matrices are symmetric, so each undoes itself
-        return rotate_strided(keys, self.key_order), rotate_strided(values, self.value_order)
+        return (
+            rotate_strided(keys, self.key_order, inverse=True),
+            rotate_strided(values, self.value_order, inverse=True),
+        )
 
     def bits(self, head_dim: int) -> float:
         """Return the bits a number of K and V, scales and offsets included."""
@@ -87,16 +89,18 @@ def variant(name: str) -> Method:
     return Method(name, made.restore, made.bits, made.tail, made.sinks)
 
 
-def rotate_strided(x: torch.Tensor, order: int) -> torch.Tensor:
-    """Rotate channels that stand head_dim / order apart together, in float32. Its own inverse.
+def rotate_strided(x: torch.Tensor, order: int, *, inverse: bool = False) -> torch.Tensor:
+    """Rotate channels that stand head_dim / order apart together, in float32.
 
     Args:
         x: [..., head_dim].
         order: channels of one rotation, a power of two; 0 for all of head_dim.
+        inverse: undo the rotation.
     """
     order = order or x.shape[-1]
     if order == x.shape[-1]:
-        return rotate(x)
+        return rotate(x, inverse=inverse)
+    # the matrix of a power of two is symmetric: it undoes itself
     parts = x.float().unflatten(-1, (order, -1))
     signs = sign_matrix(order).to(x.device) / math.sqrt(order)
     return torch.einsum("ij,...jc->...ic", signs, parts).flatten(-2)
