@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
 # On the GPU machine, in the repository root, after receive.sh of .gpu/engine and .gpu/tasks, and install.sh:
 #
-#   tools/gpu/quality.sh OUT [texts] [long] [turns] [tasks]      default: all four
+#   tools/gpu/quality.sh OUT [texts] [long] [turns] [tasks] [twobits] [layers]      default: the first four
 #
-# texts: all methods on 4,096 tokens of prose and code; long: some on 32,768; turns: conversations; tasks: HumanEval, GSM8K
-# and needles with SGLang, or with vLLM if KVARN_GPU_ENGINE=vllm. Writes OUT/quality-h100.json and OUT/tasks-h100.json,
-# going on with the rows that stand in benchmarks/results; copy them there afterwards.
+# texts: all methods on 4,096 tokens of prose and code; long: some on 32,768; turns: conversations; tasks: HumanEval,
+# GSM8K and needles with SGLang, or with vLLM if KVARN_GPU_ENGINE=vllm; twobits: variants of 2-bit keys; layers: presets
+# chosen layer by layer. Writes OUT/{quality,tasks,twobits,layers}-h100.json, going on with the rows that stand in
+# benchmarks/results; copy them there afterwards.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:?a folder for the results}
@@ -18,11 +19,11 @@ long_prose=$KVARN_GPU_HOME/in/prose-long.txt
 main_methods=(kvarn_k4v2_g128 kvarn_k4v4_g128 kvarn_k2v2_g128 hadamard-rtn-k4v2 published-k4v2 fp8-e4m3)
 ln -sfn "$KVARN_GPU_MODEL" "$model" # results call a model by its folder's name
 mkdir -p "$out"
-for name in quality-h100.json tasks-h100.json; do
+for name in {quality,tasks,twobits,layers}-h100.json; do
   if [ ! -e "$out/$name" ] && [ -e "benchmarks/results/$name" ]; then cp "benchmarks/results/$name" "$out/"; fi
 done
 
-evaluate() { python3 -m kvarn eval "$model" --device cuda --out "$out/quality-h100.json" "$@"; }
+evaluate() { python3 -m kvarn eval "$model" --device cuda --out "$out/${results:-quality}-h100.json" "$@"; }
 
 texts() {
   evaluate kvarn_k4v2_g128 kvarn_k4v4_g128 --text "$KVARN_GPU_PROSE" --tokens 4096 --generate 256
@@ -50,6 +51,16 @@ tasks() {
   python3 -m benchmarks.quality humaneval gsm8k needles --engine "$engine" --model "$model" --haystack "$long_prose" \
     --dtypes kvarn_k4v2_g128 kvarn_k4v4_g128 kvarn_k2v2_g128 --out "$out/tasks-h100.json" \
     --arguments "$arguments" --baseline-arguments "$baseline"
+}
+
+twobits() {
+  results=twobits evaluate k2v2: k2v2:key_clip=0.{7,75,85,9} k2v2:key_order={0,1,8,16,32} k2v2:value_clip=0.{7,75,85} \
+    k2v2:key_refit=1 --text "$KVARN_GPU_PROSE" --tokens 4096
+}
+
+layers() {
+  python3 -m benchmarks.quality.layers --model "$model" --text "$KVARN_GPU_PROSE" --tokens 4096 --dtype float16 \
+    --device cuda --out "$out/layers-h100.json"
 }
 
 [ $# -gt 0 ] || set -- texts long turns tasks
