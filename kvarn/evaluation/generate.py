@@ -61,7 +61,7 @@ def _greedy_batch(
     longest = ids.shape[1] + new_tokens
     tiles = hf.TileCache(model, dtype, longest, len(ids)) if is_preset_name(dtype) else None
     cache = DynamicCache() if tiles is None else tiles
-    stop = torch.tensor(sorted(stops), device=ids.device)
+    stop = torch.tensor(sorted(stops), dtype=torch.int64, device=ids.device)
     ended = torch.zeros(len(ids), dtype=torch.bool, device=ids.device)
     new: list[torch.Tensor] = []
     while len(new) < new_tokens and not (stops and bool(ended.all())):

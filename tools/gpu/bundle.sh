@@ -87,7 +87,7 @@ for name in sorted(sys.argv[1:]):
         break
 sys.stdout.write(text[60_000:260_000])
 PY
-  python3 -c 'import sys; sys.stdout.write(sys.stdin.read(40_000))' <"$OUT/tasks/prose-long.txt" >"$OUT/engine/prose.txt"
+  python3 -c 'import sys; print(end=sys.stdin.read(40_000))' <"$OUT/tasks/prose-long.txt" >"$OUT/engine/prose.txt"
   sums tasks
 }
 
