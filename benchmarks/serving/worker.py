@@ -24,6 +24,8 @@ def main() -> None:
     if "greedy" in job:
         engine.flush()
         result["greedy"] = engine.generate(job["greedy"]["prompts"], job["greedy"]["new_tokens"])
+    if "answers" in job:
+        result["answers"] = [engine.generate(asked["prompts"], asked["new_tokens"]) for asked in job["answers"]]
     if "prefill" in job:
         engine.save_hidden(Path(job["prefill"]["file"]))
         engine.generate([job["prefill"]["ids"]], 1)
