@@ -86,6 +86,7 @@ def reasons_against(fields: Mapping[str, Any], config: VllmConfig, capability: t
 
 
 def _facts(fields: Mapping[str, Any], config: VllmConfig) -> ModelFacts:
+    """Return the facts of a layer. Layers with a recurrent state are no limit: vLLM keeps these in caches of their own."""
     model = config.model_config
     head_dim = fields["head_size"]
     return ModelFacts(
@@ -96,7 +97,6 @@ def _facts(fields: Mapping[str, Any], config: VllmConfig) -> ModelFacts:
         latent_attention=fields["use_mla"],
         encoder_decoder=fields["attn_type"] in ("encoder_decoder", "encoder", "encoder_only"),
         windowed=fields["has_sliding_window"],
-        recurrent=model.is_hybrid,
         learned_sinks=fields["has_sink"],
         generates=model.runner_type == "generate",
     )

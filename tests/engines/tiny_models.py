@@ -45,6 +45,8 @@ class TinyModel:
 LLAMA_GROUP_3 = TinyModel("llama-group-3", qwen3=False, group=3)
 QWEN3_GROUP_2 = TinyModel("qwen3-group-2", qwen3=True, group=2)
 MODELS = (LLAMA_GROUP_3, QWEN3_GROUP_2)
+# Half of its layers keep a recurrent state; bfloat16, in which alone vLLM computes these on a CPU.
+HYBRID = "qwen3-next"
 
 # Prompts, one seed each, whose answers by transformers are kept.
 REFERENCE_LENGTHS = (5, 127, 128, 300, 530)
@@ -67,6 +69,7 @@ def main(folder: Path, reference: Path) -> None:
         _save_tokenizer(folder / model.name)
         prompts = (prompt(length, seed=length) for length in REFERENCE_LENGTHS)
         answers[model.name] = [_greedy_tokens(built, tokens, REFERENCE_TOKENS) for tokens in prompts]
+    _build_hybrid().save_pretrained(folder / HYBRID)
     reference.write_text(json.dumps(answers))
 
 
@@ -91,6 +94,34 @@ def _build(model: TinyModel) -> PreTrainedModel:
     )
     torch.manual_seed(0)
     return model_class(config).to(torch.float32)
+
+
+def _build_hybrid() -> PreTrainedModel:
+    from transformers import Qwen3NextConfig, Qwen3NextForCausalLM
+
+    config = Qwen3NextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=4 * HEAD_DIM,
+        moe_intermediate_size=64,
+        shared_expert_intermediate_size=64,
+        num_experts=4,
+        num_experts_per_tok=2,
+        num_hidden_layers=2 * LAYERS,
+        full_attention_interval=2,
+        num_attention_heads=4,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        linear_num_key_heads=1,
+        linear_num_value_heads=2,
+        linear_key_head_dim=128,
+        linear_value_head_dim=128,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=_INITIALIZER_RANGE,
+        bos_token_id=1,
+        eos_token_id=EOS_TOKEN,
+    )
+    torch.manual_seed(0)
+    return Qwen3NextForCausalLM(config).to(torch.bfloat16)
 
 
 def _greedy_tokens(model: PreTrainedModel, tokens: list[int], new_tokens: int) -> list[int]:
