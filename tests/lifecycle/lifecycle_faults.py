@@ -76,13 +76,13 @@ def _forget_owner(state: TailState, rows: torch.Tensor, _p: object, _s: object, 
 
 
 def _forget_length(state: TailState, rows: torch.Tensor, prefix: torch.Tensor, *_: torch.Tensor) -> None:
-    state.ring_end[rows.long()] = prefix
+    state.ring_end[rows.long()] = state.sure_end[rows.long()] = prefix
 
 
 def _forget_page(
     state: TailState, rows: torch.Tensor, prefix: torch.Tensor, _s: object, table: torch.Tensor, _t: object
 ) -> None:
-    state.ring_page[rows.long()] = state._page_of(table, prefix - 1)
+    state.ring_page[rows.long()] = state.sure_page[rows.long()] = state._page_of(table, prefix - 1)
 
 
 def _forget_writer(
