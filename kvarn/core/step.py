@@ -170,9 +170,7 @@ def verify_step_reference(
         token_request=index[:-1].repeat_interleave(rows_each),
         token_position=(prefix_lens[:, None] + token_row).flatten(),
         seal_request=index[:-1],
-        seal_tile=torch.where(
-            seq_lens // tile_tokens > prefix_lens // tile_tokens, seq_lens // tile_tokens - 1, -1
-        ),
+        seal_tile=torch.where(seq_lens // tile_tokens > prefix_lens // tile_tokens, seq_lens // tile_tokens - 1, -1),
         task_request=index[:-1].repeat_interleave(task_row.shape[0]),
         task_row=task_row.repeat(rows.shape[0]),
     )

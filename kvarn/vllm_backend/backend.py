@@ -22,7 +22,7 @@ from kvarn.core.attention import attention, reserve_scratch
 from kvarn.core.cache import CacheConfig
 from kvarn.core.capacity import cache_shape
 from kvarn.core.layout import HEAD_DIMS, TileLayout
-from kvarn.core.step import Step, aligned_ints, chunk_step, decode_step
+from kvarn.core.step import Step, aligned_ints, chunk_step, verify_step
 from kvarn.errors import UnsupportedConfig
 from kvarn.presets import PRESETS, Preset
 from kvarn.vllm_backend import compat, compat_tables, resolution
@@ -104,8 +104,8 @@ class TileMetadata(AttentionMetadata):
         seq_lens: [requests], int32, tokens after the step; 0 for padding.
         query_start: [requests + 1], int32.
         block_table: [requests, blocks], int32.
-        num_tokens: rows of the step that hold tokens, padding of a decode step included.
-        is_decode: every request has one row.
+        num_tokens: rows of the step that hold tokens, padding of a graph included.
+        rows_each: rows of every request in a decode or verify step; 0 in any other.
         steps: the step for every column of the tail's block table.
     """
 
@@ -113,14 +113,14 @@ class TileMetadata(AttentionMetadata):
     query_start: torch.Tensor
     block_table: torch.Tensor
     num_tokens: int
-    is_decode: bool
+    rows_each: int
     steps: list[Step] | None = None
 
 
 class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
     """Describes steps. No host sync."""
 
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -142,13 +142,13 @@ class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
         state = self._tail.pool.state
         state.check_faults()
         state.watch_faults()
-        is_decode = common.max_query_len == 1
-        if is_decode:
-            table, tokens = common.block_table_tensor, common.num_reqs
+        rows_each = _rows_each(common, self._tail.shape.draft_tokens + 1)
+        if rows_each:
+            table, tokens = common.block_table_tensor, common.num_reqs * rows_each
         else:
             blocks = -(-common.max_seq_len // self.kv_cache_spec.block_size)
             table, tokens = common.block_table_tensor[:, :blocks], int(common.query_start_loc_cpu[-1])
-        return TileMetadata(common.seq_lens, common.query_start_loc, table, tokens, is_decode)
+        return TileMetadata(common.seq_lens, common.query_start_loc, table, tokens, rows_each)
 
 
 class TileAttention(AttentionImpl[TileMetadata]):
@@ -183,9 +183,11 @@ class TileAttention(AttentionImpl[TileMetadata]):
             "has_sliding_window": sliding_window is not None,
             "has_sink": extras.pop("sinks", None) is not None,
         }
-        reasons = resolution.reasons_against(fields, get_current_vllm_config(), None)
+        config = get_current_vllm_config()
+        reasons = resolution.reasons_against(fields, config, None)
         if reasons:
             raise UnsupportedConfig(reasons)
+        compat.keep_drafts_raw(config)
         compat.watch_admissions(forget_rings)
         asked = [f"{name}={value!r}" for name, value in extras.items() if value]
         asked += ["ALiBi slopes"] * bool(alibi_slopes)
@@ -222,7 +224,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Append, seal and attend; rows of padding are left alone. Graph-safe: yes for decode steps."""
+        """Append, seal and attend; rows of padding are left alone. Graph-safe: yes for decode and verify steps."""
         tail: TailCache = self._tail
         if attn_metadata is None:
             reserve_scratch(query, CacheConfig.of(tail.shape), tail.max_requests, tail.max_pages)
@@ -276,6 +278,7 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
         kv_heads=layer.num_kv_heads,
         head_dim=layer.head_size,
         raw_bytes=raw_dtype.itemsize,
+        draft_tokens=compat.draft_tokens(config),
     )
     tail = TailCache(
         first + compat_tables.TAIL_SUFFIX,
@@ -290,15 +293,30 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
     return tail
 
 
+def _rows_each(common: CommonAttentionMetadata, most: int) -> int:
+    """Return the rows of every request if all have as many, and no more than a verified one; else 0.
+
+    Requests that pad a graph have none here, come last, and get as many.
+    """
+    rows = common.max_query_len
+    if rows == 1:
+        return 1
+    starts = common.query_start_loc_cpu
+    if rows > most or common.num_actual_tokens != common.num_reqs * rows or int(starts[-1]) % rows:
+        return 0
+    equal = torch.arange(0, starts.shape[0] * rows, rows, dtype=starts.dtype).clamp_max(starts[-1])
+    return rows if torch.equal(starts, equal) else 0
+
+
 def _describe(pool: TilePool, metadata: TileMetadata, tail_blocks: torch.Tensor, group: int) -> list[Step]:
-    """Return the core's description of a step for every column of the tail's block table. Graph-safe for decode."""
+    """Return the core's description of a step for every column of the tail's block table. Graph-safe but for chunks."""
     rows = aligned_ints(*tail_blocks.shape[::-1], tail_blocks.device).copy_(tail_blocks.t())
     table = metadata.block_table
     tiles = pool.config.tiles_per_block
     if tiles > 1:
         table = (table[:, :, None] * tiles + torch.arange(tiles, dtype=torch.int32, device=table.device)).flatten(1)
-    if metadata.is_decode:
-        step = decode_step(pool.state, rows[0], metadata.seq_lens, table, group)
+    if metadata.rows_each:
+        step = verify_step(pool.state, rows[0], metadata.seq_lens, table, group, metadata.rows_each)
     else:
         prefix_lens = metadata.seq_lens - metadata.query_start.diff()
         step, _ = chunk_step(

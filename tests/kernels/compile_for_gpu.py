@@ -1,9 +1,10 @@
 """Compile kernels for sm_90, with no GPU: `python compile_for_gpu.py CASE ...`.
 
 A case is PRESET/HEAD_DIM/GROUP: the attention kernel with explicit layouts; with /ROWS for several query rows, and
-after that /verify where they are in the ring, or /canonical. Or KERNEL/PRESET/HEAD_DIM, with KERNEL one of KERNELS. Prints a JSON object a case: registers of
-a thread, bytes of stack, and, of the attention kernel, programs that a multiprocessor is asked to run and can. Needs an
-interpreter in which TRITON_INTERPRET is not set: Triton's own accepts code that its compiler refuses.
+after that /verify where they are in the ring, or /canonical. Or KERNEL/PRESET/HEAD_DIM, with KERNEL one of KERNELS.
+Prints a JSON object a case: registers of a thread, bytes of stack, and, of the attention kernel, programs that a
+multiprocessor is asked to run and can. Needs an interpreter in which TRITON_INTERPRET is not set: Triton's own accepts
+code that its compiler refuses.
 """
 
 import json

@@ -1,4 +1,4 @@
-"""Describe a decode or verify step: ring ownership, page writers, sink slots and lengths of all requests in one launch."""
+"""Describe a decode or verify step in one launch: ring ownership, page writers, sink slots and lengths."""
 
 import triton
 import triton.language as tl
