@@ -318,6 +318,11 @@ def _describe(pool: TilePool, metadata: TileMetadata, tail_blocks: torch.Tensor,
     if metadata.rows_each:
         step = verify_step(pool.state, rows[0], metadata.seq_lens, table, group, metadata.rows_each)
     else:
+        if table.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "vLLM captures a step whose requests have different numbers of rows, which KVarN can't replay. "
+                "Pass --compilation-config '{\"cudagraph_mode\": \"PIECEWISE\"}', and please report the flags."
+            )
         prefix_lens = metadata.seq_lens - metadata.query_start.diff()
         step, _ = chunk_step(
             pool.state, rows[0], prefix_lens, metadata.seq_lens, None, table, group, metadata.num_tokens
