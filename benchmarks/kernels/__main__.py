@@ -2,6 +2,8 @@
 
     python -m benchmarks.kernels decode                  about four minutes, writes benchmarks/results/decode-h100.json
     python -m benchmarks.kernels decode --only gqa16     cases whose name matches; --quick for one of each kind
+    python -m benchmarks.kernels extend                  chunks over cached context; writes extend-h100.json
+    python -m benchmarks.kernels write                   append and seal; writes write-h100.json
     python -m benchmarks.kernels tune --only 64x16k/gqa8$   KVarN alone under many launch shapes
     python -m benchmarks.kernels once NAME ...           two layers of each case, for a profiler to look at
     python -m benchmarks.kernels list                    names of all cases, with peers and whether they can run
@@ -20,12 +22,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels import bandwidth, cases, decode, measure, timing, tune, warm
+from benchmarks.kernels import bandwidth, cases, decode, extend, measure, timing, tune, warm, write
 from benchmarks.kernels.inputs import make_inputs
 from benchmarks.kernels.peers import registry
 from benchmarks.kernels.workload import TABLE_TOKENS, build
 
 _OUT = Path(__file__).resolve().parents[1] / "results" / "decode-h100.json"
+_SIMPLE = {"extend": extend.run, "write": write.run}
 
 
 def main() -> None:
@@ -41,6 +44,8 @@ def main() -> None:
         _tune(args)
     elif args.command == "once":
         _once(args)
+    elif args.command in _SIMPLE:
+        sys.exit(0 if _SIMPLE[args.command](_bench((), 0), args.out) else 1)
     else:
         sys.exit(0 if _decode(args) else 1)
 
@@ -77,6 +82,9 @@ def _arguments() -> argparse.Namespace:
     shown.add_argument("names", nargs="+")
     for command in (run, names, tuned):
         command.add_argument("--table-tokens", type=int, default=TABLE_TOKENS, help="width of page tables, in tokens")
+    for name in _SIMPLE:
+        simple = commands.add_parser(name, help=f"measure the {name} path")
+        simple.add_argument("--out", type=Path, default=_OUT.with_name(f"{name}-h100.json"), help="result file")
     commands.add_parser("list", help="print the names of cases and peers")
     return parser.parse_args()
 

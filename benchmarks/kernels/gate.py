@@ -78,7 +78,7 @@ def cache_expected(
 
     Args:
         q: [tokens, q_heads, head_dim], model dtype; k, v: [tokens, kv_heads, head_dim]: the step's rows.
-        layer: the layer's cache; its rings hold the step's rows.
+        layer: the layer's cache; in a decode step with the step's rows in the ring, in a chunk without.
         step: the forward pass; all its requests have q_len rows.
         requests: which requests.
         q_len: query rows a request.

@@ -121,7 +121,8 @@ def _measure_own(inputs: Inputs, bench: Bench, row: dict[str, Any]) -> None:
     row["of_limit"] = row["packed_tbps"] / bench.limit_tbps
     for name, part in workload.parts().items():
         row[f"{name}_us"] = bench.timer(part, len(workload.layers)).us
-    row["step_us"] = bench.timer(workload.build_step, 1).us
+    if workload.step.rows_in_ring:
+        row["step_us"] = bench.timer(workload.build_step, 1).us
 
 
 def _times(timing: Timing) -> dict[str, Any]:

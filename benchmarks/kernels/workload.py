@@ -16,8 +16,10 @@ from kvarn.core.attend import attend
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
 from kvarn.core.capacity import ring_tokens
+from kvarn.core.flash import FlashAttention
 from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.layout import TileLayout
+from kvarn.core.prefill_plan import plan_prefill
 from kvarn.core.reference import encode
 from kvarn.core.seal import seal
 from kvarn.core.step import Step, chunk_step, verify_step
@@ -26,6 +28,8 @@ from kvarn.presets import get_preset
 
 # An engine's page table is as wide as its longest context, whatever is in the batch.
 TABLE_TOKENS = 128 * 1024
+# Query rows of a request up to which a step verifies drafts; more are a chunk.
+MOST_VERIFIED = 16
 # Triton compiles anew where an argument stops being divisible by this.
 _WIDTH_MULTIPLE = 16
 
@@ -83,15 +87,24 @@ class Workload:
         """Run the first layer and compare some requests with float64 over the same records, ring rows and sinks."""
         inputs, case = self.inputs, self.inputs.case
         requests = checked_requests(case.seq_lens)
+        # a chunk stores its rows last, over ring rows that its queries have read
+        tails = self.layers[0].tails if self.step.rows_in_ring else self.layers[0].tails.clone()
         out = self.run(0)
-        layer = self.layers[0]
+        layer = replace(self.layers[0], tails=tails)
         want = cache_expected(
             inputs.q, inputs.k, inputs.v, layer, self.step, requests, case.q_len, inputs.scale, case.logit_cap
         )
         return compare(out[token_rows(requests, case.q_len, out.device)], want)
 
 
-def build(inputs: Inputs, l2_bytes: int, table_tokens: int = TABLE_TOKENS, *, hollow: bool = False) -> Workload:
+def build(
+    inputs: Inputs,
+    l2_bytes: int,
+    table_tokens: int = TABLE_TOKENS,
+    *,
+    hollow: bool = False,
+    flash: FlashAttention | None = None,
+) -> Workload:
     """Bring caches to life.
 
     Args:
@@ -99,11 +112,12 @@ def build(inputs: Inputs, l2_bytes: int, table_tokens: int = TABLE_TOKENS, *, ho
         l2_bytes: size of the L2, which sets the number of layers.
         table_tokens: tokens that the page table is wide enough for; at least those of the longest request.
         hollow: one page stands for all, and one layer: the same launches in little memory, for compiling.
+        flash: what attends long chunks; None for the kernels over tiles.
     """
     case = inputs.case
     preset = get_preset(case.preset)
     layout = TileLayout.of(preset, case.head_dim)
-    drafts = case.q_len - 1
+    drafts = case.q_len - 1 if case.q_len <= MOST_VERIFIED else 0
     ring = ring_tokens(preset, preset.tail_tokens, drafts)
     config = CacheConfig(layout, case.kv_heads, preset.tail_tokens, preset.sink_tokens, ring, draft_tokens=drafts)
     pages = [-(-length // layout.tile_tokens) for length in case.seq_lens]
@@ -111,7 +125,7 @@ def build(inputs: Inputs, l2_bytes: int, table_tokens: int = TABLE_TOKENS, *, ho
     state = TailState(config, case.batch + 1, sum(pages) + 1, case.batch, inputs.device)
     table = _shuffled_table(inputs, pages, -(-table_tokens // layout.tile_tokens))
     rows = _shuffled(inputs, case.batch)
-    step = _step(inputs, state, rows, table)
+    step = _step(inputs, state, rows, table, flash)
     traffic = read_traffic(config, step, inputs.q.element_size())
     copies = 1 if hollow else copies_needed(traffic.total, l2_bytes)
     pools = _pools(inputs, layout)
@@ -133,7 +147,9 @@ def _shuffled_table(inputs: Inputs, pages: list[int], width: int) -> torch.Tenso
     return table
 
 
-def _step(inputs: Inputs, state: TailState, rows: torch.Tensor, table: torch.Tensor) -> Step:
+def _step(
+    inputs: Inputs, state: TailState, rows: torch.Tensor, table: torch.Tensor, flash: FlashAttention | None
+) -> Step:
     """Tell the state of a prefill of all that came before, then describe the step."""
     case = inputs.case
     seq_lens = inputs.seq_lens()
@@ -141,7 +157,12 @@ def _step(inputs: Inputs, state: TailState, rows: torch.Tensor, table: torch.Ten
     tags = owner_tags([f"request-{i}" for i in range(case.batch)]).to(inputs.device)
     past = int(prefix.sum())
     chunk_step(state, rows, torch.zeros_like(prefix), prefix, tags, table, case.group, past)
-    return verify_step(state, rows, seq_lens, table, case.group, case.q_len)
+    if case.q_len <= MOST_VERIFIED:
+        return verify_step(state, rows, seq_lens, table, case.group, case.q_len)
+    lens = (prefix.tolist(), [case.q_len] * case.batch)
+    plan = plan_prefill(state.config, flash, inputs.q.dtype, *lens, inputs.device)
+    step, _ = chunk_step(state, rows, prefix, seq_lens, tags, table, case.group, case.batch * case.q_len, plan)
+    return step
 
 
 @dataclass(frozen=True, slots=True)

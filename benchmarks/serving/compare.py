@@ -30,6 +30,8 @@ from kvarn.evaluation.divergence import divergence
 from kvarn.presets import is_preset_name
 
 _KL_BAR = 0.0035
+_HIT_NEW = 512
+_HIT_REPEATS = 5
 _QUALITY = ("kl_mean", "kl_median", "kl_p99", "top1", "ppl", "ppl_exact")
 
 
@@ -95,6 +97,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--context", type=int, default=8192)
     parser.add_argument("--decode-tokens", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument(
+        "--hit", type=int, default=31744, help=f"cached tokens before {_HIT_NEW} new ones whose first answer is timed"
+    )
     return parser.parse_args()
 
 
@@ -185,6 +190,7 @@ def _serve(args: argparse.Namespace, dtype: str, ids: list[int], work: Path) -> 
         "engine": _engine_arguments(args, dtype),
         "greedy": {"prompts": prompts, "new_tokens": args.new_tokens},
         "decode": [{"batch": batch, **case} for batch in args.batches],
+        "hit": {"cached": args.hit, "new_tokens": _HIT_NEW, "repeats": _HIT_REPEATS, "vocab": vocab},
     }
     return _run(args.engine, job, work, f"serve-{dtype}")
 
@@ -220,6 +226,7 @@ def _rows(
         "first_divergence_p25": quartiles[0],
         "first_divergence_median": quartiles[1],
         "first_divergence_p75": quartiles[2],
+        **{key: round(value, 2) for key, value in mine["hit"].items()},
     }
     return [{**common, **{k: round(v, 2) for k, v in case.items()}} for case in mine["decode"]]
 

@@ -29,6 +29,8 @@ def main() -> None:
         engine.generate([job["prefill"]["ids"]], 1)
     if "decode" in job:
         result["decode"] = [decode_speed(engine, **case) for case in job["decode"]]
+    if "hit" in job:
+        result["hit"] = first_token_after_hit(engine, **job["hit"])
     engine.close()
     Path(job["result"]).write_text(json.dumps(result))
 
@@ -48,9 +50,7 @@ def decode_speed(engine: Engine, batch: int, context: int, new_tokens: int, repe
         vocab: ids are drawn below this.
     """
     engine.flush()
-    prompts = [
-        [(i * 7919 + j * 104729 + j * j * 31) % (vocab - 100) + 50 for j in range(context)] for i in range(batch)
-    ]
+    prompts = [_arbitrary_tokens(i, context, vocab) for i in range(batch)]
     began = time.perf_counter()
     engine.generate(prompts, 1)
     prefill_s = time.perf_counter() - began
@@ -72,6 +72,39 @@ def decode_speed(engine: Engine, batch: int, context: int, new_tokens: int, repe
         "decode_tok_s_low": rates[0],
         "decode_tok_s_high": rates[-1],
     }
+
+
+def first_token_after_hit(engine: Engine, cached: int, new_tokens: int, repeats: int, vocab: int) -> dict[str, float]:
+    """Measure the time to the first token of a prompt whose beginning is cached.
+
+    Args:
+        engine: the engine.
+        cached: tokens that an earlier prompt left in the cache.
+        new_tokens: tokens after these.
+        repeats: measurements, each with other new tokens; the median, lowest and highest are reported.
+        vocab: ids are drawn below this.
+    """
+    engine.flush()
+    prefix = _arbitrary_tokens(0, cached, vocab)
+    engine.generate([prefix], 1)
+    milliseconds = []
+    for i in range(1 + repeats):
+        prompt = prefix + _arbitrary_tokens(1 + i, new_tokens, vocab)
+        began = time.perf_counter()
+        engine.generate([prompt], 1)
+        milliseconds.append(1e3 * (time.perf_counter() - began))
+    milliseconds = sorted(milliseconds[1:])  # the first warms up
+    return {
+        "hit_cached": cached,
+        "hit_new": new_tokens,
+        "hit_ttft_ms": milliseconds[repeats // 2],
+        "hit_ttft_ms_low": milliseconds[0],
+        "hit_ttft_ms_high": milliseconds[-1],
+    }
+
+
+def _arbitrary_tokens(which: int, count: int, vocab: int) -> list[int]:
+    return [(which * 7919 + j * 104729 + j * j * 31) % (vocab - 100) + 50 for j in range(count)]
 
 
 if __name__ == "__main__":

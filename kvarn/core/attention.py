@@ -11,6 +11,8 @@ from kvarn.core.append import (
 )
 from kvarn.core.attend import attend, attend_reference, most_partial_rows
 from kvarn.core.cache import CacheConfig, LayerCache
+from kvarn.core.prefill import prefill
+from kvarn.core.prefill_plan import LONG_ROWS, workspace_tokens
 from kvarn.core.seal import seal, seal_reference
 from kvarn.core.step import Step
 
@@ -43,7 +45,12 @@ def attention(
     """
     rotated = rotate_rows(k, v, layer, step, store=step.rows_in_ring)
     seal(rotated, layer, step)
-    out, _ = attend(q, rotated, layer, step, scale, logit_cap, out)
+    if out is None:
+        out = torch.empty(q.shape, dtype=layer.tails.dtype, device=q.device)
+    if step.plan is None or step.plan.short_tokens:
+        attend(q, rotated, layer, step, scale, logit_cap, out)
+    if step.plan is not None:
+        prefill(q, k, v, layer, step, step.plan, scale, logit_cap, out)
     if not step.rows_in_ring:
         store_tail(rotated, layer, step)
     return out
@@ -64,7 +71,7 @@ def attention_reference(
     return out.to(q.dtype)
 
 
-def reserve_scratch(q: torch.Tensor, config: CacheConfig, requests: int, pages: int) -> None:
+def reserve_scratch(q: torch.Tensor, config: CacheConfig, requests: int, pages: int, *, plans: bool) -> None:
     """Take and give back as much memory as `attention` needs for these rows at worst, and make its constants.
 
     For engines that measure their peak of memory in a run without a cache, and then capture graphs.
@@ -74,11 +81,17 @@ def reserve_scratch(q: torch.Tensor, config: CacheConfig, requests: int, pages: 
         config: shared numbers of the cache.
         requests: the most requests of a step.
         pages: the most pages of a request.
+        plans: whether steps come with a plan of their long chunks.
     """
     tokens, q_heads, head_dim = q.shape
     device_signs(head_dim, q.dtype, q.device, False)
     device_signs(head_dim, torch.float16, q.device, True)
-    rows = most_partial_rows(config, tokens, requests, pages, q_heads // config.kv_heads, q.device)
-    numbers = rows * (head_dim + 1) + tokens * q_heads
-    kv_bytes = 2 * tokens * config.kv_heads * head_dim * q.element_size()
-    torch.empty(numbers * torch.float32.itemsize + kv_bytes, dtype=torch.uint8, device=q.device)
+    rotated = 2 * tokens * config.kv_heads * head_dim * q.element_size()
+    short = min(tokens, requests * LONG_ROWS) if plans else tokens
+    rows = most_partial_rows(config, short, requests, pages, q_heads // config.kv_heads, q.device)
+    partial = (rows * (head_dim + 1) + short * q_heads) * torch.float32.itemsize
+    restored = 2 * workspace_tokens(config, q.dtype) * config.kv_heads * head_dim * q.element_size()
+    # merged in float32, beside one part in the model dtype, with three sums of exponentials
+    merged = tokens * q_heads * (head_dim * (torch.float32.itemsize + q.element_size()) + 3 * torch.float32.itemsize)
+    needed = max(partial, restored + merged) if plans else partial
+    torch.empty(rotated + needed, dtype=torch.uint8, device=q.device)

@@ -7,6 +7,7 @@ import torch
 
 from kvarn.core import read_rule
 from kvarn.core.cache import CacheConfig, runs_triton
+from kvarn.core.prefill_plan import LONG_ROWS, PrefillPlan
 from kvarn.core.tail import TailState
 from kvarn.core.work import Tasks, count_work
 
@@ -43,6 +44,7 @@ class Step:
         columns: query columns of one program, padding included.
         rows_in_ring: this step's rows are stored before they are attended to (decode and verify), or after (chunks,
             whose rows would push out rows that their first queries still read).
+        plan: long chunks, which have no attention tasks; None if there are none.
     """
 
     rows: torch.Tensor
@@ -62,6 +64,7 @@ class Step:
     rows_per_task: int
     columns: int
     rows_in_ring: bool
+    plan: PrefillPlan | None = None
 
 
 def decode_step(
@@ -181,7 +184,7 @@ def _verify_step(config: CacheConfig, group: int, rows_each: int, **fields: torc
     rows_per_task, columns = task_shape(group, rows_each)
     named = {name: fields[name] for name in Tasks._fields if name in fields}
     work_end = count_work(config, Tasks(rows_per_task=rows_per_task, rows_in_ring=True, **named))
-    return Step(work_end=work_end, rows_per_task=rows_per_task, columns=columns, rows_in_ring=True, **fields)
+    return Step(work_end=work_end, rows_per_task=rows_per_task, columns=columns, rows_in_ring=True, plan=None, **fields)
 
 
 def task_shape(group: int, rows_each: int) -> tuple[int, int]:
@@ -200,6 +203,7 @@ def chunk_step(
     block_table: torch.Tensor,
     group: int,
     num_tokens: int,
+    plan: PrefillPlan | None = None,
 ) -> tuple[Step, torch.Tensor]:
     """Describe a step that adds any number of tokens to every request: prefill, chunks, mixed batches.
 
@@ -212,6 +216,7 @@ def chunk_step(
         block_table: [requests, pages], int32.
         group: query heads of one kv head.
         num_tokens: tokens of the step, the sum of seq_lens - prefix_lens.
+        plan: `plan_prefill` of this step; without, long chunks are cut into attention tasks like any other rows.
 
     Returns:
         The step, and which requests continue their ring, [requests], bool.
@@ -226,7 +231,7 @@ def chunk_step(
     token_request = token_request.clamp_min(0)
     token_position = token_index + prefix_lens[token_request.long()]
     seal_request, seal_tile = _full_tiles(prefix_lens, seq_lens, tile_tokens, num_tokens // tile_tokens + requests)
-    tasks = _chunk_tasks(state.config, query_start, prefix_lens, seq_lens, own_start, group, num_tokens)
+    tasks = _chunk_tasks(state.config, query_start, prefix_lens, seq_lens, own_start, group, num_tokens, plan)
     step = Step(
         rows=rows,
         block_table=block_table,
@@ -240,6 +245,7 @@ def chunk_step(
         seal_request=seal_request,
         seal_tile=seal_tile,
         rows_in_ring=False,
+        plan=plan,
         **tasks,
     )
     return step, continued
@@ -253,12 +259,16 @@ def _chunk_tasks(
     own_start: torch.Tensor,
     group: int,
     num_tokens: int,
+    plan: PrefillPlan | None,
 ) -> dict[str, Any]:
-    """Cut a chunk's query rows into attention tasks: the fields of a Step that say which there are."""
+    """Cut the query rows of chunks that aren't long into tasks: the fields of a Step that say which there are."""
     columns = max(CHUNK_COLUMNS, power_of_two(group))
     rows = columns // group
-    tasks = (query_start.diff() + rows - 1) // rows
-    request, index = _spread(tasks, num_tokens // rows + query_start.shape[0] - 1)
+    query_lens, requests = query_start.diff(), query_start.shape[0] - 1
+    if plan is not None:
+        query_lens = torch.where(query_lens > LONG_ROWS, 0, query_lens)
+        num_tokens, requests = plan.short_tokens, plan.short_requests
+    request, index = _spread((query_lens + rows - 1) // rows, num_tokens // rows + requests)
     row = index * rows
     work_end = count_work(config, Tasks(request, row, rows, query_start, prefix_lens, seq_lens, own_start, False))
     return {
@@ -279,7 +289,7 @@ def aligned_ints(rows: int, columns: int, device: torch.device) -> torch.Tensor:
 
 
 def record_end(config: CacheConfig, step: Step, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
-    """Return the position up to which queries of a step read records.
+    """Return the position up to which queries of a step read records. Those of a long chunk read as its first does.
 
     Args:
         config: shared numbers.
@@ -288,6 +298,8 @@ def record_end(config: CacheConfig, step: Step, request: torch.Tensor, position:
         position: [queries], int32, position of each query.
     """
     committed = (step.seq_lens if config.canonical else step.prefix_lens)[request]
+    if step.plan is not None:
+        position = torch.where(step.query_start.diff()[request] > LONG_ROWS, step.prefix_lens[request], position)
     return read_rule.record_end(config, committed, position, step.own_start[request])
 
 

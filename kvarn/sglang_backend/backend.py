@@ -8,7 +8,9 @@ import torch
 from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from kvarn.core.attention import attention
+from kvarn.core.flash import flash_for
 from kvarn.core.step import Step
+from kvarn.core.warm_up import warm_up
 from kvarn.sglang_backend import compat
 from kvarn.sglang_backend.metadata import StepBuilder
 from kvarn.sglang_backend.pool import TilePool
@@ -39,10 +41,19 @@ class TileAttentionBackend(AttentionBackend):
         self.max_context_len = runner.model_config.context_len
         pool = self.token_to_kv_pool
         q_heads = compat.query_heads(runner)
+        tails = pool.layers[0].tails
+        flash = flash_for(
+            pool.state.config,
+            tails.dtype,
+            tails.device,
+            caps_logits=compat.caps_logits(runner),
+            engine=compat.flash_attention(tails.device),
+        )
         self._builder = StepBuilder(
-            pool.state, pool.layers, runner.req_to_token_pool.req_to_token, q_heads // pool.head_num
+            pool.state, pool.layers, runner.req_to_token_pool.req_to_token, q_heads // pool.head_num, flash
         )
         self.forward_metadata: Step | None = None
+        warm_up(pool.layers[0], q_heads, flash)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Describe a chunk. A decode step is described inside the graph."""

@@ -22,13 +22,17 @@ from kvarn.signatures import signature_difference
 if TYPE_CHECKING:
     import torch
 
+    from kvarn.core.flash import FlashAttention
+
 logger = logging.getLogger(__name__)
+_FLASH_CAPABILITIES = (8, 9)
 
 
 class Runner(Protocol):
     """ModelRunner: only what the proof reads."""
 
     kv_cache_configurator: Configurator
+    model: torch.nn.Module
     model_config: Any
     kv_cache_dtype: torch.dtype
     page_size: int
@@ -115,6 +119,26 @@ def query_heads(runner: Runner) -> int:
     from sglang.srt.runtime_context import get_parallel
 
     return int(runner.model_config.num_attention_heads) // int(get_parallel().attn_tp_size)
+
+
+def flash_attention(device: torch.device) -> FlashAttention | None:
+    """Return FlashAttention 3 of SGLang's kernel package; None where it isn't there or is for other GPUs."""
+    import torch
+
+    from kvarn.core.flash import flash_from
+
+    if device.type != "cuda" or torch.cuda.get_device_capability(device)[0] not in _FLASH_CAPABILITIES:
+        return None
+    try:
+        from sgl_kernel.flash_attn import flash_attn_varlen_func
+    except ImportError:
+        return None
+    return flash_from(flash_attn_varlen_func)
+
+
+def caps_logits(runner: Runner) -> bool:
+    """Tell whether some attention layer of the model has a soft cap on its logits."""
+    return any(getattr(module, "logit_cap", 0) for module in runner.model.modules())
 
 
 def require_plain_attention(layer: Any, k: object, save_kv_cache: bool, extras: dict[str, Any]) -> None:

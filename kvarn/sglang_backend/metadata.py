@@ -8,6 +8,8 @@ import torch
 
 from kvarn import env
 from kvarn.core.cache import LayerCache
+from kvarn.core.flash import FlashAttention
+from kvarn.core.prefill_plan import plan_prefill
 from kvarn.core.step import Step, chunk_step, decode_step
 from kvarn.core.tail import TailState, owner_tags
 
@@ -23,13 +25,22 @@ class StepBuilder:
         layers: the pool's layers, for scrubbing.
         req_to_token: SGLang's table, [rows, max_context_len]: slot of every token of every request.
         group: query heads of one kv head.
+        flash: what attends long chunks, if anything does.
     """
 
-    def __init__(self, state: TailState, layers: list[LayerCache], req_to_token: torch.Tensor, group: int) -> None:
+    def __init__(
+        self,
+        state: TailState,
+        layers: list[LayerCache],
+        req_to_token: torch.Tensor,
+        group: int,
+        flash: FlashAttention | None,
+    ) -> None:
         self._state = state
         self._layers = layers
         self._req_to_token = req_to_token
         self._group = group
+        self._flash = flash
         self._page_starts = torch.arange(0, req_to_token.shape[1], state.config.tile_tokens, device=req_to_token.device)
 
     def decode(self, batch: ForwardBatch) -> Step:
@@ -50,6 +61,14 @@ class StepBuilder:
         lengths = [a + b for a, b in zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True)]
         tile_tokens = self._state.config.tile_tokens
         tags = owner_tags(batch.rids or [""] * batch.batch_size)
+        plan = plan_prefill(
+            self._state.config,
+            self._flash,
+            self._layers[0].tails.dtype,
+            batch.extend_prefix_lens_cpu,
+            batch.extend_seq_lens_cpu,
+            device,
+        )
         step, continued = chunk_step(
             self._state,
             rows.int(),
@@ -59,6 +78,7 @@ class StepBuilder:
             self._block_table(rows, -(-max(lengths) // tile_tokens)),
             self._group,
             sum(batch.extend_seq_lens_cpu),
+            plan,
         )
         self._state.watch_faults()
         if env.scrub():

@@ -21,7 +21,9 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 from kvarn.core.attention import attention, reserve_scratch
 from kvarn.core.cache import CacheConfig
 from kvarn.core.capacity import cache_shape
+from kvarn.core.flash import flash_for
 from kvarn.core.layout import HEAD_DIMS, TileLayout
+from kvarn.core.prefill_plan import PrefillPlan, plan_prefill
 from kvarn.core.step import Step, aligned_ints, chunk_step, verify_step
 from kvarn.errors import UnsupportedConfig
 from kvarn.presets import PRESETS, Preset
@@ -106,6 +108,7 @@ class TileMetadata(AttentionMetadata):
         block_table: [requests, blocks], int32.
         num_tokens: rows of the step that hold tokens, padding of a graph included.
         rows_each: rows of every request in a decode or verify step; 0 in any other.
+        plan: of the step's long chunks.
         steps: the step for every column of the tail's block table.
     """
 
@@ -114,6 +117,7 @@ class TileMetadata(AttentionMetadata):
     block_table: torch.Tensor
     num_tokens: int
     rows_each: int
+    plan: PrefillPlan | None = None
     steps: list[Step] | None = None
 
 
@@ -143,12 +147,27 @@ class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
         state.check_faults()
         state.watch_faults()
         rows_each = _rows_each(common, self._tail.shape.draft_tokens + 1)
+        table = common.block_table_tensor
         if rows_each:
-            table, tokens = common.block_table_tensor, common.num_reqs * rows_each
-        else:
-            blocks = -(-common.max_seq_len // self.kv_cache_spec.block_size)
-            table, tokens = common.block_table_tensor[:, :blocks], int(common.query_start_loc_cpu[-1])
-        return TileMetadata(common.seq_lens, common.query_start_loc, table, tokens, rows_each)
+            return TileMetadata(common.seq_lens, common.query_start_loc, table, common.num_reqs * rows_each, rows_each)
+        blocks = -(-common.max_seq_len // self.kv_cache_spec.block_size)
+        table, tokens = table[:, :blocks], int(common.query_start_loc_cpu[-1])
+        return TileMetadata(common.seq_lens, common.query_start_loc, table, tokens, 0, self._plan(common))
+
+    def _plan(self, common: CommonAttentionMetadata) -> PrefillPlan | None:
+        """Plan the step's long chunks. vLLM's lengths on the host are true for requests that are being prefilled."""
+        if common.seq_lens_cpu_upper_bound is None:
+            return None
+        query_lens = common.query_start_loc_cpu.diff()
+        prefix_lens = common.seq_lens_cpu_upper_bound - query_lens
+        return plan_prefill(
+            self._tail.pool.config,
+            self._tail.flash,
+            self._tail.raw_dtype,
+            prefix_lens.tolist(),
+            query_lens.tolist(),
+            common.seq_lens.device,
+        )
 
 
 class TileAttention(AttentionImpl[TileMetadata]):
@@ -189,6 +208,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
             raise UnsupportedConfig(reasons)
         compat.keep_drafts_raw(config)
         compat.watch_admissions(forget_rings)
+        compat.before_warm_up(TailCache.warm_up)
         asked = [f"{name}={value!r}" for name, value in extras.items() if value]
         asked += ["ALiBi slopes"] * bool(alibi_slopes)
         asked += ["the cache of another layer"] * (kv_sharing_target_layer_name is not None)
@@ -204,6 +224,11 @@ class TileAttention(AttentionImpl[TileMetadata]):
         self.kv_cache_dtype = kv_cache_dtype
         self._logit_cap = logits_soft_cap or 0.0
         self._index = 0
+
+    @property
+    def caps_logits(self) -> bool:
+        """Whether the layer has a soft cap on its logits."""
+        return self._logit_cap > 0
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Find the layer's place in the model; the first layer also makes the companion of all. May be called again."""
@@ -227,7 +252,8 @@ class TileAttention(AttentionImpl[TileMetadata]):
         """Append, seal and attend; rows of padding are left alone. Graph-safe: yes for decode and verify steps."""
         tail: TailCache = self._tail
         if attn_metadata is None:
-            reserve_scratch(query, CacheConfig.of(tail.shape), tail.max_requests, tail.max_pages)
+            plans = tail.flash is not None
+            reserve_scratch(query, CacheConfig.of(tail.shape), tail.max_requests, tail.max_pages, plans=plans)
             return output.fill_(0)
         pool = tail.pool
         if self._index == 0:
@@ -289,6 +315,13 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
         config.model_config.max_model_len,
         config.device_config.device,
     )
+    tail.flash = flash_for(
+        CacheConfig.of(shape),
+        raw_dtype,
+        tail.sinks.device,
+        caps_logits=any(layer.impl.caps_logits for layer in layers.values()),
+        engine=compat.flash_attention(tail.sinks.device, shape.head_dim),
+    )
     compat.add_layer(config, tail.layer_name, tail)
     return tail
 
@@ -321,10 +354,18 @@ def _describe(pool: TilePool, metadata: TileMetadata, tail_blocks: torch.Tensor,
         if table.is_cuda and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "vLLM captures a step whose requests have different numbers of rows, which KVarN can't replay. "
-                "Pass --compilation-config '{\"cudagraph_mode\": \"PIECEWISE\"}', and please report the flags."
+                'Pass --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\', and please report the flags.'
             )
         prefix_lens = metadata.seq_lens - metadata.query_start.diff()
         step, _ = chunk_step(
-            pool.state, rows[0], prefix_lens, metadata.seq_lens, None, table, group, metadata.num_tokens
+            pool.state,
+            rows[0],
+            prefix_lens,
+            metadata.seq_lens,
+            None,
+            table,
+            group,
+            metadata.num_tokens,
+            metadata.plan,
         )
     return [replace(step, rows=column) for column in rows]

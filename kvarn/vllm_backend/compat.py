@@ -22,13 +22,16 @@ from kvarn.signatures import signature_difference
 from kvarn.vllm_backend import compat_tables as tables
 
 if TYPE_CHECKING:
+    import torch
     from vllm.config import VllmConfig
     from vllm.v1.core.sched.output import SchedulerOutput
 
     from kvarn.core.capacity import CacheShape
+    from kvarn.core.flash import FlashAttention
 
 logger = logging.getLogger(__name__)
 _MARK = "__kvarn__"
+_FLASH_VERSIONS = (2, 3)
 
 
 def engine_version() -> str:
@@ -126,6 +129,25 @@ def watch_admissions(note: Callable[[Any, list[int]], None]) -> None:
         runner.execute_model = _watched(runner.execute_model, note)
 
 
+def before_warm_up(call: Callable[[Any], None]) -> None:
+    """Call `call` with the TailCache when a worker's caches are there and it begins to warm up."""
+    from vllm.v1.worker.gpu_worker import Worker
+
+    warm_up = Worker.compile_or_warm_up_model
+    if getattr(warm_up, _MARK, False):
+        return
+
+    @functools.wraps(warm_up)
+    def called(worker: Any) -> Any:
+        tail = tail_of(worker.vllm_config)
+        if tail is not None and tail.is_bound:
+            call(tail)
+        return warm_up(worker)
+
+    setattr(called, _MARK, True)
+    Worker.compile_or_warm_up_model = called
+
+
 def require_watched() -> None:
     """Refuse to run where admissions go unseen.
 
@@ -179,6 +201,18 @@ def metadata_of(layer_name: str) -> Any:
     from vllm.forward_context import get_forward_context
 
     return get_forward_context().attn_metadata[layer_name]
+
+
+def flash_attention(device: torch.device, head_dim: int) -> FlashAttention | None:
+    """Return the flash attention that vLLM would choose, of a version tested here; None where there is none."""
+    if device.type != "cuda":
+        return None
+    from vllm.v1.attention.backends.fa_utils import flash_attn_varlen_func, get_flash_attn_version
+
+    from kvarn.core.flash import flash_from
+
+    version = get_flash_attn_version(head_size=head_dim)
+    return flash_from(flash_attn_varlen_func, fa_version=version) if version in _FLASH_VERSIONS else None
 
 
 def announce(shape: CacheShape, raw_dtype: object, blocks_per_request: int) -> None:

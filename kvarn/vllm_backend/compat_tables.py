@@ -41,6 +41,7 @@ SIGNATURES: Final = MappingProxyType(
         "vllm.v1.core.single_type_kv_cache_manager.CircularBufferManager.allocate_new_blocks": (
             *("self", "request_id", "num_tokens", "num_tokens_main_model"),
         ),
+        "vllm.v1.worker.gpu_worker.Worker.compile_or_warm_up_model": ("self",),
         "vllm.v1.attention.backends.registry.register_backend": ("backend", "class_path", "is_mamba"),
     }
 )

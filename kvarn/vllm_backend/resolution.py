@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvarn.core.prefill_plan import LONG_ROWS
 from kvarn.core.support import DeviceFacts, ModelFacts, unsupported_reasons
 from kvarn.presets import get_preset, is_preset_name
 from kvarn.vllm_backend.compat_tables import SELECTOR_FLAGS
@@ -142,10 +143,11 @@ def draft_reasons(speculative: SpeculativeConfig | None, tile: int) -> list[str]
             "(a rejected branch could not be taken out of a quantised tile) of a method that tests cover; leave it out "
             f"or use one of {', '.join(_CHAINS)} without parallel drafting."
         )
-    if speculative.num_speculative_tokens >= tile:
+    most = min(tile, LONG_ROWS)
+    if speculative.num_speculative_tokens >= most:
         reasons.append(
             f"--speculative-config with num_speculative_tokens {speculative.num_speculative_tokens} can't be used, "
-            f"because a step may fill one tile of {tile} tokens; leave it out or use fewer than {tile}."
+            f"because a request's rows of one step would no longer be few; leave it out or use fewer than {most}."
         )
     if is_preset_name(speculative.kv_cache_dtype):
         reasons.append(

@@ -10,7 +10,9 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.capacity import CacheShape
+from kvarn.core.flash import FlashAttention
 from kvarn.core.tail import TailState
+from kvarn.core.warm_up import warm_up
 from kvarn.vllm_backend import compat
 from kvarn.vllm_backend.spec import TailSpec
 
@@ -122,6 +124,7 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         self.max_requests = max_requests
         self.max_pages = -(-max_tokens // shape.preset.tile_tokens)
         self.kv_cache = torch.empty(0)
+        self.flash: FlashAttention | None = None  # what attends long chunks, if anything does
         # Plain attributes: the attention layers are modules of the model, not of this one.
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "_pool", None)
@@ -167,6 +170,10 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         if self._pool is None:
             object.__setattr__(self, "_pool", self._make_pool())
         return self._pool
+
+    def warm_up(self) -> None:
+        """Compile what steps launch; the caches are bound."""
+        warm_up(self.pool.layers[0], self.layers[0].num_heads, self.flash)
 
     def _make_pool(self) -> TilePool:
         records = [_records(layer.kv_cache, self.shape) for layer in self.layers]

@@ -7,7 +7,9 @@ import torch
 
 from kvarn.core.append import RotatedRows, rotate_rows_reference, store_tail_reference
 from kvarn.core.cache import CacheConfig, LayerCache
+from kvarn.core.flash import flash_for
 from kvarn.core.layout import TileLayout
+from kvarn.core.prefill_plan import PrefillPlan, plan_prefill
 from kvarn.core.seal import seal_reference
 from kvarn.core.step import Step, chunk_step, decode_step
 from kvarn.core.tail import TailState, owner_tags
@@ -64,11 +66,12 @@ def make_case(
     outliers: bool = False,
     tiles_per_block: int = 1,
     batch_invariant: bool = False,
+    planned: bool = False,
 ) -> Case:
     """Grow requests to `lengths` (one chunk each, after `hits` tokens of prefix hit), then make a step of `new` rows.
 
     A step of one row for everybody is a decode step, any other is a chunk. With fewer slots than requests, some
-    requests have no exact sinks.
+    requests have no exact sinks. `planned`: long chunks of the step attend by flash attention.
     """
     generator = torch.Generator().manual_seed(seed)
     layout = TileLayout.of(get_preset(preset), head_dim)
@@ -95,15 +98,31 @@ def make_case(
         rotated = rotate_rows_reference(rows(count, kv_heads), rows(count, kv_heads))
         seal_reference(rotated, layer, past)
         store_tail_reference(rotated, layer, past)
-    ends = [a + b for a, b in zip(lengths, new, strict=True)]
-    if all(n == 1 for n in new):
-        step = decode_step(state, request_rows, _ints(ends), table, group)
-    else:
-        step, _ = chunk_step(state, request_rows, _ints(lengths), _ints(ends), tags, table, group, sum(new))
+    plan = _plan(config, dtype, lengths, new, "cpu") if planned else None
+    step = _step(state, request_rows, lengths, new, tags, table, group, plan)
     assert int(state.faults) == 0
     q, k, v = rows(sum(new), kv_heads * group), rows(sum(new), kv_heads), rows(sum(new), kv_heads)
     case = Case(layer, state, step, rotate_rows_reference(k, v), q, k, v)
     return case if device == "cpu" else to_device(case, device)
+
+
+def _step(
+    state: TailState, rows: torch.Tensor, lengths: list[int], new: list[int], tags: torch.Tensor, table: torch.Tensor,
+    group: int, plan: PrefillPlan | None,
+) -> Step:  # fmt: skip
+    ends = [a + b for a, b in zip(lengths, new, strict=True)]
+    if all(n == 1 for n in new):
+        return decode_step(state, rows, _ints(ends), table, group)
+    return chunk_step(state, rows, _ints(lengths), _ints(ends), tags, table, group, sum(new), plan)[0]
+
+
+def _plan(
+    config: CacheConfig, dtype: torch.dtype, prefix_lens: list[int], query_lens: list[int], device: str
+) -> PrefillPlan | None:
+    where = torch.device(device)
+    return plan_prefill(
+        config, flash_for(config, dtype, where, caps_logits=False), dtype, prefix_lens, query_lens, where
+    )
 
 
 def _random_rows(
@@ -157,6 +176,9 @@ def to_device(case: Case, device: str) -> Case:
         case.layer.config, *(_padded_to(x, device) for x in (case.layer.records, case.layer.tails, case.layer.sinks))
     )
     step = Step(**{name: move(getattr(case.step, name)) for name in Step.__dataclass_fields__})
+    if step.plan is not None:
+        lens = (case.step.prefix_lens.tolist(), case.step.query_start.diff().tolist())
+        step = replace(step, plan=_plan(case.layer.config, case.q.dtype, *lens, device))
     rotated = RotatedRows(*(x.to(device) for x in (case.rotated.k, case.rotated.v)))
     return Case(layer, case.state, step, rotated, case.q.to(device), case.k.to(device), case.v.to(device))
 

@@ -26,6 +26,8 @@ from kvarn.core.cache import layout_constants
 from kvarn.core.kernels.attend import attend_kernel as plain_attend_kernel
 from kvarn.core.kernels.combine import combine_kernel
 from kvarn.core.kernels.gluon.attend import attend_kernel
+from kvarn.core.kernels.merge import merge_kernel
+from kvarn.core.kernels.restore import restore_kernel
 from kvarn.core.kernels.rotate import rotate_kernel, store_tail_kernel
 from kvarn.core.kernels.seal import seal_kernel
 from kvarn.core.kernels.step import verify_step_kernel
@@ -40,6 +42,8 @@ KERNELS = {
     "attend": plain_attend_kernel,
     "combine": combine_kernel,
     "count": count_work_kernel,
+    "merge": merge_kernel,
+    "restore": restore_kernel,
     "rotate": rotate_kernel,
     "seal": seal_kernel,
     "step": verify_step_kernel,
@@ -49,8 +53,8 @@ KERNELS = {
 _VERIFIED = {"ROWS": 4, "DRAFTS": 4, "TASKS": 2, "TASK_ROWS": 2}
 _POINTERS = {
     "fp16": ("q_ptr", "k_ptr", "v_ptr", "k_out_ptr", "v_out_ptr", "chunk_k_ptr", "chunk_v_ptr", "tails_ptr")
-    + ("sinks_ptr", "signs_ptr", "out_ptr"),
-    "fp32": ("partial_ptr", "partial_lse_ptr", "lse_ptr"),
+    + ("sinks_ptr", "signs_ptr", "out_ptr", "part_ptr"),
+    "fp32": ("partial_ptr", "partial_lse_ptr", "lse_ptr", "part_lse_ptr"),
     "u8": ("records_ptr",),
 }
 _TARGET = GPUTarget("cuda", 90, 32)
@@ -106,6 +110,7 @@ def _constants(layout: TileLayout, **changes: object) -> dict[str, Any]:
         "TASK_BLOCK": 128, "SHARE": 1, "STAGES": 2, "CHAINED": True, "USE_ASM": True, "KV_HEADS": 8,
         "NORM": layout.head_dim**-0.5, "STORE": True, "CHUNK": 64, "PARTS": 2, "PADDING_PAGES": 1,
         "DRAFTS": 0, "TASKS": 1, "TASK_ROWS": 1,
+        "QP": power_of_two(layout.head_dim // 4),
         "KEY_BITS": layout.key_bits, "VALUE_BITS": layout.value_bits, "KEY_CLIP": 1.0, "VALUE_CLIP": 0.8,
         "SCALE_MAX": SCALE_MAX, **changes,
     }  # fmt: skip

@@ -7,14 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.kernels import bandwidth, bars, cases, decode, measure, table, timing, tune, workload
+from benchmarks.kernels import bandwidth, bars, cases, decode, extend, measure, table, timing, tune, workload, write
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.gate import Check, checked_requests, compare
 from benchmarks.kernels.inputs import make_inputs
 from benchmarks.kernels.operation import Operation
 from benchmarks.kernels.peers import paged, registry
 from benchmarks.kernels.traffic import read_traffic
-from kvarn.core import attend
+from kvarn.core import attend, prefill, restore
 from kvarn.core.reference import decode_record, unpack_record
 from kvarn.core.step import record_end
 
@@ -81,7 +81,8 @@ def test_the_large_shapes_are_measured_for_both_groups():
 
 def test_verify_rows_bring_what_they_are_compared_with():
     names = [case.name for case in cases.select(cases.registry(), only="gqa8/q4")]
-    assert names == ["k4v2_g128/16x16k/gqa8", "k4v2_g128/16x16k/gqa8/q4"]
+    shapes = ["k4v2_g128/1x64k/gqa8", "k4v2_g128/16x16k/gqa8"]
+    assert sorted(names) == sorted([*shapes, *(f"{shape}/q4" for shape in shapes)])
 
 
 def test_no_verdict_passes_without_a_value():
@@ -286,3 +287,30 @@ def test_tuning_measures_every_shape_behind_the_gate_and_leaves_none_behind(tmp_
     assert [(row["warps"], row["programs_per_sm"]) for row in rows] == [(2, 1), (2, 8), (4, 1), (4, 8)]
     assert all(row["us"] == 10.0 and row["gate_err"] < bars.ERROR_BAR and not row["failed"] for row in rows)
     assert attend.launch_shape is chosen
+
+
+def test_chunks_are_measured_beside_fp16(tmp_path):
+    assert extend.run(bench(), tmp_path / "extend.json", [(70, 256), (8, 100), (130, 0)])
+    rows = json.loads((tmp_path / "extend.json").read_text())["rows"]
+    assert [row["flash"] for row in rows] == ["reference", "tiles", "reference"]
+    assert all(row["speed_vs_fp16"] == 1.0 and row["rel_err"] < 2e-3 for row in rows)
+
+
+def test_a_wrong_chunk_fails_the_gate(tmp_path, monkeypatch):
+    restored = restore.restore
+    monkeypatch.setattr(prefill, "restore", lambda *args: [2 * rows for rows in restored(*args)])
+    assert not extend.run(bench(), tmp_path / "extend.json", [(70, 256)])
+
+
+def test_writing_is_measured_beside_gemms(tmp_path):
+    shape = write.Shape("tiny", hidden=64, ffn=128, q_heads=2, kv_heads=1, head_dim=64)
+    assert write.run(bench(), tmp_path / "write.json", [shape], tokens=256)
+    (row,) = json.loads((tmp_path / "write.json").read_text())["rows"]
+    assert row["seal_share_of_prefill"] == 1.0
+    assert (row["code_distance"], row["different_codes"]) == (0, 0.0)
+
+
+def test_wrong_records_fail_the_gate(tmp_path, monkeypatch):
+    shape = write.Shape("tiny", hidden=64, ffn=128, q_heads=2, kv_heads=1, head_dim=64)
+    monkeypatch.setattr(write, "seal", lambda *args: None)
+    assert not write.run(bench(), tmp_path / "write.json", [shape], tokens=256)

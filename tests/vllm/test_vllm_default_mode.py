@@ -40,7 +40,7 @@ class Run:
 def run(models: Models, patch: pytest.MonkeyPatch) -> Run:
     """Ask cold runs and hits, then one request among others."""
     compute_row_by_row(patch)
-    options = {"kv_cache_dtype": PRESET, "num_gpu_blocks_override": BLOCKS, "max_num_batched_tokens": 256}
+    options = {"kv_cache_dtype": PRESET, "num_gpu_blocks_override": BLOCKS, "max_num_batched_tokens": 1024}
     with serving(models.path(LLAMA_GROUP_3), **options) as engine:
         answers: dict[str, Answer] = {}
         state = engine.tail.pool.state
@@ -49,7 +49,8 @@ def run(models: Models, patch: pytest.MonkeyPatch) -> Run:
             assert engine.flush()
             for kind in ("cold", "hit", "again"):
                 answers |= engine.ask(Request(f"{n}/{kind}", prompt(n, n), 8, distribution=True))
-        # Up to token 255 all that the needle reads is raw, however it is cut; it decodes into records.
+        # All prompts of a batch fit one step: attention to a prompt that is cut is merged from parts, which rounds
+        # otherwise. Up to token 255 all that the needle reads is raw; it decodes into records.
         needle = Request("needle/1", prompt(220, 12), 50)
         answers |= engine.ask_alone(needle)
         for size in NEEDLE_BATCHES:

@@ -35,9 +35,9 @@ FLAGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"disable_hybrid_kv_cache_manager": True},
         ["--disable-hybrid-kv-cache-manager can't be used"],
     ),
-    "drafts of a tile": (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 128, "prompt_lookup_max": 2}},
-        ["--speculative-config with num_speculative_tokens 128 can't be used, because a step may fill one tile of 128"],
+    "many drafts": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 64, "prompt_lookup_max": 2}},
+        ["--speculative-config with num_speculative_tokens 64 can't be used, because a request's rows"],
     ),
     "pooling": ({"runner": "pooling"}, ["does not generate text here"]),
 }

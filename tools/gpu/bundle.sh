@@ -2,14 +2,15 @@
 # Builds what a GPU machine without internet needs to serve a real model with SGLang 0.5.23 and vLLM 0.33.0, in pieces of
 # at most 61 MiB under .gpu/ (ignored by git). It has Python 3.12, torch 2.11+cu130, triton 3.6, transformers, nvcc.
 #
-#   tools/gpu/bundle.sh [engine] [model] [prose] [vllm]      default: all four, in about 5 minutes
-#   Needs pip, unzip, xz, apt-get and 5 GB of scratch; about 1.1 GB on disk after.
+#   tools/gpu/bundle.sh [engine] [model] [prose] [vllm] [fa3]      default: all five, in about 5 minutes
+#   Needs pip, unzip, zip, xz, apt-get and 5 GB of scratch; about 1.5 GB on disk after.
 #
 #   .gpu/engine/      site.txz (SGLang, sgl_kernel for sm_90), whl/, prose.txt, the model's short last piece
 #   .gpu/w00..w15/    one piece each of Qwen2.5-Coder-1.5B-Instruct (GGUF, Q4_K_M, Apache-2.0)
 #   .gpu/vllm/        vLLM's Python, FlashAttention 3, vllm-whl/ (the wheels that the machine lacks)
 #   .gpu/vllm-c/      vLLM's compiled library
 #   .gpu/vllm-fa2-0/, .gpu/vllm-fa2-1/    FlashAttention 2, which vLLM takes where TurboQuant keeps the model dtype
+#   .gpu/fa3-0..fa3-5/    sgl_kernel's FlashAttention 3, which SGLang attends with on Hopper
 #
 # Every folder has a NAME.sha256 that receive.sh checks. prose.txt is 40,000 characters of the Debian package
 # `anarchism` (GPL-2), text for perplexity; neither it nor the weights may be committed.
@@ -104,8 +105,19 @@ vllm() {
   sums vllm-fa2-1
 }
 
+fa3() {
+  local wheel piece
+  wheels "$TMP/fa3" sglang-kernel==0.4.5
+  wheel=$(echo "$TMP"/fa3/*.whl)
+  zip -q "$wheel" --copy 'sgl_kernel/flash_ops*' --out "$TMP/fa3.zip" # as it is compressed there
+  split -b 58M -d -a 1 "$TMP/fa3.zip" "$TMP/fa3.zip."
+  for piece in "$TMP"/fa3.zip.?; do
+    mkdir -p "$OUT/fa3-${piece##*.}" && mv "$piece" "$OUT/fa3-${piece##*.}/" && sums "fa3-${piece##*.}"
+  done
+}
+
 mkdir -p "$OUT"
-[ $# -gt 0 ] || set -- engine model prose vllm
+[ $# -gt 0 ] || set -- engine model prose vllm fa3
 for step in "$@"; do "$step"; done
 if [ -d "$OUT/engine" ]; then sums engine; fi
 du -sm "$OUT"/*

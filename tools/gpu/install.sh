@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On the GPU machine, in the repository root: tools/gpu/install.sh [engine] [vllm] [model] [plugin]   default: all four
-# engines and model install once, from the pieces received; plugin installs this repository each time. No network.
+# On the GPU machine, in the repository root: tools/gpu/install.sh [engine] [vllm] [model] [fa3] [plugin]   default: all
+# engines, model and FlashAttention 3 install once, from the pieces received; plugin installs this repository each time. No network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . tools/gpu/env.sh
@@ -11,6 +11,8 @@ engine() {
   python3 -m pip install -q --no-index --no-deps --no-compile --target "$KVARN_GPU_HOME/wheels" "$pieces"/whl/*.whl
   wait $!
 }
+
+fa3() { cat "$pieces"/fa3.zip.? >"$pieces/fa3.zip" && python3 -m zipfile -e "$pieces/fa3.zip" "$KVARN_GPU_HOME/site"; }
 
 vllm() { # into a folder of its own: SGLang wants other versions of the same packages
   local home=$KVARN_GPU_HOME/vllm
@@ -32,7 +34,7 @@ plugin() { # a copy with its metadata: SGLang finds the plugin by the entry poin
 for group in "sglang.srt.plugins", "vllm.general_plugins": print(*e(group=group))'
 }
 
-[ $# -gt 0 ] || set -- engine vllm model plugin
+[ $# -gt 0 ] || set -- engine vllm model fa3 plugin
 for step in "$@"; do
   if [ -e "$KVARN_GPU_HOME/$step.done" ]; then continue; fi
   began=$SECONDS

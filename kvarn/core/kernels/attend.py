@@ -161,7 +161,7 @@ def _attend_tile(
     return m_new, total * decay + tl.sum(weights, axis=0), acc
 
 
-@triton.jit(do_not_specialize=["tasks"])
+@triton.jit(do_not_specialize=["tasks", "block_table_stride"])
 def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
     task_request_ptr, task_row_ptr, work_end_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,

@@ -130,7 +130,7 @@ def _seal_tile(
         tl.store(halfs + OFFSETS[3] // 2 + token_at, v_offset)
 
 
-@triton.jit(do_not_specialize=["tasks"])
+@triton.jit(do_not_specialize=["tasks", "block_table_stride"])
 def seal_kernel(
     tails_ptr, chunk_k_ptr, chunk_v_ptr, records_ptr, task_request_ptr, task_tile_ptr, rows_ptr, prefix_ptr,
     length_ptr, query_start_ptr, block_table_ptr, tasks, record_block_stride, record_tile_stride, record_head_stride,

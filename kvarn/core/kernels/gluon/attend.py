@@ -239,7 +239,7 @@ def _span(program, programs, work_end_ptr, tasks, BLOCK: gl.constexpr, warps: gl
     return begin, end, first, last
 
 
-@gluon.jit(do_not_specialize=["tasks"])
+@gluon.jit(do_not_specialize=["tasks", "block_table_stride"])
 def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
     task_request_ptr, task_row_ptr, work_end_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,

@@ -1,0 +1,34 @@
+"""Merge the attention of the same queries to two sets of keys."""
+
+import triton
+import triton.language as tl
+
+_LOG2E = tl.constexpr(1.4426950408889634)
+_LN2 = tl.constexpr(0.6931471805599453)
+
+
+# A step's lengths and where its requests begin mustn't make new variants.
+@triton.jit(
+    do_not_specialize=["rows", "lse_stride", "part_lse_stride"],
+    do_not_specialize_on_alignment=["lse_ptr", "part_lse_ptr"],
+)
+def merge_kernel(
+    out_ptr, lse_ptr, part_ptr, part_lse_ptr, rows, heads, lse_stride, part_lse_stride,
+    D: tl.constexpr, DP: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """One program merges BLOCK rows, each a head of a query. out, part: [queries, heads, D]; see `core.merge`."""
+    row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    ok = row < rows
+    query, head = row // heads, (row % heads).to(tl.int64)
+    lse = tl.load(lse_ptr + head * lse_stride + query, mask=ok, other=0.0) * _LOG2E
+    part_lse = tl.load(part_lse_ptr + head * part_lse_stride + query, mask=ok, other=0.0) * _LOG2E
+    m = tl.maximum(lse, part_lse)
+    total = tl.exp2(lse - m) + tl.exp2(part_lse - m)
+    weight = tl.exp2(part_lse - m) / total
+    channels = tl.arange(0, DP)
+    at = row.to(tl.int64)[:, None] * D + channels[None, :]
+    mask = ok[:, None] & (channels < D)[None, :]
+    out = tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    part = tl.load(part_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    tl.store(out_ptr + at, (out + (part - out) * weight[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(lse_ptr + head * lse_stride + query, (m + tl.log2(total)) * _LN2, mask=ok)

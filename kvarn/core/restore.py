@@ -1,0 +1,82 @@
+"""Restore: cached rows of a request, whatever they are stored as, in the model's basis and dtype."""
+
+import torch
+
+from kvarn.core.append import device_signs
+from kvarn.core.cache import LayerCache, layout_constants, runs_triton
+from kvarn.core.hadamard import rotate, rotate_keys
+from kvarn.core.layout import KEY_GROUP_TOKENS
+from kvarn.core.prefill_plan import Segment
+from kvarn.core.read_rule import record_end
+from kvarn.core.reference import decode_record
+from kvarn.core.step import Step, power_of_two
+
+_CHUNK_CHANNELS = 64
+
+
+def restore(layer: LayerCache, step: Step, segment: Segment, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+    """Restore a segment of cached tokens: those that the read rule finds in records from there, later ones exact.
+
+    Args:
+        layer: the layer's cache.
+        step: the forward pass; its own rows are not stored yet.
+        segment: which tokens.
+        dtype: of the result.
+
+    Returns:
+        Keys and values, [segment.keys, kv_heads, head_dim], not rotated.
+
+    Determinism: bitwise. Graph-safe: yes.
+    """
+    if not runs_triton(layer.records):
+        return restore_reference(layer, step, segment, dtype)
+    from kvarn.core.kernels.restore import restore_kernel
+
+    config, layout = layer.config, layer.config.layout
+    device, heads = layer.records.device, config.kv_heads
+    keys, values = torch.empty(2, segment.keys, heads, layout.head_dim, dtype=dtype, device=device)
+    requests = segment.begin.shape[0]
+    restore_kernel[(-(-segment.spans.most_keys // KEY_GROUP_TOKENS), requests, 2 * heads)](
+        layer.records, layer.tails, layer.sinks, device_signs(layout.head_dim, torch.float16, device, True),
+        keys, values, step.rows, step.block_table, step.prefix_lens, step.own_start, step.sink_slots, segment.begin,
+        segment.spans.key_start, segment.first, *layer.records.stride()[:3], *layer.tails.stride()[:3],
+        *layer.sinks.stride()[:3], step.block_table.stride(0), **layout_constants(layout), KV_HEADS=heads,
+        QP=power_of_two(layout.head_dim // 4), CHUNK=min(_CHUNK_CHANNELS, layout.padded_dim),
+        NORM=config.rotation_norm, RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens,
+        SINK=config.sink_tokens, num_warps=4 if layout.head_dim <= 128 else 8,
+    )  # fmt: skip
+    return keys, values
+
+
+def restore_reference(
+    layer: LayerCache, step: Step, segment: Segment, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Restore in plain torch."""
+    keys, values = [], []
+    lengths = segment.spans.key_start.diff().tolist()
+    for place, (begin, length) in enumerate(zip(segment.begin.tolist(), lengths, strict=True)):
+        k, v = _stored_rows(layer, step, segment.first + place, begin, begin + length)
+        keys.append(rotate_keys(k))
+        values.append(rotate(v, inverse=True))
+    return torch.cat(keys).to(dtype), torch.cat(values).to(dtype)
+
+
+def _stored_rows(
+    layer: LayerCache, step: Step, request: int, begin: int, end: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return K and V of a request's cached positions, rotated, [positions, kv_heads, head_dim], float32."""
+    config = layer.config
+    at = torch.arange(begin, end, device=layer.records.device)
+    prefix = step.prefix_lens[request]
+    stop = record_end(config, prefix, prefix, step.own_start[request])
+    pages = layer.pages_of(step.block_table[request, at // config.tile_tokens].long())
+    tile = at % config.tile_tokens
+    k, v = (rows[torch.arange(len(at)), :, tile] for rows in decode_record(layer.records[pages], config.layout))
+    rows = torch.stack((k, v), dim=1)  # [positions, 2, kv_heads, head_dim]
+    ring = layer.tails[int(step.rows[request])][:, :, at % config.ring_tokens].permute(2, 0, 1, 3)
+    rows = torch.where((at < stop)[:, None, None, None], rows, ring.float())
+    slot = int(step.sink_slots[request])
+    if slot >= 0 and int(stop) > 0:
+        exact = int((at < config.sink_tokens).sum())
+        rows[:exact] = layer.sinks[slot][:, :, begin : begin + exact].permute(2, 0, 1, 3).float()
+    return rows[:, 0], rows[:, 1]

@@ -1,0 +1,113 @@
+"""Long chunks: restoring, merging and the whole operation against references, in poisoned memory, on odd shapes."""
+
+import pytest
+import torch
+from cases import make_case, store_and_seal, to_device
+from tolerance import relative_max, relative_rms
+
+from kvarn.core import prefill_plan
+from kvarn.core.attend import attend_reference
+from kvarn.core.attention import attention
+from kvarn.core.merge import merge, merge_reference
+from kvarn.core.prefill_plan import LONG_ROWS, plan_prefill
+from kvarn.core.restore import restore, restore_reference
+from kvarn.presets import PRESETS
+
+# Restored rows, the parts of the output and the output itself are rounded to the model dtype.
+OUTPUT_RMS = {torch.float16: 1.5e-3, torch.bfloat16: 1e-2}
+LONG = LONG_ROWS + 6
+
+
+@pytest.fixture
+def small_workspace(monkeypatch):
+    """Two tiles at a time, so that a few hundred tokens make several segments."""
+    monkeypatch.setattr(prefill_plan, "workspace_tokens", lambda config, dtype: 2 * config.tile_tokens)
+
+
+def check_restored(device: str, lengths: list[int], new: list[int], **options: object) -> None:
+    case = make_case(lengths, new, planned=True, **options)
+    moved = to_device(case, device)
+    assert case.step.plan.segments
+    for segment, on_device in zip(case.step.plan.segments, moved.step.plan.segments, strict=True):
+        want = restore_reference(case.layer, case.step, segment, torch.float32)
+        got = restore(moved.layer, moved.step, on_device, case.q.dtype)
+        for x, y in zip(got, want, strict=True):
+            assert torch.isfinite(x).all()
+            assert relative_max(x, y) < 2e-3
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+@pytest.mark.parametrize("head_dim", [64, 96])
+def test_restored_rows_match_reference_for_every_preset(preset, head_dim, device):
+    check_restored(device, [300], [LONG], preset=preset, head_dim=head_dim, kv_heads=1, tail=64)
+
+
+@pytest.mark.parametrize("head_dim", [128, 192, 256])
+def test_restored_rows_match_reference_for_wide_heads(head_dim, device, dtype):
+    check_restored(device, [300], [LONG], head_dim=head_dim, kv_heads=1, dtype=dtype)
+
+
+@pytest.mark.usefixtures("small_workspace")
+def test_restored_rows_match_reference_in_ragged_segments(device):
+    lengths, new = [700, 40, 0, 129, 384], [LONG, LONG, LONG, 3, LONG]
+    check_restored(device, lengths, new, hits=[512, 0, 0, 0, 256], tiles_per_block=2, outliers=True, slots=1)
+
+
+@pytest.mark.parametrize("head_dim", [64, 96])
+@pytest.mark.parametrize("out_dtype", [torch.float32, torch.float16])
+def test_merge_matches_reference(head_dim, out_dtype, device):
+    generator = torch.Generator().manual_seed(0)
+    out, part = (torch.randn(37, 3, head_dim, generator=generator) for _ in range(2))
+    lses = [torch.full((3, 40), float("nan")) for _ in range(2)]
+    for lse in lses:
+        lse[:, :37] = 20 * torch.randn(3, 37, generator=generator)
+    got = out.to(device, out_dtype), lses[0].to(device)[:, :37]
+    want = out.to(out_dtype), lses[0].clone()[:, :37]
+    merge(*got, part.to(device, torch.float16), lses[1].to(device)[:, :37])
+    merge_reference(*want, part.half(), lses[1][:, :37])
+    assert torch.allclose(got[0].cpu().float(), want[0].float(), atol=2e-3)
+    assert torch.allclose(got[1].cpu(), want[1], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new"),
+    [([0], [150]), ([500, 3], [LONG, 1]), ([700, 300, 0, 129, 384], [LONG, 1, LONG, LONG, 30])],
+    ids=["fresh", "one", "mixed"],
+)
+@pytest.mark.usefixtures("small_workspace")
+def test_long_chunks_attend_as_the_reference_does(lengths, new, device, dtype):
+    case = make_case(lengths, new, dtype=dtype, planned=True, hits=[length // 256 * 128 for length in lengths])
+    moved = to_device(case, device)
+    scale = case.layer.config.rotation_norm
+    got = attention(moved.q, moved.k, moved.v, moved.layer, moved.step, scale)
+    store_and_seal(case)
+    want, _ = attend_reference(case.q.double(), case.rotated, case.layer, case.step, scale)
+    assert torch.isfinite(got).all()
+    assert relative_rms(got, want) < OUTPUT_RMS[dtype]
+
+
+def test_plan_leaves_short_chunks_to_the_kernels_over_tiles():
+    config = make_case([0], [1]).layer.config
+    flash = object()
+    place = torch.device("cpu")
+    assert plan_prefill(config, flash, torch.float16, [0, 5], [LONG_ROWS, 1], place) is None
+    assert plan_prefill(config, None, torch.float16, [0], [LONG], place) is None
+    plan = plan_prefill(config, flash, torch.float16, [0, 9, 0], [LONG, 7, LONG], place)
+    assert (plan.short_tokens, plan.short_requests) == (7, 1)
+    assert [own.tokens for own in plan.own] == [slice(0, LONG), slice(LONG + 7, 2 * LONG + 7)]
+    assert plan.segments == []
+
+
+@pytest.mark.usefixtures("small_workspace")
+def test_segments_hold_every_cached_token_of_long_chunks_once_and_fit_the_workspace():
+    config = make_case([0], [1]).layer.config
+    prefixes, rows = [1000, 5, 0, 77, 300], [LONG, LONG, LONG, 1, LONG]
+    plan = plan_prefill(config, object(), torch.float16, prefixes, rows, torch.device("cpu"))
+    seen = []
+    for segment in plan.segments:
+        assert segment.keys <= 2 * config.tile_tokens
+        lengths = segment.spans.key_start.diff().tolist()
+        for place, (begin, length) in enumerate(zip(segment.begin.tolist(), lengths, strict=True)):
+            assert begin % config.tile_tokens == 0
+            seen += [(segment.first + place, begin + i) for i in range(length)]
+    assert seen == [(i, at) for i in (0, 1, 4) for at in range(prefixes[i])]
