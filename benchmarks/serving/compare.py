@@ -42,7 +42,7 @@ class EngineFailed(Exception):
 def main() -> None:
     """Measure every dtype in a process of its own, compare, write the rows."""
     args = _arguments()
-    ids = _tokens(args.model, args.text)
+    ids = read_tokens(args.model, args.text)
     head = _head_weight(args.model)
     quality: dict[str, dict[str, float]] = {}
     served: dict[str, dict[str, Any]] = {}
@@ -103,13 +103,15 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _tokens(model: str, text: Path) -> list[int]:
+def read_tokens(model: str, text: Path) -> list[int]:
+    """Return the ids of a text file."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model)(text.read_text())["input_ids"]
 
 
-def _model_config(model: str) -> dict[str, Any]:
+def model_config(model: str) -> dict[str, Any]:
+    """Return a checkpoint's config."""
     return json.loads((Path(model) / "config.json").read_text())
 
 
@@ -118,7 +120,12 @@ def _engine_arguments(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
     return {**ours, **args.arguments, **(args.baseline_arguments if dtype == BASELINE else {})}
 
 
-def _run(engine: str, job: dict[str, Any], work: Path, name: str) -> dict[str, Any]:
+def run_worker(engine: str, job: dict[str, Any], work: Path, name: str) -> dict[str, Any]:
+    """Run a job in a process of its own, and return its result.
+
+    Raises:
+        EngineFailed: ends with what it said.
+    """
     path, result = work / f"{name}.json", work / f"{name}.result.json"
     path.write_text(json.dumps({**job, "result": str(result)}))
     log_dir = Path(os.environ.get("KVARN_BENCH_LOGS", work))
@@ -152,8 +159,8 @@ def _hidden_states(args: argparse.Namespace, dtype: str, ids: list[int], work: P
     file = work / f"{dtype}.hidden"
     file.unlink(missing_ok=True)
     arguments = {**_engine_arguments(args, dtype), **ENGINES[args.engine].prefill_arguments(file)}
-    _run(args.engine, {"engine": arguments, "prefill": {"ids": ids, "file": str(file)}}, work, f"kl-{dtype}")
-    width = _model_config(args.model)["hidden_size"]
+    run_worker(args.engine, {"engine": arguments, "prefill": {"ids": ids, "file": str(file)}}, work, f"kl-{dtype}")
+    width = model_config(args.model)["hidden_size"]
     hidden = np.fromfile(file, dtype=np.float16).reshape(-1, width)[: len(ids)]
     if len(hidden) != len(ids):
         raise EngineFailed(f"The hook saw {len(hidden)} of {len(ids)} tokens.")
@@ -184,7 +191,7 @@ def _head_weight(model: str) -> torch.Tensor:
 def _serve(args: argparse.Namespace, dtype: str, ids: list[int], work: Path) -> dict[str, Any]:
     stride = max(1, (len(ids) - args.prompt_tokens) // args.prompts)
     prompts = [ids[i * stride : i * stride + args.prompt_tokens] for i in range(args.prompts)]
-    vocab = _model_config(args.model)["vocab_size"]
+    vocab = model_config(args.model)["vocab_size"]
     case = {"context": args.context, "new_tokens": args.decode_tokens, "repeats": args.repeats, "vocab": vocab}
     job = {
         "engine": _engine_arguments(args, dtype),
@@ -192,7 +199,7 @@ def _serve(args: argparse.Namespace, dtype: str, ids: list[int], work: Path) -> 
         "decode": [{"batch": batch, **case} for batch in args.batches],
         "hit": {"cached": args.hit, "new_tokens": _HIT_NEW, "repeats": _HIT_REPEATS, "vocab": vocab},
     }
-    return _run(args.engine, job, work, f"serve-{dtype}")
+    return run_worker(args.engine, job, work, f"serve-{dtype}")
 
 
 def _write(
@@ -208,7 +215,7 @@ def _rows(
     args: argparse.Namespace, dtype: str, quality: dict[str, float], served: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     baseline, mine = served[BASELINE], served[dtype]
-    diverged = sorted(_first_divergence(a, b) for a, b in zip(baseline["greedy"], mine["greedy"], strict=True))
+    diverged = sorted(first_divergence(a, b) for a, b in zip(baseline["greedy"], mine["greedy"], strict=True))
     quartiles = statistics.quantiles(diverged, n=4) if len(diverged) > 1 else [diverged[0]] * 3
     common = {
         "engine": args.engine,
@@ -231,7 +238,8 @@ def _rows(
     return [{**common, **{k: round(v, 2) for k, v in case.items()}} for case in mine["decode"]]
 
 
-def _first_divergence(a: list[int], b: list[int]) -> int:
+def first_divergence(a: list[int], b: list[int]) -> int:
+    """Return the first place at which two answers differ; their length if none does."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 
