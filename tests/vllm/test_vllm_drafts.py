@@ -1,17 +1,20 @@
 """Speculative decoding, every row computed by itself: drafts change no answer, to the last bit.
 
-Drafts come from vLLM's n-gram proposer as it is, from one that knows the answers and is wrong at random, and from a
-draft model. Before each step everything past a request's accepted tokens, in rings and records, is overwritten with
-NaN. vLLM's attention on the CPU, which serves the draft model, says that it reads one layout only; it reads ours, too.
+Drafts come from vLLM's n-gram proposer as it is, from one that knows the answers and is wrong at random, from a draft
+model, and from an EAGLE head. Before each step everything past a request's accepted tokens, in rings and records, is
+overwritten with NaN. vLLM's attention on the CPU, which serves the draft model, says that it reads one layout only; it
+reads ours, too.
 """
 
 from __future__ import annotations
 
+import json
 import random
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -21,7 +24,7 @@ from engine_process import Models
 from plan import Answer, Request
 from row_by_row import compute_row_by_row
 from serving import Scheduled, Serving, serving
-from tiny_models import LAYERS, QWEN3_GROUP_2, prompt
+from tiny_models import LAYERS, LLAMA_GROUP_3, QWEN3_GROUP_2, prompt
 
 TILE, PRESET = 64, "kvarn_k4v2_g64"
 DRAFTS = 4
@@ -62,7 +65,7 @@ def watched(part: Part) -> Iterator[None]:
         ):
             done = length - count
             provisional = table[done // TILE : -(-length // TILE)].long()
-            wrong = torch.arange(done, done + DRAFTS) % ring
+            wrong = torch.arange(done, done + pool.config.draft_tokens) % ring
             for i, layer in enumerate(pool.layers):
                 layer.records[provisional] = 0xFF
                 layer.tails[tails[i // pool.rings_per_block].long(), :, :, wrong] = torch.nan
@@ -113,6 +116,27 @@ def second_request(answers: dict[str, Answer]) -> Request:
     return Request(SECOND, (first.prompt + first.output_ids)[: 2 * TILE + 2], 12, starts_after=("repeats", AFTER))
 
 
+def save_eagle_head(model: Path, folder: Path) -> None:
+    """Make an EAGLE head of a model's first layer, which takes the hidden state and lets the token alone."""
+    from safetensors.torch import load_file, save_file
+
+    config = json.loads((model / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 1}))
+    layer = {name: x for name, x in load_file(model / "model.safetensors").items() if ".layers.0." in name}
+    head = {name.removeprefix("model."): x for name, x in layer.items() if "input_layernorm" not in name}
+    width = config["hidden_size"]
+    head["fc.weight"] = torch.cat([torch.zeros(width, width), torch.eye(width)], dim=1)
+    save_file(head, folder / "model.safetensors")
+
+
+def let_cpu_attention_read_our_layout(patch: pytest.MonkeyPatch) -> None:
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+    patch.setattr(CPUAttentionBackend, "supported_kv_cache_layouts", classmethod(lambda _: layouts))
+
+
 @contextmanager
 def row_by_row() -> Iterator[pytest.MonkeyPatch]:
     with pytest.MonkeyPatch.context() as patch:
@@ -125,9 +149,6 @@ def row_by_row() -> Iterator[pytest.MonkeyPatch]:
 @pytest.fixture(scope="module")
 def parts(models: Models) -> Iterator[dict[str, Part]]:
     """In canonical mode, run everything without drafts, one by one, and then with each drafter, together."""
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-    from vllm.v1.kv_cache_layout import KVCacheLayout
-
     folder = models.path(QWEN3_GROUP_2)
     with row_by_row() as patch:
         patch.setenv("KVARN_CANONICAL", "1")
@@ -140,8 +161,7 @@ def parts(models: Models) -> Iterator[dict[str, Part]]:
             parts["ngram"] = run(engine, REQUESTS[:1])
             with knowing_drafter(answers):
                 parts["knowing"] = run(engine, [*REQUESTS, second])
-        layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
-        patch.setattr(CPUAttentionBackend, "supported_kv_cache_layouts", classmethod(lambda _: layouts))
+        let_cpu_attention_read_our_layout(patch)
         drafter = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": DRAFTS}
         with serving(folder, kv_cache_dtype=PRESET, speculative_config=drafter) as engine:
             parts["draft model"] = run(engine, [*REQUESTS, second])
@@ -170,6 +190,24 @@ def test_drafts_change_no_answer_with_an_exact_tail(models: Models) -> None:
             part = run(engine, REQUESTS)
     for name, answer in part.answers.items():
         same_bits(answer, answers[name])
+
+
+def test_eagle_head_changes_no_answer(models: Models, tmp_path: Path) -> None:
+    """Most of its drafts are wrong. vLLM lets a hit end one block earlier, where it runs."""
+    folder = models.path(LLAMA_GROUP_3)
+    save_eagle_head(folder, tmp_path)
+    drafter = {"method": "eagle", "model": str(tmp_path), "num_speculative_tokens": DRAFTS}
+    requests, answers = REQUESTS[1:], []
+    with row_by_row() as patch:
+        patch.setenv("KVARN_CANONICAL", "1")
+        let_cpu_attention_read_our_layout(patch)
+        for options in ({}, {"speculative_config": drafter}):
+            with serving(folder, kv_cache_dtype=PRESET, **options) as engine:
+                part = run(engine, requests)
+                answers.append(part.answers)
+    assert part.kinds["uniform", DRAFTS + 1] > 3
+    for request in requests:
+        same_bits(answers[1][request.name], answers[0][request.name])
 
 
 def test_second_request_hits_tiles_that_the_first_drafted_and_goes_on_drafting(parts: dict[str, Part]) -> None:
