@@ -69,9 +69,9 @@ def _stored_rows(
     at = torch.arange(begin, end, device=layer.records.device)
     prefix = step.prefix_lens[request]
     stop = record_end(config, prefix, prefix, step.own_start[request])
-    pages = layer.pages_of(step.block_table[request, at // config.tile_tokens].long())
-    tile = at % config.tile_tokens
-    k, v = (rows[torch.arange(len(at)), :, tile] for rows in decode_record(layer.records[pages], config.layout))
+    tiles = slice(begin // config.tile_tokens, -(-end // config.tile_tokens))
+    records = layer.records[layer.pages_of(step.block_table[request, tiles].long())]
+    k, v = (x.transpose(1, 2).flatten(0, 1)[: len(at)] for x in decode_record(records, config.layout))
     rows = torch.stack((k, v), dim=1)  # [positions, 2, kv_heads, head_dim]
     ring = layer.tails[int(step.rows[request])][:, :, at % config.ring_tokens].permute(2, 0, 1, 3)
     rows = torch.where((at < stop)[:, None, None, None], rows, ring.float())
