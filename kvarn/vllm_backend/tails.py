@@ -150,7 +150,8 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
             head_size=self.shape.head_dim,
             # As the records', or vLLM would take the cache for one of mixed precision and clear every new block.
             dtype=torch.uint8,
-            state_content_bytes=page_bytes // block_size,
+            # rounded up: rings with room for drafts may be no multiple of a block's tokens
+            state_content_bytes=-(-page_bytes // block_size),
             blocks_per_request=self.shape.tail_blocks(tiles),
         )
 
