@@ -204,6 +204,11 @@ class TileAttention(AttentionImpl[TileMetadata]):
         }
         config = get_current_vllm_config()
         reasons = resolution.reasons_against(fields, config, None)
+        if compat.tail_of(config) is not None:
+            reasons.append(
+                "A draft model's layers can't be cached in tiles, whose tails belong to the model's own layers; pass "
+                "kv_cache_dtype auto in --speculative-config, or another draft model."
+            )
         if reasons:
             raise UnsupportedConfig(reasons)
         compat.keep_drafts_raw(config)

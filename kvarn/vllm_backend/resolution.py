@@ -140,8 +140,8 @@ def draft_reasons(speculative: SpeculativeConfig | None, tile: int) -> list[str]
     if speculative.method not in _CHAINS or speculative.parallel_drafting:
         reasons.append(
             f"--speculative-config with method {speculative.method!r} can't be used, because drafts must be one chain, "
-            "made token by token: a rejected branch could not be taken out of a quantised tile; leave it out or use one "
-            f"of {', '.join(_CHAINS)} without parallel drafting."
+            "made token by token: a rejected branch could not be taken out of a quantised tile; leave it out or use "
+            f"one of {', '.join(_CHAINS)} without parallel drafting."
         )
     most = min(tile, LONG_ROWS)
     if speculative.num_speculative_tokens >= most:

@@ -26,17 +26,20 @@ from row_by_row import compute_row_by_row
 from serving import Scheduled, Serving, serving
 from tiny_models import LAYERS, LLAMA_GROUP_3, QWEN3_GROUP_2, prompt
 
+from kvarn.errors import UnsupportedConfig
+from kvarn.vllm_backend import compat
+
 TILE, PRESET = 64, "kvarn_k4v2_g64"
 DRAFTS = 4
 NGRAM = {"method": "ngram", "num_speculative_tokens": DRAFTS, "prompt_lookup_min": 1, "prompt_lookup_max": 3}
 # All go over the end of a tile; what the last one hits was drafted by the first, which goes on with drafts.
 REQUESTS = [
-    Request("repeats", [7, 8, 9, 10, 11, 12, 13] * 17, 24),
-    Request("short", prompt(58, 1), 24),
-    Request("even", prompt(59, 2), 24),
+    Request("repeats", [7, 8, 9, 10, 11, 12, 13] * 17, 20),
+    Request("short", prompt(58, 1), 16),
+    Request("even", prompt(59, 2), 16),
 ]
 SECOND = "second"
-AFTER = 13
+AFTER = 12
 
 
 @dataclass(slots=True)
@@ -113,7 +116,7 @@ def run(engine: Serving, requests: list[Request]) -> Part:
 def second_request(answers: dict[str, Answer]) -> Request:
     """A request that begins with the first's prompt and answer up to a tile's end."""
     first = answers["repeats"]
-    return Request(SECOND, (first.prompt + first.output_ids)[: 2 * TILE + 2], 12, starts_after=("repeats", AFTER))
+    return Request(SECOND, (first.prompt + first.output_ids)[: 2 * TILE + 2], 8, starts_after=("repeats", AFTER))
 
 
 def save_eagle_head(model: Path, folder: Path) -> None:
@@ -208,6 +211,18 @@ def test_eagle_head_changes_no_answer(models: Models, tmp_path: Path) -> None:
     assert part.kinds["uniform", DRAFTS + 1] > 3
     for request in requests:
         same_bits(answers[1][request.name], answers[0][request.name])
+
+
+def test_draft_layers_that_would_be_cached_in_tiles_are_refused(
+    models: Models, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Should a vLLM not look at the dtype that is set for its draft model."""
+    save_eagle_head(models.path(LLAMA_GROUP_3), tmp_path)
+    drafter = {"method": "eagle", "model": str(tmp_path), "num_speculative_tokens": DRAFTS}
+    monkeypatch.setattr(compat, "keep_drafts_raw", lambda _: None)
+    engine = serving(models.path(LLAMA_GROUP_3), kv_cache_dtype=PRESET, speculative_config=drafter)
+    with pytest.raises(UnsupportedConfig, match="A draft model's layers can't be cached in tiles"), engine:
+        pass
 
 
 def test_second_request_hits_tiles_that_the_first_drafted_and_goes_on_drafting(parts: dict[str, Part]) -> None:
