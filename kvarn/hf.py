@@ -106,6 +106,16 @@ class TileCache(Cache):
             self.begin(key_states.shape[2])
         return self.layers[layer_idx].update(key_states, value_states)
 
+    def resume(self) -> int:
+        """Begin a new request that hits what is cached in whole tiles, as a conversation's next turn does in an engine.
+
+        Returns:
+            Tokens that are cached; feed those that follow.
+        """
+        self.length -= self.length % self.config.tile_tokens
+        self._state.forget(self._rows.long())
+        return self.length
+
     def reset(self) -> None:
         """Forget all sequences."""
         self.length = 0

@@ -33,9 +33,17 @@ def provenance(engine: str | None = None) -> dict[str, str]:
 
 
 def write(path: Path, rows: list[dict[str, Any]], engine: str | None = None) -> None:
-    """Write a result file."""
+    """Write a result file, whole or not at all, so that a run that is killed leaves the rows that it had."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps({"provenance": provenance(engine), "rows": rows}, indent=1) + "\n")
+    beside = path.with_name(f"{path.name}.part")
+    beside.write_text(json.dumps({"provenance": provenance(engine), "rows": rows}, indent=1) + "\n")
+    beside.replace(path)
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """Return the rows of a result file; none if there is no such file."""
+    rows: list[dict[str, Any]] = json.loads(path.read_text())["rows"] if path.exists() else []
+    return rows
 
 
 def _driver() -> str:

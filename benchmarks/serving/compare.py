@@ -12,9 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +23,7 @@ import numpy as np
 import torch
 
 from benchmarks.serving.engines import BASELINE, ENGINES
+from benchmarks.serving.jobs import EngineFailed, run_job
 from kvarn import results
 from kvarn.evaluation.divergence import divergence
 from kvarn.presets import is_preset_name
@@ -33,10 +32,6 @@ _KL_BAR = 0.0035
 _HIT_NEW = 512
 _HIT_REPEATS = 5
 _QUALITY = ("kl_mean", "kl_median", "kl_p99", "top1", "ppl", "ppl_exact")
-
-
-class EngineFailed(Exception):
-    """An engine didn't do what it was asked to; says its last words."""
 
 
 def main() -> None:
@@ -120,24 +115,6 @@ def _engine_arguments(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
     return {**ours, **args.arguments, **(args.baseline_arguments if dtype == BASELINE else {})}
 
 
-def run_worker(engine: str, job: dict[str, Any], work: Path, name: str) -> dict[str, Any]:
-    """Run a job in a process of its own, and return its result.
-
-    Raises:
-        EngineFailed: ends with what it said.
-    """
-    path, result = work / f"{name}.json", work / f"{name}.result.json"
-    path.write_text(json.dumps({**job, "result": str(result)}))
-    log_dir = Path(os.environ.get("KVARN_BENCH_LOGS", work))
-    with (log_dir / f"{name}.log").open("w") as log:
-        command = [sys.executable, "-m", "benchmarks.serving.worker", engine, str(path)]
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
-    if code or not result.exists():
-        said = (log_dir / f"{name}.log").read_text()[-4000:]
-        raise EngineFailed(f"The engine for {name} failed with code {code}:\n{said}")
-    return json.loads(result.read_text())
-
-
 def _prefill_side_by_side(
     args: argparse.Namespace, dtypes: list[str], ids: list[int], work: Path
 ) -> dict[str, torch.Tensor]:
@@ -159,7 +136,7 @@ def _hidden_states(args: argparse.Namespace, dtype: str, ids: list[int], work: P
     file = work / f"{dtype}.hidden"
     file.unlink(missing_ok=True)
     arguments = {**_engine_arguments(args, dtype), **ENGINES[args.engine].prefill_arguments(file)}
-    run_worker(args.engine, {"engine": arguments, "prefill": {"ids": ids, "file": str(file)}}, work, f"kl-{dtype}")
+    run_job(args.engine, {"engine": arguments, "prefill": {"ids": ids, "file": str(file)}}, work, f"kl-{dtype}")
     width = model_config(args.model)["hidden_size"]
     hidden = np.fromfile(file, dtype=np.float16).reshape(-1, width)[: len(ids)]
     if len(hidden) != len(ids):
@@ -199,7 +176,7 @@ def _serve(args: argparse.Namespace, dtype: str, ids: list[int], work: Path) -> 
         "decode": [{"batch": batch, **case} for batch in args.batches],
         "hit": {"cached": args.hit, "new_tokens": _HIT_NEW, "repeats": _HIT_REPEATS, "vocab": vocab},
     }
-    return run_worker(args.engine, job, work, f"serve-{dtype}")
+    return run_job(args.engine, job, work, f"serve-{dtype}")
 
 
 def _write(

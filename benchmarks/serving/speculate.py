@@ -17,8 +17,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.compare import first_divergence, model_config, read_tokens, run_worker
+from benchmarks.serving.compare import first_divergence, model_config, read_tokens
 from benchmarks.serving.engines import BASELINE, ENGINES
+from benchmarks.serving.jobs import run_job
 from kvarn import results
 
 _VERIFY_ROWS = 4
@@ -35,11 +36,10 @@ def main() -> None:
     print(json.dumps(gate), flush=True)
     if gate["mismatches"] > args.mismatches:
         sys.exit(f"{gate['mismatches']} answers differ, more than {args.mismatches}: no speed is measured.")
-    rows = []
-    for context in args.contexts:
-        rows.append({**gate, **_speeds(args, ids, context)})
-        results.write(args.out, rows, engine=args.engine)
-        print(json.dumps(rows[-1]), flush=True)
+    rows = [{**gate, **speeds} for speeds in _speeds(args, ids)]
+    results.write(args.out, rows, engine=args.engine)
+    for row in rows:
+        print(json.dumps(row))
 
 
 def _arguments() -> argparse.Namespace:
@@ -102,19 +102,21 @@ def _mismatches(without: dict[str, Any], with_drafts: dict[str, Any]) -> int:
     return sum(first_divergence(a, b) < len(a) for a, b in pairs)
 
 
-def _speeds(args: argparse.Namespace, ids: list[int], context: int) -> dict[str, Any]:
-    """Return tokens a second of one stream over a context, with and without drafts, of every cache dtype."""
-    case = {"batch": 1, "context": context, "new_tokens": args.decode_tokens, "repeats": args.repeats}
-    job = {"decode": [{**case, "vocab": model_config(args.model)["vocab_size"], "text": ids}]}
-    row: dict[str, Any] = {"context": context}
+def _speeds(args: argparse.Namespace, ids: list[int]) -> list[dict[str, Any]]:
+    """Return tokens a second of one stream over each context, with and without drafts, of every cache dtype."""
+    case = {"batch": 1, "new_tokens": args.decode_tokens, "repeats": args.repeats, "text": ids}
+    case["vocab"] = model_config(args.model)["vocab_size"]
+    job = {"decode": [{**case, "context": context} for context in args.contexts]}
+    rows: list[dict[str, Any]] = [{"context": context} for context in args.contexts]
     for dtype in (args.dtype, BASELINE, *args.peers):
         prefix = {args.dtype: "", BASELINE: "fp16_"}.get(dtype, f"{dtype}_")
         for on in (True, False):
-            key = f"{prefix}tok_s" + ("" if on else "_without")
-            found = _run(args, f"speed-{dtype}-{on}-{context}", dtype, on, job)["decode"][0]
-            row[key] = round(found["decode_tok_s"], 2)
-        row[f"{prefix}gain"] = round(row[f"{prefix}tok_s"] / row[f"{prefix}tok_s_without"], 3)
-    return row
+            name = "-".join(map(str, ("speed", dtype, on, *args.contexts)))
+            for row, found in zip(rows, _run(args, name, dtype, on, job)["decode"], strict=True):
+                row[f"{prefix}tok_s" + ("" if on else "_without")] = round(found["decode_tok_s"], 2)
+        for row in rows:
+            row[f"{prefix}gain"] = round(row[f"{prefix}tok_s"] / row[f"{prefix}tok_s_without"], 3)
+    return rows
 
 
 def _run(
@@ -129,7 +131,7 @@ def _run(
     if drafts:
         arguments |= kind.speculation(args.method, args.draft, args.drafts)
     os.environ["KVARN_CANONICAL"] = str(int(canonical))
-    found = run_worker(args.engine, {"engine": arguments, "drafts": drafts, **job}, args.work, name)
+    found = run_job(args.engine, {"engine": arguments, "drafts": drafts, **job}, args.work, name)
     kept.write_text(json.dumps(found))
     return found
 

@@ -27,6 +27,8 @@ def main() -> None:
         result["greedy"] = engine.generate(job["greedy"]["prompts"], job["greedy"]["new_tokens"])
         if before is not None:
             result["greedy_acceptance_length"] = acceptance_length(before, engine.verified())
+    if "answers" in job:
+        result["answers"] = [engine.generate(asked["prompts"], asked["new_tokens"]) for asked in job["answers"]]
     if "prefill" in job:
         engine.save_hidden(Path(job["prefill"]["file"]))
         engine.generate([job["prefill"]["ids"]], 1)

@@ -38,9 +38,11 @@ def prefill(
     for own in plan.own:
         at = own.tokens
         total[at], lse[:, at] = plan.flash(q[at], k[at], v[at], own.spans, scale, logit_cap, causal=True)
+    room = (2, max((segment.keys for segment in plan.segments), default=0), *k.shape[1:])
+    workspace = torch.empty(room, dtype=k.dtype, device=k.device)
     for segment in plan.segments:
         at = segment.tokens
-        keys, values = restore(layer, step, segment, k.dtype)
+        keys, values = restore(layer, step, segment, workspace)
         part, part_lse = plan.flash(q[at], keys, values, segment.spans, scale, logit_cap, causal=False)
         merge(total[at], lse[:, at], part, part_lse)
     if total is not out:

@@ -14,27 +14,29 @@ from kvarn.core.step import Step, power_of_two
 _CHUNK_CHANNELS = 64
 
 
-def restore(layer: LayerCache, step: Step, segment: Segment, dtype: torch.dtype) -> tuple[torch.Tensor, torch.Tensor]:
+def restore(layer: LayerCache, step: Step, segment: Segment, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Restore a segment of cached tokens: those that the read rule finds in records from there, later ones exact.
 
     Args:
         layer: the layer's cache.
         step: the forward pass; its own rows are not stored yet.
         segment: which tokens.
-        dtype: of the result.
+        out: [2, at least segment.keys, kv_heads, head_dim], any float dtype, contiguous: where to write them.
 
     Returns:
-        Keys and values, [segment.keys, kv_heads, head_dim], not rotated.
+        Keys and values, [segment.keys, kv_heads, head_dim], not rotated: parts of `out`.
 
     Determinism: bitwise. Graph-safe: yes.
     """
+    keys, values = out[:, : segment.keys]
     if not runs_triton(layer.records):
-        return restore_reference(layer, step, segment, dtype)
+        for part, rows in zip((keys, values), restore_reference(layer, step, segment, out.dtype), strict=True):
+            part.copy_(rows)
+        return keys, values
     from kvarn.core.kernels.restore import restore_kernel
 
     config, layout = layer.config, layer.config.layout
     device, heads = layer.records.device, config.kv_heads
-    keys, values = torch.empty(2, segment.keys, heads, layout.head_dim, dtype=dtype, device=device)
     requests = segment.begin.shape[0]
     restore_kernel[(-(-segment.spans.most_keys // KEY_GROUP_TOKENS), requests, 2 * heads)](
         layer.records, layer.tails, layer.sinks, device_signs(layout.head_dim, torch.float16, device, True),

@@ -8,7 +8,7 @@ from kvarn.core.launch import chained
 from kvarn.core.reference import SCALE_MAX, encode, key_clip, value_clip
 from kvarn.core.step import Step
 
-_TILE_ELEMENTS_PER_WARP = 2048
+_TILE_ELEMENTS_PER_WARP = 4096
 # In a decode step few requests fill a tile: not many more programs than run at once, each looking at so many requests.
 _DECODE_PROGRAMS = 256
 _TASK_BLOCK = 32

@@ -1,6 +1,6 @@
 """How far two sets of final hidden states are apart, as distributions of the next token."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -17,6 +17,7 @@ class Divergence:
     Args:
         kl_mean, kl_median, kl_p99: Kullback-Leibler divergence over positions.
         kl_quarters: its mean in each quarter of the text.
+        kl_turns: its mean in each turn of a conversation.
         top1: share of positions with the same most likely token.
         ppl: perplexity of the text with the cache.
         ppl_exact: perplexity without.
@@ -26,6 +27,7 @@ class Divergence:
     kl_median: float
     kl_p99: float
     kl_quarters: tuple[float, ...]
+    kl_turns: tuple[float, ...]
     top1: float
     ppl: float
     ppl_exact: float
@@ -33,7 +35,11 @@ class Divergence:
 
 @torch.no_grad()
 def divergence(
-    head: Callable[[torch.Tensor], torch.Tensor], exact: torch.Tensor, changed: torch.Tensor, ids: torch.Tensor
+    head: Callable[[torch.Tensor], torch.Tensor],
+    exact: torch.Tensor,
+    changed: torch.Tensor,
+    ids: torch.Tensor,
+    turns: Sequence[int] = (0,),
 ) -> Divergence:
     """Compare the predictions that two sets of hidden states give.
 
@@ -42,6 +48,7 @@ def divergence(
         exact: [tokens, hidden], without the cache under test.
         changed: [tokens, hidden], with it.
         ids: [tokens], the text.
+        turns: first token of every turn.
     """
     kl, same, losses = [], [], []
     blocks = zip(exact.split(_BLOCK), changed.split(_BLOCK), ids.roll(-1).split(_BLOCK), strict=True)
@@ -60,6 +67,7 @@ def divergence(
         kl_median=float(values.median()),
         kl_p99=float(values.quantile(0.99)),
         kl_quarters=tuple(float(part.mean()) for part in values.tensor_split(_QUARTERS)),
+        kl_turns=tuple(float(part.mean()) for part in values.tensor_split(list(turns[1:]))),
         top1=float(torch.cat(same).double().mean()),
         ppl=ppl,
         ppl_exact=ppl_exact,

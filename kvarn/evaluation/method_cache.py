@@ -1,5 +1,6 @@
 """MethodCache: transformers' cache with tiles changed by a `Method`, read by KVarN's rule."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,19 +16,35 @@ class MethodCache(Cache):
     Text is fed in whole tiles: then all queries of a forward pass read the same positions from tiles.
 
     Args:
-        method: what happens to tiles.
-        layers: of the model.
+        methods: what happens to tiles, in every layer of the model.
     """
 
-    def __init__(self, method: Method, layers: int) -> None:
-        super().__init__(layers=[_MethodLayer(method) for _ in range(layers)])
+    def __init__(self, methods: Sequence[Method]) -> None:
+        super().__init__(layers=[_MethodLayer(method) for method in methods])
+
+    def resume(self) -> int:
+        """Begin a new request that hits what is cached in whole tiles, and reads all of it from tiles.
+
+        Returns:
+            Tokens that are cached; feed those that follow.
+        """
+        cached = self.get_seq_length() // TILE * TILE
+        for layer in self.layers:
+            layer.resume(cached)
+        return cached
 
 
 class _MethodLayer(DynamicLayer):
     def __init__(self, method: Method) -> None:
         super().__init__()
         self._method = method
+        self._own_start = 0
         self._restored: list[tuple[torch.Tensor, torch.Tensor]] = []
+
+    def resume(self, cached: int) -> None:
+        """Drop the rows that fill no tile; those before were written by another request."""
+        self.keys, self.values = self.keys[..., :cached, :], self.values[..., :cached, :]
+        self._own_start = cached
 
     def update(
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
@@ -40,7 +57,7 @@ class _MethodLayer(DynamicLayer):
         first_query = keys.shape[-2] - tokens
         if first_query % TILE:
             raise ValueError(f"A chunk starts at token {first_query}, which is no multiple of {TILE}.")
-        ended = max(0, first_query - self._method.tail_tokens) // TILE
+        ended = max(self._own_start, first_query - self._method.tail_tokens) // TILE
         for tile in range(len(self._restored), ended):
             at = slice(tile * TILE, (tile + 1) * TILE)
             pair = self._method.restore(keys[..., at, :].float(), values[..., at, :].float())

@@ -4,6 +4,7 @@ They only change values; what each would store is counted in bytes. KVarN itself
 its own records and kernels.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,6 +131,7 @@ def _spherical(x: torch.Tensor, bits: int) -> torch.Tensor:
     return rotate(levels[torch.bucketize(y / norm.clamp_min(1e-12), edges)] * norm, inverse=True)
 
 
+@functools.cache
 def gaussian_codebook(bits: int) -> torch.Tensor:
     """Return the levels that quantise a standard normal variable with the least squared error (Lloyd and Max)."""
     quantiles = (torch.arange(_CODEBOOK_POINTS, dtype=torch.float64) + 0.5) / _CODEBOOK_POINTS

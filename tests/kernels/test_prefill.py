@@ -30,10 +30,12 @@ def check_restored(device: str, lengths: list[int], new: list[int], **options: o
     assert case.step.plan.segments
     for segment, on_device in zip(case.step.plan.segments, moved.step.plan.segments, strict=True):
         want = restore_reference(case.layer, case.step, segment, torch.float32)
-        got = restore(moved.layer, moved.step, on_device, case.q.dtype)
+        room = torch.full((2, segment.keys + 3, *case.k.shape[1:]), float("nan"), dtype=case.k.dtype, device=device)
+        got = restore(moved.layer, moved.step, on_device, room)
         for x, y in zip(got, want, strict=True):
             assert torch.isfinite(x).all()
             assert relative_max(x, y) < 2e-3
+        assert torch.isnan(room[:, segment.keys :]).all()
 
 
 @pytest.mark.parametrize("preset", PRESETS)

