@@ -22,6 +22,7 @@ _OTHER_HEAD_DIMS = (64, 96, 192, 256)
 _LARGE = (16 * _K,) * 64
 _MEDIUM = (16 * _K,) * 16
 _VERIFY_ROWS = 4
+_VERIFIED = (_MEDIUM, (64 * _K,))
 _LOGIT_CAP = 30.0
 
 
@@ -104,7 +105,7 @@ def registry() -> list[Case]:
     cases += [Case(_LARGE, head_dim=head_dim) for head_dim in _OTHER_HEAD_DIMS]
     cases += [Case(_MEDIUM, dtype="bfloat16"), Case(_MEDIUM, logit_cap=_LOGIT_CAP)]
     cases += [Case((4 * _K,) * batch, sealing=True) for batch in _BATCHES]
-    cases += [Case(_MEDIUM, group=group, q_len=_VERIFY_ROWS) for group in _GROUPS]
+    cases += [Case(contexts, group=group, q_len=_VERIFY_ROWS) for contexts in _VERIFIED for group in _GROUPS]
     return cases
 
 

@@ -121,7 +121,7 @@ def _measure_own(inputs: Inputs, bench: Bench, row: dict[str, Any]) -> None:
     row["of_limit"] = row["packed_tbps"] / bench.limit_tbps
     for name, part in workload.parts().items():
         row[f"{name}_us"] = bench.timer(part, len(workload.layers)).us
-    if inputs.case.q_len == 1:
+    if workload.step.rows_in_ring:
         row["step_us"] = bench.timer(workload.build_step, 1).us
 
 

@@ -15,18 +15,21 @@ from kvarn.core.append import rotate_rows
 from kvarn.core.attend import attend
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
+from kvarn.core.capacity import ring_tokens
 from kvarn.core.flash import FlashAttention
 from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.layout import TileLayout
 from kvarn.core.prefill_plan import plan_prefill
 from kvarn.core.reference import encode
 from kvarn.core.seal import seal
-from kvarn.core.step import Step, chunk_step, decode_step
+from kvarn.core.step import Step, chunk_step, verify_step
 from kvarn.core.tail import TailState, owner_tags
 from kvarn.presets import get_preset
 
 # An engine's page table is as wide as its longest context, whatever is in the batch.
 TABLE_TOKENS = 128 * 1024
+# Query rows of a request up to which a step verifies drafts; more are a chunk.
+MOST_VERIFIED = 16
 # Triton compiles anew where an argument stops being divisible by this.
 _WIDTH_MULTIPLE = 16
 
@@ -76,8 +79,9 @@ class Workload:
         }
 
     def build_step(self, _copy: int) -> Step:
-        """Build the decode step, as an engine does once for all layers. Again and again: the state is past it then."""
-        return decode_step(self.state, self.rows, self.step.seq_lens, self.block_table, self.inputs.case.group)
+        """Build the step, as an engine does once for all layers. Again and again: the state is past it then."""
+        case = self.inputs.case
+        return verify_step(self.state, self.rows, self.step.seq_lens, self.block_table, case.group, case.q_len)
 
     def check(self) -> Check:
         """Run the first layer and compare some requests with float64 over the same records, ring rows and sinks."""
@@ -113,8 +117,9 @@ def build(
     case = inputs.case
     preset = get_preset(case.preset)
     layout = TileLayout.of(preset, case.head_dim)
-    ring = layout.tile_tokens + preset.tail_tokens
-    config = CacheConfig(layout, case.kv_heads, preset.tail_tokens, preset.sink_tokens, ring)
+    drafts = case.q_len - 1 if case.q_len <= MOST_VERIFIED else 0
+    ring = ring_tokens(preset, preset.tail_tokens, drafts)
+    config = CacheConfig(layout, case.kv_heads, preset.tail_tokens, preset.sink_tokens, ring, draft_tokens=drafts)
     pages = [-(-length // layout.tile_tokens) for length in case.seq_lens]
     # page 0 is the engine's padding page, row 0 that of padded requests
     state = TailState(config, case.batch + 1, sum(pages) + 1, case.batch, inputs.device)
@@ -152,8 +157,8 @@ def _step(
     tags = owner_tags([f"request-{i}" for i in range(case.batch)]).to(inputs.device)
     past = int(prefix.sum())
     chunk_step(state, rows, torch.zeros_like(prefix), prefix, tags, table, case.group, past)
-    if case.q_len == 1:
-        return decode_step(state, rows, seq_lens, table, case.group)
+    if case.q_len <= MOST_VERIFIED:
+        return verify_step(state, rows, seq_lens, table, case.group, case.q_len)
     lens = (prefix.tolist(), [case.q_len] * case.batch)
     plan = plan_prefill(state.config, flash, inputs.q.dtype, *lens, inputs.device)
     step, _ = chunk_step(state, rows, prefix, seq_lens, tags, table, case.group, case.batch * case.q_len, plan)

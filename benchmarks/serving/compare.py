@@ -37,7 +37,7 @@ _QUALITY = ("kl_mean", "kl_median", "kl_p99", "top1", "ppl", "ppl_exact")
 def main() -> None:
     """Measure every dtype in a process of its own, compare, write the rows."""
     args = _arguments()
-    ids = _tokens(args.model, args.text)
+    ids = read_tokens(args.model, args.text)
     head = _head_weight(args.model)
     quality: dict[str, dict[str, float]] = {}
     served: dict[str, dict[str, Any]] = {}
@@ -98,13 +98,15 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _tokens(model: str, text: Path) -> list[int]:
+def read_tokens(model: str, text: Path) -> list[int]:
+    """Return the ids of a text file."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(model)(text.read_text())["input_ids"]
 
 
-def _model_config(model: str) -> dict[str, Any]:
+def model_config(model: str) -> dict[str, Any]:
+    """Return a checkpoint's config."""
     return json.loads((Path(model) / "config.json").read_text())
 
 
@@ -135,7 +137,7 @@ def _hidden_states(args: argparse.Namespace, dtype: str, ids: list[int], work: P
     file.unlink(missing_ok=True)
     arguments = {**_engine_arguments(args, dtype), **ENGINES[args.engine].prefill_arguments(file)}
     run_job(args.engine, {"engine": arguments, "prefill": {"ids": ids, "file": str(file)}}, work, f"kl-{dtype}")
-    width = _model_config(args.model)["hidden_size"]
+    width = model_config(args.model)["hidden_size"]
     hidden = np.fromfile(file, dtype=np.float16).reshape(-1, width)[: len(ids)]
     if len(hidden) != len(ids):
         raise EngineFailed(f"The hook saw {len(hidden)} of {len(ids)} tokens.")
@@ -166,7 +168,7 @@ def _head_weight(model: str) -> torch.Tensor:
 def _serve(args: argparse.Namespace, dtype: str, ids: list[int], work: Path) -> dict[str, Any]:
     stride = max(1, (len(ids) - args.prompt_tokens) // args.prompts)
     prompts = [ids[i * stride : i * stride + args.prompt_tokens] for i in range(args.prompts)]
-    vocab = _model_config(args.model)["vocab_size"]
+    vocab = model_config(args.model)["vocab_size"]
     case = {"context": args.context, "new_tokens": args.decode_tokens, "repeats": args.repeats, "vocab": vocab}
     job = {
         "engine": _engine_arguments(args, dtype),
@@ -190,7 +192,7 @@ def _rows(
     args: argparse.Namespace, dtype: str, quality: dict[str, float], served: dict[str, dict[str, Any]]
 ) -> list[dict[str, Any]]:
     baseline, mine = served[BASELINE], served[dtype]
-    diverged = sorted(_first_divergence(a, b) for a, b in zip(baseline["greedy"], mine["greedy"], strict=True))
+    diverged = sorted(first_divergence(a, b) for a, b in zip(baseline["greedy"], mine["greedy"], strict=True))
     quartiles = statistics.quantiles(diverged, n=4) if len(diverged) > 1 else [diverged[0]] * 3
     common = {
         "engine": args.engine,
@@ -213,7 +215,8 @@ def _rows(
     return [{**common, **{k: round(v, 2) for k, v in case.items()}} for case in mine["decode"]]
 
 
-def _first_divergence(a: list[int], b: list[int]) -> int:
+def first_divergence(a: list[int], b: list[int]) -> int:
+    """Return the first place at which two answers differ; their length if none does."""
     return next((i for i, (x, y) in enumerate(zip(a, b, strict=True)) if x != y), len(a))
 
 

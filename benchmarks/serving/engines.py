@@ -12,6 +12,7 @@ from benchmarks.serving.capture import append_hidden, save_hidden
 
 BASELINE = "auto"
 _TILE = 128
+_SGLANG_METHODS = {"draft_model": "STANDALONE", "eagle": "EAGLE", "eagle3": "EAGLE3", "mtp": "NEXTN", "ngram": "NGRAM"}
 # What a prefill of one text is given.
 _PREFILL_KV_TOKENS = 16384
 _PREFILL_MEMORY = 0.2
@@ -43,6 +44,15 @@ class Engine(ABC):
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """Generate greedily, exactly that many tokens a prompt."""
 
+    @staticmethod
+    @abstractmethod
+    def speculation(method: str, draft: str | None, drafts: int) -> dict[str, Any]:
+        """Return what the engine is started with besides, to verify so many drafts a step and to count them."""
+
+    @abstractmethod
+    def verified(self) -> tuple[int, int]:
+        """Return how many verifying steps of a request there were up to now, and how many drafts they accepted."""
+
     @abstractmethod
     def flush(self) -> None:
         """Empty the cache."""
@@ -63,6 +73,7 @@ class SGLang(Engine):
         import sglang
 
         self._engine = sglang.Engine(**arguments)
+        self._steps = self._accepted = 0
         self.kv_tokens = self._engine.get_server_info()["max_total_num_tokens"]
 
     @staticmethod
@@ -87,7 +98,29 @@ class SGLang(Engine):
     def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
         """Generate greedily, exactly that many tokens a prompt."""
         sampling = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
-        return [out["output_ids"] for out in self._engine.generate(input_ids=prompts, sampling_params=sampling)]
+        outs = self._engine.generate(input_ids=prompts, sampling_params=sampling)
+        steps = sum(out["meta_info"].get("spec_verify_ct", 0) for out in outs)
+        self._steps += steps
+        # a request's first token comes from its prefill, then one of each step beside the drafts
+        self._accepted += sum(len(out["output_ids"]) - 1 for out in outs) - steps if steps else 0
+        return [out["output_ids"] for out in outs]
+
+    @staticmethod
+    def speculation(method: str, draft: str | None, drafts: int) -> dict[str, Any]:
+        """Return what the engine is started with besides, to verify so many drafts a step and to count them."""
+        chain = {
+            "speculative_num_steps": drafts,
+            "speculative_eagle_topk": 1,
+            "speculative_num_draft_tokens": drafts + 1,
+        }
+        if method == "ngram":
+            chain = {"speculative_ngram_max_bfs_breadth": 1, "speculative_num_draft_tokens": drafts + 1}
+        model = {"speculative_draft_model_path": draft} if draft else {}
+        return {"speculative_algorithm": _SGLANG_METHODS[method], **chain, **model}
+
+    def verified(self) -> tuple[int, int]:
+        """Return how many verifying steps of a request there were up to now, and how many drafts they accepted."""
+        return self._steps, self._accepted
 
     def flush(self) -> None:
         """Empty the cache."""
@@ -139,6 +172,20 @@ class VLLM(Engine):
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         answers = self._engine.generate(asked, sampling, use_tqdm=False)
         return [list(answer.outputs[0].token_ids) for answer in answers]
+
+    @staticmethod
+    def speculation(method: str, draft: str | None, drafts: int) -> dict[str, Any]:
+        """Return what the engine is started with besides, to verify so many drafts a step and to count them."""
+        how = {"model": draft} if draft else {"prompt_lookup_max": 4, "prompt_lookup_min": 2}
+        return {
+            "speculative_config": {"method": method, "num_speculative_tokens": drafts, **how},
+            "disable_log_stats": False,
+        }
+
+    def verified(self) -> tuple[int, int]:
+        """Return how many verifying steps of a request there were up to now, and how many drafts they accepted."""
+        found = {metric.name: getattr(metric, "value", 0) for metric in self._engine.get_metrics()}
+        return tuple(int(found.get(f"vllm:spec_decode_num_{what}", 0)) for what in ("drafts", "accepted_tokens"))
 
     def flush(self) -> None:
         """Empty the cache."""

@@ -23,7 +23,10 @@ def main() -> None:
     result: dict[str, Any] = {"kv_tokens": engine.kv_tokens}
     if "greedy" in job:
         engine.flush()
+        before = engine.verified() if job.get("drafts") else None
         result["greedy"] = engine.generate(job["greedy"]["prompts"], job["greedy"]["new_tokens"])
+        if before is not None:
+            result["greedy_acceptance_length"] = acceptance_length(before, engine.verified())
     if "answers" in job:
         result["answers"] = [engine.generate(asked["prompts"], asked["new_tokens"]) for asked in job["answers"]]
     if "prefill" in job:
@@ -37,7 +40,15 @@ def main() -> None:
     Path(job["result"]).write_text(json.dumps(result))
 
 
-def decode_speed(engine: Engine, batch: int, context: int, new_tokens: int, repeats: int, vocab: int) -> dict[str, Any]:
+def acceptance_length(before: tuple[int, int], after: tuple[int, int]) -> float | None:
+    """Return the tokens that a verifying step gave a request between two counts; None if there was none."""
+    steps, accepted = (b - a for a, b in zip(before, after, strict=True))
+    return 1 + accepted / steps if steps else None
+
+
+def decode_speed(
+    engine: Engine, batch: int, context: int, new_tokens: int, repeats: int, vocab: int, text: list[int] | None = None
+) -> dict[str, Any]:
     """Measure decode tokens a second over cached contexts.
 
     The contexts are prefilled once; then two generations of different length hit the cache, and their difference is
@@ -50,9 +61,12 @@ def decode_speed(engine: Engine, batch: int, context: int, new_tokens: int, repe
         new_tokens: tokens measured.
         repeats: measurements; the median, lowest and highest are reported.
         vocab: ids are drawn below this.
+        text: ids that contexts are cut from, once more from the start where they end; None for arbitrary ids.
     """
     engine.flush()
     prompts = [_arbitrary_tokens(i, context, vocab) for i in range(batch)]
+    if text is not None:
+        prompts = [[text[(i * 7919 + j) % len(text)] for j in range(context)] for i in range(batch)]
     began = time.perf_counter()
     engine.generate(prompts, 1)
     prefill_s = time.perf_counter() - began

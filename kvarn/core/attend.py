@@ -12,7 +12,7 @@ from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.launch import chained
 from kvarn.core.layout import TileLayout
 from kvarn.core.reference import decode_record, softmax_attention
-from kvarn.core.step import CHUNK_COLUMNS, DECODE_COLUMNS, Step, power_of_two, record_end
+from kvarn.core.step import CHUNK_COLUMNS, DECODE_COLUMNS, Step, power_of_two, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, TASK_BLOCK, most_shares, units_per_share
 
 # What the kernel with explicit layouts serves: head_dim, and words of a row of codes.
@@ -114,10 +114,13 @@ def most_partial_rows(
         group: query heads of one kv head.
         device: where the step runs.
     """
+    columns = max(CHUNK_COLUMNS, power_of_two(group))
+    kinds = [(columns, tokens // (columns // group) + requests, False)]
+    for rows_each in range(1, config.draft_tokens + 2):
+        rows_per_task, columns = task_shape(group, rows_each)
+        kinds.append((columns, requests * -(-rows_each // rows_per_task), True))
     rows = []
-    for narrowest, rows_in_ring in ((DECODE_COLUMNS, True), (CHUNK_COLUMNS, False)):
-        columns = max(narrowest, power_of_two(group))
-        tasks = requests if rows_in_ring else tokens // (columns // group) + requests
+    for columns, tasks, rows_in_ring in kinds:
         shape = launch_shape(config.layout, columns, device)
         programs = num_programs(config, shape, tasks, pages, rows_in_ring, device)
         rows.append((programs + tasks) * config.kv_heads * columns)

@@ -41,7 +41,7 @@ def attention(
     Returns:
         [tokens, q_heads, head_dim], model dtype.
 
-    Determinism: bitwise for equal inputs and batch shape. Graph-safe: yes for decode steps.
+    Determinism: bitwise for equal inputs and batch shape. Graph-safe: yes for decode and verify steps.
     """
     rotated = rotate_rows(k, v, layer, step, store=step.rows_in_ring)
     seal(rotated, layer, step)

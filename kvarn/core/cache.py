@@ -20,11 +20,12 @@ class CacheConfig:
         kv_heads: kv heads of a layer on this rank.
         tail_tokens: newest tokens that are read exact (R).
         sink_tokens: first tokens that are read exact (S).
-        ring_tokens: rows of a request's tail ring; at least a tile and the exact tail.
+        ring_tokens: rows of a request's tail ring; at least a tile, the exact tail and one step's drafts.
         canonical: read every full tile below a query's own from its record, those of the same step included.
         batch_invariant: sum each row's attention in an order that doesn't depend on the rest of the batch.
         tiles_per_block: tiles of one block, the unit in which the engine hands out memory. A page holds one tile;
             page p is tile p % tiles_per_block of block p // tiles_per_block.
+        draft_tokens: most speculative tokens that one step writes for a request; fewer than a tile has.
     """
 
     layout: TileLayout
@@ -35,11 +36,14 @@ class CacheConfig:
     canonical: bool = False
     batch_invariant: bool = False
     tiles_per_block: int = 1
+    draft_tokens: int = 0
 
     def __post_init__(self) -> None:
-        needed = self.layout.tile_tokens + self.tail_tokens
+        needed = self.layout.tile_tokens + self.tail_tokens + self.draft_tokens
         if self.ring_tokens < needed:
-            raise ValueError(f"A ring of {self.ring_tokens} rows is too short; tile and tail need {needed}.")
+            raise ValueError(f"A ring of {self.ring_tokens} rows is too short; tile, tail and drafts need {needed}.")
+        if not 0 <= self.draft_tokens < self.layout.tile_tokens:
+            raise ValueError(f"{self.draft_tokens} drafts a step don't fit: a step may fill one tile of a request.")
         if self.sink_tokens > self.layout.tile_tokens:
             raise ValueError(f"{self.sink_tokens} sinks don't fit into a tile of {self.layout.tile_tokens} tokens.")
         if self.canonical and (self.tail_tokens or self.sink_tokens):
@@ -57,6 +61,7 @@ class CacheConfig:
             canonical=env.canonical(),
             batch_invariant=env.batch_invariant(),
             tiles_per_block=tiles_per_block,
+            draft_tokens=shape.draft_tokens,
         )
 
     @property

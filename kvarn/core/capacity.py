@@ -124,10 +124,12 @@ def exact_tokens(preset: Preset) -> tuple[int, int]:
     return (preset.tail_tokens if tail_tokens is None else tail_tokens), preset.sink_tokens
 
 
-def cache_shape(preset: Preset, *, layers: int, kv_heads: int, head_dim: int, raw_bytes: int) -> CacheShape:
+def cache_shape(
+    preset: Preset, *, layers: int, kv_heads: int, head_dim: int, raw_bytes: int, draft_tokens: int = 0
+) -> CacheShape:
     """Return what one rank caches, exact tokens taken from preset and environment."""
     tail_tokens, sink_tokens = exact_tokens(preset)
-    return CacheShape(preset, layers, kv_heads, head_dim, raw_bytes, tail_tokens, sink_tokens)
+    return CacheShape(preset, layers, kv_heads, head_dim, raw_bytes, tail_tokens, sink_tokens, draft_tokens)
 
 
 @dataclass(frozen=True, slots=True)

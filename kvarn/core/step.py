@@ -11,11 +11,14 @@ from kvarn.core.prefill_plan import LONG_ROWS, PrefillPlan
 from kvarn.core.tail import TailState
 from kvarn.core.work import Tasks, count_work
 
-# Query columns of one program in a chunk; 8 is the narrow side of the MMA, which decode uses.
+# Query columns of one program in a chunk; 8 is the narrow side of the MMA, which decode uses. Tasks of drafts have no
+# more than fit the registers of two warps.
 CHUNK_COLUMNS = 16
 DECODE_COLUMNS = 8
-# Requests that the kernel of a decode step handles at a time.
+VERIFY_COLUMNS = 16
+# Requests that the kernel of a verify step handles at a time, and the fields of a Step that it writes first.
 _STEP_BLOCK = 1024
+_UNIFORM_FIELDS = ("prefix_lens", "seq_lens", "own_start", "sink_slots", "seal_tile")
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,8 @@ class Step:
         work_end: [tasks], units of attention's work up to and including each task's.
         rows_per_task: query rows of one task.
         columns: query columns of one program, padding included.
-        rows_in_ring: this step's rows are stored before they are attended to (decode), or after (chunks, whose rows
-            would push out rows that their first queries still read).
+        rows_in_ring: this step's rows are stored before they are attended to (decode and verify), or after (chunks,
+            whose rows would push out rows that their first queries still read).
         plan: long chunks, which have no attention tasks; None if there are none.
     """
 
@@ -78,75 +81,117 @@ def decode_step(
 
     Graph-safe: yes; every shape follows from the number of requests.
     """
+    return verify_step(state, rows, seq_lens, block_table, group, 1)
+
+
+def verify_step(
+    state: TailState, rows: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, group: int, rows_each: int
+) -> Step:
+    """Describe a step that adds as many tokens to every request: one that is certain, and drafts to be verified.
+
+    How many drafts are accepted is not asked: the request's next step begins where they end.
+
+    Args:
+        state: ring owners and sinks.
+        rows: [requests], int32.
+        seq_lens: [requests], int32, the new tokens included; fewer than rows_each for padding.
+        block_table: [requests, pages], int32; padding stands on block 0.
+        group: query heads of one kv head.
+        rows_each: tokens that each request gets, at most one more than `CacheConfig.draft_tokens`.
+
+    Raises:
+        ValueError: rings aren't wide enough for so many drafts.
+
+    Graph-safe: yes; every shape follows from the number of requests and from rows_each.
+    """
+    config = state.config
+    if not 1 <= rows_each <= config.draft_tokens + 1:
+        raise ValueError(f"A step of {rows_each} tokens a request needs rings for {rows_each - 1} drafts.")
     if not runs_triton(state.page_slot):
-        return decode_step_reference(state, rows, seq_lens, block_table, group)
-    from kvarn.core.kernels.step import decode_step_kernel
+        return verify_step_reference(state, rows, seq_lens, block_table, group, rows_each)
+    from kvarn.core.kernels.step import verify_step_kernel
 
     requests = rows.shape[0]
-    out = aligned_ints(7, requests + 1, rows.device)
-    decode_step_kernel[(1,)](
-        rows, seq_lens, block_table, state.ring_end, state.ring_page, state.own_start, state.page_writer,
-        state.page_slot, state.free_slots, state.free_count, state.faults, out, requests, block_table.stride(0),
-        out.stride(0), G=state.config.tile_tokens, PADDING_PAGES=state.config.tiles_per_block,
-        SINKS=state.config.sink_tokens > 0, BLOCK=_STEP_BLOCK,
+    rows_per_task, _ = task_shape(group, rows_each)
+    tasks_each = -(-rows_each // rows_per_task)
+    several = rows_each > 1
+    out = aligned_ints(11 if several else 7, max(requests + 1, requests * rows_each), rows.device)
+    verify_step_kernel[(1,)](
+        rows, seq_lens, block_table, state.ring_end, state.ring_page, state.sure_end, state.sure_page, state.own_start,
+        state.page_writer, state.page_slot, state.free_slots, state.free_count, state.faults, out, requests,
+        block_table.stride(0), out.stride(0), G=config.tile_tokens, PADDING_PAGES=config.tiles_per_block,
+        SINKS=config.sink_tokens > 0, ROWS=rows_each, DRAFTS=config.draft_tokens, TASKS=tasks_each,
+        TASK_ROWS=rows_per_task, BLOCK=_STEP_BLOCK,
     )  # fmt: skip
-    prefix_lens, lengths, own_start, sink_slots, seal_tile, _, zeros = out[:, :requests]
-    index = out[5]
-    return _decode_step(
-        state.config, rows, block_table, prefix_lens, lengths, own_start, sink_slots, seal_tile, index, zeros, group
-    )
+    fields = dict(zip(_UNIFORM_FIELDS, out[:, :requests], strict=False))
+    index = out[5, : requests + 1]
+    if several:
+        query_start = out[6, : requests + 1]
+        token_request, token_position = out[7:9, : requests * rows_each]
+        task_request, task_row = out[9:, : requests * tasks_each]
+    else:
+        query_start, token_request, token_position = index, index[:-1], fields["prefix_lens"]
+        task_request, task_row = index[:-1], out[6, :requests]
+    return _verify_step(
+        config, group, rows_each, rows=rows, block_table=block_table, query_start=query_start,
+        token_request=token_request, token_position=token_position, seal_request=index[:-1],
+        task_request=task_request, task_row=task_row, **fields,
+    )  # fmt: skip
 
 
-def decode_step_reference(
-    state: TailState, rows: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, group: int
+def verify_step_reference(
+    state: TailState, rows: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, group: int, rows_each: int
 ) -> Step:
-    """Describe a decode step by operations of torch."""
-    tile_tokens = state.config.tile_tokens
-    seq_lens = seq_lens.clamp_min(1)
-    prefix_lens = seq_lens - 1
+    """Describe a verify step by operations of torch."""
+    tile_tokens, device = state.config.tile_tokens, rows.device
+    seq_lens = seq_lens.clamp_min(rows_each)
+    prefix_lens = seq_lens - rows_each
     own_start, _ = state.begin(rows, prefix_lens, seq_lens, block_table)
-    index = torch.arange(rows.shape[0] + 1, dtype=torch.int32, device=rows.device)
-    sink_slots = _start_pages(state, rows, index[:-1], prefix_lens, block_table)
-    seal_tile = torch.where(seq_lens % tile_tokens == 0, seq_lens // tile_tokens - 1, -1)
-    zeros = torch.zeros_like(index[:-1])
-    return _decode_step(
-        state.config, rows, block_table, prefix_lens, seq_lens, own_start, sink_slots, seal_tile, index, zeros, group
+    tiles = torch.stack((prefix_lens, seq_lens - 1)).long() // tile_tokens
+    pages = block_table.gather(1, tiles.T).T.contiguous()
+    state.note_writers(pages[0], rows)
+    state.note_writers(pages[1], rows)
+    # a request starts one page at most, which then holds its last row
+    starts = tiles[1] * tile_tokens
+    state.update_sinks(torch.where(starts >= prefix_lens, starts, 1).to(torch.int32), pages[1])
+    index = torch.arange(rows.shape[0] + 1, dtype=torch.int32, device=device)
+    rows_per_task, _ = task_shape(group, rows_each)
+    token_row, task_row = (
+        torch.arange(0, rows_each, step, dtype=torch.int32, device=device) for step in (1, rows_per_task)
     )
-
-
-def _decode_step(
-    config: CacheConfig,
-    rows: torch.Tensor,
-    block_table: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    own_start: torch.Tensor,
-    sink_slots: torch.Tensor,
-    seal_tile: torch.Tensor,
-    index: torch.Tensor,
-    zeros: torch.Tensor,
-    group: int,
-) -> Step:
-    """Make a Step in which every request has one row and may fill one tile. index: 0 to requests."""
-    return Step(
+    return _verify_step(
+        state.config,
+        group,
+        rows_each,
         rows=rows,
         block_table=block_table,
         prefix_lens=prefix_lens,
         seq_lens=seq_lens,
         own_start=own_start,
-        sink_slots=sink_slots,
-        query_start=index,
-        token_request=index[:-1],
-        token_position=prefix_lens,
+        sink_slots=state.page_slot[block_table[:, 0].long()],
+        query_start=index * rows_each,
+        token_request=index[:-1].repeat_interleave(rows_each),
+        token_position=(prefix_lens[:, None] + token_row).flatten(),
         seal_request=index[:-1],
-        seal_tile=seal_tile,
-        task_request=index[:-1],
-        task_row=zeros,
-        work_end=count_work(config, Tasks(index[:-1], zeros, 1, index, prefix_lens, seq_lens, own_start, True)),
-        rows_per_task=1,
-        columns=max(DECODE_COLUMNS, power_of_two(group)),
-        rows_in_ring=True,
+        seal_tile=torch.where(seq_lens // tile_tokens > prefix_lens // tile_tokens, seq_lens // tile_tokens - 1, -1),
+        task_request=index[:-1].repeat_interleave(task_row.shape[0]),
+        task_row=task_row.repeat(rows.shape[0]),
     )
+
+
+def _verify_step(config: CacheConfig, group: int, rows_each: int, **fields: torch.Tensor) -> Step:
+    """Make a Step in which every request has as many rows and may fill one tile, its work counted."""
+    rows_per_task, columns = task_shape(group, rows_each)
+    named = {name: fields[name] for name in Tasks._fields if name in fields}
+    work_end = count_work(config, Tasks(rows_per_task=rows_per_task, rows_in_ring=True, **named))
+    return Step(work_end=work_end, rows_per_task=rows_per_task, columns=columns, rows_in_ring=True, plan=None, **fields)
+
+
+def task_shape(group: int, rows_each: int) -> tuple[int, int]:
+    """Return the query rows and columns of an attention task, where every request has as many rows."""
+    most = max(1, VERIFY_COLUMNS // group)
+    rows = -(-rows_each // -(-rows_each // most))
+    return rows, max(DECODE_COLUMNS, power_of_two(rows * group))
 
 
 def chunk_step(

@@ -6,6 +6,9 @@ else since, and for a chunk the same owner tag where the engine tells us names) 
 Rows of an earlier owner are never read, because reads start at `own_start`, the first position that the present
 owner wrote itself.
 
+Nothing tells us either how many drafts of a step were accepted: the next step's prefix does. So the same length is
+any from which that step's last drafts are missing. What they left in the ring is overwritten before it is read.
+
 A sink slot belongs to a physical page, so that prefix hits find it. It is taken when the page is started at position
 0 and given back when the page is started at another position. When no slot is free, the first tile is read from its
 record like any other.
@@ -42,8 +45,11 @@ class TailState:
         self, config: CacheConfig, rows: int, blocks: int, sink_slots: int, device: torch.device | str
     ) -> None:
         self.config = config
+        # Tokens after the ring's last step, and the page of the last; the same if every draft of it was rejected.
         self.ring_end = torch.zeros(rows, dtype=torch.int32, device=device)
         self.ring_page = torch.full((rows,), -1, dtype=torch.int32, device=device)
+        self.sure_end = torch.zeros(rows, dtype=torch.int32, device=device)
+        self.sure_page = torch.full((rows,), -1, dtype=torch.int32, device=device)
         self.own_start = torch.zeros(rows, dtype=torch.int32, device=device)
         self.owner = torch.zeros(rows, 2, dtype=torch.int64, device=device)
         self.faults = torch.zeros(1, dtype=torch.int32, device=device)
@@ -76,19 +82,23 @@ class TailState:
             continued [requests], bool. A request that neither continues its ring nor starts on a tile boundary is
             counted in `faults`: its open tile is lost. Graph-safe: yes.
         """
-        at = rows.long()
+        at, tile = rows.long(), self.config.tile_tokens
         last_page = self._page_of(block_table, prefix_lens - 1)
-        continued = (self.ring_end[at] == prefix_lens) & (prefix_lens > 0)
-        continued &= (self.ring_page[at] == last_page) & (self.page_writer[last_page.long()] == rows)
+        ends, sure = self.ring_end[at], self.sure_end[at]
+        continued = (sure <= prefix_lens) & (prefix_lens <= ends) & (prefix_lens > 0)
+        in_last = (prefix_lens - 1) // tile == (ends - 1) // tile
+        continued &= torch.where(in_last, self.ring_page[at], self.sure_page[at]) == last_page
+        continued &= self.page_writer[last_page.long()] == rows
         if tags is not None:
             continued &= (self.owner[at] == tags).all(dim=-1)
             self.owner[at] = tags
         own_start = torch.where(continued, self.own_start[at], prefix_lens)
         real = last_page >= self.config.tiles_per_block
-        self.faults += (real & (own_start % self.config.tile_tokens != 0)).sum().to(torch.int32)
+        self.faults += (real & (own_start % tile != 0)).sum().to(torch.int32)
         self.own_start[at] = own_start
-        self.ring_end[at] = seq_lens
-        self.ring_page[at] = self._page_of(block_table, seq_lens - 1)
+        sure = torch.maximum(torch.minimum(prefix_lens + 1, seq_lens), seq_lens - self.config.draft_tokens)
+        self.ring_end[at], self.ring_page[at] = seq_lens, self._page_of(block_table, seq_lens - 1)
+        self.sure_end[at], self.sure_page[at] = sure, self._page_of(block_table, sure - 1)
         return own_start, continued
 
     def watch_faults(self) -> None:

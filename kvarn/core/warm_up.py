@@ -6,7 +6,7 @@ from kvarn.core.attention import attention
 from kvarn.core.cache import LayerCache, runs_triton
 from kvarn.core.flash import FlashAttention
 from kvarn.core.prefill_plan import plan_prefill
-from kvarn.core.step import CHUNK_COLUMNS, Step, chunk_step, decode_step
+from kvarn.core.step import CHUNK_COLUMNS, Step, chunk_step, verify_step
 from kvarn.core.tail import TailState
 
 # Attention has a variant for up to 32 tasks, for up to 128, and for more.
@@ -16,7 +16,7 @@ _LONG_CHUNK = 520
 
 
 def warm_up(layer: LayerCache, q_heads: int, flash: FlashAttention | None) -> None:
-    """Run decode steps, chunks and long chunks of every kind that has kernels of its own.
+    """Run decode and verify steps, chunks and long chunks of every kind that has kernels of its own.
 
     They write to block 0 and to ring 0 of the layer, which are the engine's for padding or not in use yet, and nowhere
     else. For the host, outside of graphs; waits for the device.
@@ -32,7 +32,9 @@ def warm_up(layer: LayerCache, q_heads: int, flash: FlashAttention | None) -> No
     device = layer.records.device
     for tasks in _TASKS:
         rows, ones, table = _ints(device, tasks, 0), _ints(device, tasks, 1), _ints(device, tasks, 0)[:, None]
-        _run(layer, q_heads, decode_step(_scratch_state(layer), rows, ones, table, group), tasks)
+        for each in sorted({1, layer.config.draft_tokens + 1}):
+            step = verify_step(_scratch_state(layer), rows, ones, table, group, each)
+            _run(layer, q_heads, step, tasks * each)
         _run_chunk(layer, q_heads, None, 0, tasks * max(1, CHUNK_COLUMNS // group))
     for prefix in (0, layer.config.tile_tokens):
         _run_chunk(layer, q_heads, flash, prefix, _LONG_CHUNK)

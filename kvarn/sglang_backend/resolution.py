@@ -16,7 +16,7 @@ _SPLIT_CACHE = "it spreads one request's cache over ranks, and its exact tail st
 _OTHER_POOL = "it brings a cache layout of its own"
 _RAW_ROWS = "it reads raw K and V rows, and the cache holds records"
 _IDLE_RANKS = "idle ranks run batches without requests, which has not been tested with tiles"
-_DRAFTS = "drafted tokens are not kept apart from accepted ones yet"
+_DRAFTS = "its verifying steps have not been tested with tiles"
 _BATCH_DEPENDENT = "results still depend on how a batch is put together"
 _NEWEST_TOKENS = "a request's newest tokens stand in its tail, which no transfer carries"
 

@@ -24,7 +24,7 @@ from kvarn.core.capacity import cache_shape
 from kvarn.core.flash import flash_for
 from kvarn.core.layout import HEAD_DIMS, TileLayout
 from kvarn.core.prefill_plan import PrefillPlan, plan_prefill
-from kvarn.core.step import Step, aligned_ints, chunk_step, decode_step
+from kvarn.core.step import Step, aligned_ints, chunk_step, verify_step
 from kvarn.errors import UnsupportedConfig
 from kvarn.presets import PRESETS, Preset
 from kvarn.vllm_backend import compat, compat_tables, resolution
@@ -106,8 +106,8 @@ class TileMetadata(AttentionMetadata):
         seq_lens: [requests], int32, tokens after the step; 0 for padding.
         query_start: [requests + 1], int32.
         block_table: [requests, blocks], int32.
-        num_tokens: rows of the step that hold tokens, padding of a decode step included.
-        is_decode: every request has one row.
+        num_tokens: rows of the step that hold tokens, padding of a graph included.
+        rows_each: rows of every request in a decode or verify step; 0 in any other.
         plan: of the step's long chunks.
         steps: the step for every column of the tail's block table.
     """
@@ -116,7 +116,7 @@ class TileMetadata(AttentionMetadata):
     query_start: torch.Tensor
     block_table: torch.Tensor
     num_tokens: int
-    is_decode: bool
+    rows_each: int
     plan: PrefillPlan | None = None
     steps: list[Step] | None = None
 
@@ -124,7 +124,7 @@ class TileMetadata(AttentionMetadata):
 class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
     """Describes steps. No host sync."""
 
-    _cudagraph_support = AttentionCGSupport.UNIFORM_SINGLE_TOKEN_DECODE
+    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
 
     def __init__(
         self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
@@ -146,13 +146,13 @@ class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
         state = self._tail.pool.state
         state.check_faults()
         state.watch_faults()
-        if common.max_query_len == 1:
-            return TileMetadata(
-                common.seq_lens, common.query_start_loc, common.block_table_tensor, common.num_reqs, True
-            )
+        rows_each = _rows_each(common, self._tail.shape.draft_tokens + 1)
+        table = common.block_table_tensor
+        if rows_each:
+            return TileMetadata(common.seq_lens, common.query_start_loc, table, common.num_reqs * rows_each, rows_each)
         blocks = -(-common.max_seq_len // self.kv_cache_spec.block_size)
-        table, tokens = common.block_table_tensor[:, :blocks], int(common.query_start_loc_cpu[-1])
-        return TileMetadata(common.seq_lens, common.query_start_loc, table, tokens, False, self._plan(common))
+        table, tokens = table[:, :blocks], int(common.query_start_loc_cpu[-1])
+        return TileMetadata(common.seq_lens, common.query_start_loc, table, tokens, 0, self._plan(common))
 
     def _plan(self, common: CommonAttentionMetadata) -> PrefillPlan | None:
         """Plan the step's long chunks. vLLM's lengths on the host are true for requests that are being prefilled."""
@@ -202,9 +202,16 @@ class TileAttention(AttentionImpl[TileMetadata]):
             "has_sliding_window": sliding_window is not None,
             "has_sink": extras.pop("sinks", None) is not None,
         }
-        reasons = resolution.reasons_against(fields, get_current_vllm_config(), None)
+        config = get_current_vllm_config()
+        reasons = resolution.reasons_against(fields, config, None)
+        if compat.tail_of(config) is not None:
+            reasons.append(
+                "A draft model's layers can't be cached in tiles, whose tails belong to the model's own layers; pass "
+                "kv_cache_dtype auto in --speculative-config, or another draft model."
+            )
         if reasons:
             raise UnsupportedConfig(reasons)
+        compat.keep_drafts_raw(config)
         compat.watch_admissions(forget_rings)
         compat.before_warm_up(TailCache.warm_up)
         asked = [f"{name}={value!r}" for name, value in extras.items() if value]
@@ -247,7 +254,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
         output_scale: torch.Tensor | None = None,
         output_block_scale: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Append, seal and attend; rows of padding are left alone. Graph-safe: yes for decode steps."""
+        """Append, seal and attend; rows of padding are left alone. Graph-safe: yes for decode and verify steps."""
         tail: TailCache = self._tail
         if attn_metadata is None:
             plans = tail.flash is not None
@@ -302,6 +309,7 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
         kv_heads=layer.num_kv_heads,
         head_dim=layer.head_size,
         raw_bytes=raw_dtype.itemsize,
+        draft_tokens=compat.draft_tokens(config),
     )
     tail = TailCache(
         first + compat_tables.TAIL_SUFFIX,
@@ -323,16 +331,36 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
     return tail
 
 
+def _rows_each(common: CommonAttentionMetadata, most: int) -> int:
+    """Return the rows of every request if all have as many, and no more than a verified one; else 0.
+
+    Requests that pad a graph have none here, come last, and get as many.
+    """
+    rows = common.max_query_len
+    if rows == 1:
+        return 1
+    starts = common.query_start_loc_cpu
+    if rows > most or common.num_actual_tokens != common.num_reqs * rows or int(starts[-1]) % rows:
+        return 0
+    equal = torch.arange(0, starts.shape[0] * rows, rows, dtype=starts.dtype).clamp_max(starts[-1])
+    return rows if torch.equal(starts, equal) else 0
+
+
 def _describe(pool: TilePool, metadata: TileMetadata, tail_blocks: torch.Tensor, group: int) -> list[Step]:
-    """Return the core's description of a step for every column of the tail's block table. Graph-safe for decode."""
+    """Return the core's description of a step for every column of the tail's block table. Graph-safe but for chunks."""
     rows = aligned_ints(*tail_blocks.shape[::-1], tail_blocks.device).copy_(tail_blocks.t())
     table = metadata.block_table
     tiles = pool.config.tiles_per_block
     if tiles > 1:
         table = (table[:, :, None] * tiles + torch.arange(tiles, dtype=torch.int32, device=table.device)).flatten(1)
-    if metadata.is_decode:
-        step = decode_step(pool.state, rows[0], metadata.seq_lens, table, group)
+    if metadata.rows_each:
+        step = verify_step(pool.state, rows[0], metadata.seq_lens, table, group, metadata.rows_each)
     else:
+        if table.is_cuda and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "vLLM captures a step whose requests have different numbers of rows, which KVarN can't replay. "
+                'Pass --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\', and please report the flags.'
+            )
         prefix_lens = metadata.seq_lens - metadata.query_start.diff()
         step, _ = chunk_step(
             pool.state,

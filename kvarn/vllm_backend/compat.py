@@ -175,6 +175,22 @@ def layers_with(vllm_config: VllmConfig, backend: type) -> dict[str, Any]:
     return {n: layer for n, layer in context.items() if issubclass(getattr(layer, "attn_backend", object), backend)}
 
 
+def draft_tokens(vllm_config: VllmConfig) -> int:
+    """Return the most drafts that a step verifies for a request."""
+    speculative = vllm_config.speculative_config
+    return 0 if speculative is None else int(speculative.num_speculative_tokens)
+
+
+def keep_drafts_raw(vllm_config: VllmConfig) -> None:
+    """Keep the cache of a draft model in its own dtype, unless the user names another.
+
+    To be called while the model's layers are made: a draft model's are made later and look at the setting then.
+    """
+    speculative = vllm_config.speculative_config
+    if speculative is not None and speculative.kv_cache_dtype is None:
+        speculative.kv_cache_dtype = "auto"
+
+
 def add_layer(vllm_config: VllmConfig, name: str, layer: Any) -> None:
     """Let vLLM allocate a cache for a layer that is no part of the model."""
     vllm_config.compilation_config.static_forward_context[name] = layer

@@ -6,15 +6,21 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvarn.core.prefill_plan import LONG_ROWS
 from kvarn.core.support import DeviceFacts, ModelFacts, unsupported_reasons
-from kvarn.presets import get_preset
+from kvarn.presets import get_preset, is_preset_name
 from kvarn.vllm_backend.compat_tables import SELECTOR_FLAGS
 
 if TYPE_CHECKING:
-    from vllm.config import VllmConfig
+    from vllm.config import SpeculativeConfig, VllmConfig
 
-_DRAFTS = "drafts are not kept out of sealed tiles yet"
 _NOT_TESTED = "no test covers it yet"
+_HYBRID_DRAFTS = (
+    "--speculative-config can't be used with a model that has linear-attention or Mamba layers, because "
+    f"{_NOT_TESTED}; leave it out.",
+)
+# Methods that draft one chain of tokens, which the next step verifies in order.
+_CHAINS = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3", "mtp")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,7 +50,6 @@ class Limit:
 
 
 LIMITS = (
-    Limit("speculative_config", "--speculative-config", None, _DRAFTS),
     Limit("cache_config.kv_offloading_size", "--kv-offloading-size", None, "records move without their exact tails"),
     Limit("cache_config.kv_sharing_fast_prefill", "--kv-sharing-fast-prefill", False, "layers there share caches"),
     Limit("parallel_config.pipeline_parallel_size", "--pipeline-parallel-size", 1, _NOT_TESTED),
@@ -81,12 +86,14 @@ def reasons_against(fields: Mapping[str, Any], config: VllmConfig, capability: t
         *unsupported_reasons(_facts(fields, config), preset, _device(config, capability)),
         *(f"The model or a flag {why}; serve it with --kv-cache-dtype auto." for why in asked),
         *_block_reasons(config, preset.tile_tokens),
+        *draft_reasons(config.speculative_config, preset.tile_tokens),
+        *_HYBRID_DRAFTS[: config.speculative_config is not None and config.model_config.is_hybrid],
         *(reason for reason in limits if reason is not None),
     ]
 
 
 def _facts(fields: Mapping[str, Any], config: VllmConfig) -> ModelFacts:
-    """Return the facts of a layer. Layers with a recurrent state are no limit: vLLM keeps these in caches of their own."""
+    """Return the facts of a layer. Recurrent layers beside it are no limit: vLLM keeps their state by itself."""
     model = config.model_config
     head_dim = fields["head_size"]
     return ModelFacts(
@@ -122,4 +129,34 @@ def _block_reasons(config: VllmConfig, tile: int) -> list[str]:
     unit = getattr(cache, "prefix_match_unit", None)
     if unit is not None and unit % tile:
         reasons.append(f"--prefix-match-unit {unit} is not a multiple of the tile of {tile} tokens; leave it out.")
+    return reasons
+
+
+def draft_reasons(speculative: SpeculativeConfig | None, tile: int) -> list[str]:
+    """Return why drafts can't be verified, one sentence each; empty if they can.
+
+    Args:
+        speculative: vLLM's configuration of them; None if there are none.
+        tile: tokens of a tile.
+    """
+    if speculative is None:
+        return []
+    reasons = []
+    if speculative.method not in _CHAINS or speculative.parallel_drafting:
+        reasons.append(
+            f"--speculative-config with method {speculative.method!r} can't be used, because drafts must be one chain, "
+            "made token by token: a rejected branch could not be taken out of a quantised tile; leave it out or use "
+            f"one of {', '.join(_CHAINS)} without parallel drafting."
+        )
+    most = min(tile, LONG_ROWS)
+    if speculative.num_speculative_tokens >= most:
+        reasons.append(
+            f"--speculative-config with num_speculative_tokens {speculative.num_speculative_tokens} can't be used, "
+            f"because a request's rows of one step would no longer be few; leave it out or use fewer than {most}."
+        )
+    if is_preset_name(speculative.kv_cache_dtype):
+        reasons.append(
+            f"--speculative-config with kv_cache_dtype {speculative.kv_cache_dtype} can't be used, because a draft "
+            "model's cache has no exact tail; leave kv_cache_dtype out."
+        )
     return reasons

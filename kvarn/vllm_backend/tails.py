@@ -150,6 +150,7 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
             head_size=self.shape.head_dim,
             # As the records', or vLLM would take the cache for one of mixed precision and clear every new block.
             dtype=torch.uint8,
+            # rounded up: rings may be no multiple of a block's tokens
             state_content_bytes=-(-page_bytes // block_size),
             blocks_per_request=self.shape.tail_blocks(tiles),
         )

@@ -11,7 +11,7 @@ from kvarn.core.flash import flash_for
 from kvarn.core.layout import TileLayout
 from kvarn.core.prefill_plan import PrefillPlan, plan_prefill
 from kvarn.core.seal import seal_reference
-from kvarn.core.step import Step, chunk_step, decode_step
+from kvarn.core.step import Step, chunk_step, verify_step
 from kvarn.core.tail import TailState, owner_tags
 from kvarn.core.work import Tasks, count_work_reference
 from kvarn.presets import get_preset
@@ -67,18 +67,18 @@ def make_case(
     tiles_per_block: int = 1,
     batch_invariant: bool = False,
     planned: bool = False,
+    drafts: int = 0,
 ) -> Case:
     """Grow requests to `lengths` (one chunk each, after `hits` tokens of prefix hit), then make a step of `new` rows.
 
-    A step of one row for everybody is a decode step, any other is a chunk. With fewer slots than requests, some
-    requests have no exact sinks. `planned`: long chunks of the step attend by flash attention.
+    A step of one row for everybody is a decode step, one of as many rows, `drafts` or fewer of them drafts, is a verify
+    step, any other is a chunk. With fewer slots than requests, some requests have no exact sinks. `planned`: long
+    chunks of the step attend by flash attention.
     """
     generator = torch.Generator().manual_seed(seed)
     layout = TileLayout.of(get_preset(preset), head_dim)
-    ring = layout.tile_tokens + tail
-    config = CacheConfig(
-        layout, kv_heads, tail, sink, ring, canonical, batch_invariant, tiles_per_block=tiles_per_block
-    )
+    ring = layout.tile_tokens + tail + drafts
+    config = CacheConfig(layout, kv_heads, tail, sink, ring, canonical, batch_invariant, tiles_per_block, drafts)
     hits = hits or [0] * len(lengths)
     pages_each = [-(-(a + b) // layout.tile_tokens) for a, b in zip(lengths, new, strict=True)]
     blocks = 1 + -(-sum(pages_each) // tiles_per_block)
@@ -111,8 +111,8 @@ def _step(
     group: int, plan: PrefillPlan | None,
 ) -> Step:  # fmt: skip
     ends = [a + b for a, b in zip(lengths, new, strict=True)]
-    if all(n == 1 for n in new):
-        return decode_step(state, rows, _ints(ends), table, group)
+    if len(set(new)) == 1 and new[0] <= state.config.draft_tokens + 1:
+        return verify_step(state, rows, _ints(ends), table, group, new[0])
     return chunk_step(state, rows, _ints(lengths), _ints(ends), tags, table, group, sum(new), plan)[0]
 
 

@@ -1,9 +1,10 @@
 """Compile kernels for sm_90, with no GPU: `python compile_for_gpu.py CASE ...`.
 
 A case is PRESET/HEAD_DIM/GROUP: the attention kernel with explicit layouts; with /ROWS for several query rows, and
-after that /canonical. Or KERNEL/PRESET/HEAD_DIM, with KERNEL one of KERNELS. Prints a JSON object a case: registers of
-a thread, bytes of stack, and, of the attention kernel, programs that a multiprocessor is asked to run and can. Needs an
-interpreter in which TRITON_INTERPRET is not set: Triton's own accepts code that its compiler refuses.
+after that /verify where they are in the ring, or /canonical. Or KERNEL/PRESET/HEAD_DIM, with KERNEL one of KERNELS.
+Prints a JSON object a case: registers of a thread, bytes of stack, and, of the attention kernel, programs that a
+multiprocessor is asked to run and can. Needs an interpreter in which TRITON_INTERPRET is not set: Triton's own accepts
+code that its compiler refuses.
 """
 
 import json
@@ -29,7 +30,7 @@ from kvarn.core.kernels.merge import merge_kernel
 from kvarn.core.kernels.restore import restore_kernel
 from kvarn.core.kernels.rotate import rotate_kernel, store_tail_kernel
 from kvarn.core.kernels.seal import seal_kernel
-from kvarn.core.kernels.step import decode_step_kernel
+from kvarn.core.kernels.step import verify_step_kernel
 from kvarn.core.kernels.work import count_work_kernel
 from kvarn.core.layout import TileLayout
 from kvarn.core.reference import SCALE_MAX
@@ -45,9 +46,11 @@ KERNELS = {
     "restore": restore_kernel,
     "rotate": rotate_kernel,
     "seal": seal_kernel,
-    "step": decode_step_kernel,
+    "step": verify_step_kernel,
     "store": store_tail_kernel,
+    "verify": verify_step_kernel,
 }
+_VERIFIED = {"ROWS": 4, "DRAFTS": 4, "TASKS": 2, "TASK_ROWS": 2}
 _POINTERS = {
     "fp16": ("q_ptr", "k_ptr", "v_ptr", "k_out_ptr", "v_out_ptr", "chunk_k_ptr", "chunk_v_ptr", "tails_ptr")
     + ("sinks_ptr", "signs_ptr", "out_ptr", "part_ptr"),
@@ -65,18 +68,18 @@ def main() -> None:
         if first in KERNELS:
             found = plain_resources(first, second, int(third))
         else:
-            found = resources(first, int(second), int(third), int(more[0]) if more else 1, "canonical" in more)
+            found = resources(first, int(second), int(third), int(more[0]) if more else 1, more[1:])
         sys.stdout.write(json.dumps({"case": case, **found}) + "\n")
 
 
-def resources(preset: str, head_dim: int, group: int, rows: int, canonical: bool = False) -> dict[str, int]:
+def resources(preset: str, head_dim: int, group: int, rows: int, kind: list[str]) -> dict[str, int]:
     """Return what one case's attention takes."""
     layout = TileLayout.of(get_preset(preset), head_dim)
     columns = max(DECODE_COLUMNS if rows == 1 else CHUNK_COLUMNS, power_of_two(group * rows))
     shape = launch_shape(layout, columns, torch.device("cuda"))
     constants = _constants(layout, GROUP=group, ROWS=rows, COLUMNS=columns, STAGES=shape.stages)
-    constants |= {"ROWS_IN_RING": rows == 1, "num_warps": shape.warps}
-    if canonical:
+    constants |= {"ROWS_IN_RING": rows == 1 or "verify" in kind, "num_warps": shape.warps}
+    if "canonical" in kind:
         constants |= {"CANONICAL": True, "TAIL": 0, "SINK": 0}
     options = {"num_warps": shape.warps, "maxnreg": shape.registers, "launch_pdl": True}
     made = triton.compile(
@@ -93,7 +96,7 @@ def plain_resources(kernel: str, preset: str, head_dim: int) -> dict[str, int]:
     """Return what one of the other kernels takes, in a decode step."""
     layout = TileLayout.of(get_preset(preset), head_dim)
     block = 4 if kernel == "combine" and layout.padded_dim == head_dim else 16
-    constants = _constants(layout, BLOCK=block)
+    constants = _constants(layout, BLOCK=block, **(_VERIFIED if kernel == "verify" else {}))
     source = ASTSource(KERNELS[kernel], **_arguments(KERNELS[kernel], constants))
     made = triton.compile(source, target=_TARGET, options={"num_warps": 4, "launch_pdl": True})
     return _usage(made.asm["cubin"])
@@ -106,6 +109,7 @@ def _constants(layout: TileLayout, **changes: object) -> dict[str, Any]:
         "SINK": 4, "SINKS": True, "SOFTCAP": 0.0, "ROWS_IN_RING": True, "CANONICAL": False, "RAW_BLOCK": RAW_BLOCK,
         "TASK_BLOCK": 128, "SHARE": 1, "STAGES": 2, "CHAINED": True, "USE_ASM": True, "KV_HEADS": 8,
         "NORM": layout.head_dim**-0.5, "STORE": True, "CHUNK": 64, "PARTS": 2, "PADDING_PAGES": 1,
+        "DRAFTS": 0, "TASKS": 1, "TASK_ROWS": 1,
         "QP": power_of_two(layout.head_dim // 4),
         "KEY_BITS": layout.key_bits, "VALUE_BITS": layout.value_bits, "KEY_CLIP": 1.0, "VALUE_CLIP": 0.8,
         "SCALE_MAX": SCALE_MAX, **changes,

@@ -108,6 +108,20 @@ def test_canonical_chunk_reads_its_own_tiles_from_records(device):
     check(make_case([100, 256], [300, 130], tail=0, sink=0, canonical=True), device)
 
 
+@pytest.mark.parametrize(("rows", "group"), [(2, 8), (4, 1), (4, 8), (6, 6)])
+def test_drafts_match_reference_wherever_a_tile_ends(rows, group, device):
+    case = make_case([600, 383, 254, 126, 0], [rows] * 5, group=group, kv_heads=1, drafts=5)
+    assert case.step.rows_in_ring
+    check(case, device)
+
+
+@pytest.mark.parametrize(
+    "settings", [{"tail": 3}, {"canonical": True, "tail": 0, "sink": 0}, {"batch_invariant": True}]
+)
+def test_drafts_match_reference_in_every_mode(settings, device):
+    check(make_case([400, 253, 126], [4, 4, 4], hits=[256, 128, 0], drafts=3, **settings), device)
+
+
 @pytest.mark.parametrize("new", [[1, 1], [50, 1]])
 def test_logit_cap(new, device):
     check(make_case([300, 200], new), device, logit_cap=3.0)

@@ -13,7 +13,7 @@ from kvarn.core.attend import has_explicit_layouts
 from kvarn.core.layout import HEAD_DIMS, TileLayout
 from kvarn.presets import PRESETS
 
-KERNELS = ("attend", "combine", "count", "merge", "restore", "rotate", "seal", "step", "store")
+KERNELS = ("attend", "combine", "count", "merge", "restore", "rotate", "seal", "step", "store", "verify")
 SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
 SERVED = [
     f"{name}/{head_dim}"
@@ -56,8 +56,9 @@ def test_main_shapes_keep_their_registers():
     assert decode["stack"] <= 32
 
 
-def test_canonical_mode_compiles():
+def test_canonical_mode_and_drafts_compile():
     cases = ["kvarn_k4v2_g128/64/8/1/canonical", "kvarn_k4v2_g128/64/4/4/canonical"]
+    cases += ["kvarn_k4v2_g128/64/4/4/verify", "kvarn_k4v2_g128/64/4/4/verify/canonical"]
     assert set(compiled(*cases)) == set(cases)
 
 

@@ -1,4 +1,4 @@
-"""The kernel that describes decode steps against the operations of torch: the same steps, and the same state after."""
+"""The kernel that describes decode and verify steps against torch: the same steps, and the same state after."""
 
 import copy
 import random
@@ -9,17 +9,20 @@ import torch
 
 from kvarn.core.cache import CacheConfig
 from kvarn.core.layout import TileLayout
-from kvarn.core.step import Step, decode_step, decode_step_reference
+from kvarn.core.step import Step, decode_step, verify_step, verify_step_reference
 from kvarn.core.tail import TailState
 from kvarn.presets import get_preset
 
 G, PAGES_EACH, GROUP = 64, 6, 4
-STATE = ("ring_end", "ring_page", "own_start", "page_writer", "page_slot", "free_slots", "free_count", "faults")
+STATE = ("ring_end", "ring_page", "sure_end", "sure_page", "own_start", "page_writer", "page_slot", "free_slots")
+STATE += ("free_count", "faults")
 
 
-def make_state(requests: int, slots: int, tiles_per_block: int) -> TailState:
+def make_state(requests: int, slots: int, tiles_per_block: int, drafts: int = 0) -> TailState:
     layout = TileLayout.of(get_preset("kvarn_k4v2_g64"), 64)
-    config = CacheConfig(layout, 1, 64, 4 if slots else 0, 128, tiles_per_block=tiles_per_block)
+    config = CacheConfig(
+        layout, 1, 64, 4 if slots else 0, 128 + drafts, tiles_per_block=tiles_per_block, draft_tokens=drafts
+    )
     return TailState(config, requests + 1, 1 + -(-requests * PAGES_EACH // tiles_per_block), slots, "cpu")
 
 
@@ -50,7 +53,7 @@ def tamper(dice: random.Random, states: list[TailState], lengths: list[int], tab
     """Start a request anew, give it other pages, or lie about a ring, in all states alike."""
     who, tile = dice.randrange(len(lengths)), dice.randrange(PAGES_EACH)
     row, page = dice.randrange(1, len(lengths) + 1), table[who, tile]
-    event = dice.randrange(6)
+    event, drafts = dice.randrange(6), dice.randrange(states[0].config.draft_tokens + 1)
     if event == 0:
         lengths[who] = dice.choice([0, G, 2 * G, 5])
     elif event == 1:
@@ -61,36 +64,48 @@ def tamper(dice: random.Random, states: list[TailState], lengths: list[int], tab
         if event == 3:
             state.page_writer[int(page)] = row
         elif event == 4:
-            state.ring_end[row] = lengths[who]
+            state.ring_end[row], state.sure_end[row] = lengths[who] + drafts, lengths[who]
         elif event == 5:
             state.forget(torch.tensor([row], device=state.ring_end.device))
 
 
-@pytest.mark.parametrize(("requests", "slots"), [(1, 1), (7, 3), (7, 0), (40, 40)])
+@pytest.mark.parametrize(
+    ("requests", "slots", "drafts", "steps"),
+    [(1, 1, 0, 80), (7, 3, 0, 80), (7, 0, 0, 80), (40, 40, 0, 80), (7, 3, 5, 60), (7, 3, 63, 20)],
+)
 @pytest.mark.parametrize("tiles_per_block", [1, 2])
-def test_steps_and_state_are_those_of_the_reference(requests, slots, tiles_per_block, device):
+def test_steps_and_state_are_those_of_the_reference(requests, slots, drafts, steps, tiles_per_block, device):
     """Whatever the state says, be it true or not: rings are continued, taken over or lost by the same rule."""
     dice = random.Random(requests)
-    state = make_state(requests, slots, tiles_per_block)
+    state = make_state(requests, slots, tiles_per_block, drafts)
     ours = moved(state, device)
     table = torch.randperm(requests * PAGES_EACH, generator=torch.Generator().manual_seed(0)).int() + tiles_per_block
     table = table.view(requests, PAGES_EACH)
     rows = torch.randperm(requests, generator=torch.Generator().manual_seed(1)).int() + 1
     lengths = [dice.choice([0, 1, G - 2, G - 1, G, 2 * G - 1]) for _ in range(requests)]
-    for _ in range(120):
+    for _ in range(steps):
         for _ in range(dice.randrange(3)):
             tamper(dice, [state, ours], lengths, table)
         at, pages = rows.clone(), table.clone()
-        lengths = [(length + 1) % (PAGES_EACH * G) for length in lengths]
+        each = 1 + dice.choice([0, drafts, dice.randrange(drafts + 1)])
+        before, lengths = lengths, [(length + each) % (PAGES_EACH * G) for length in lengths]
         ends = ints(lengths)
         if dice.random() < 0.5:  # padding of a captured graph, with any length
             who = dice.randrange(requests)
             at[who], ends[who], pages[who] = 0, dice.choice([0, 1, 77]), 0
-            lengths[who] -= 1
-        theirs = decode_step_reference(state, at, ends, pages, GROUP)
-        same(decode_step(ours, at.to(device), ends.to(device), pages.to(device), GROUP), theirs)
+            lengths[who] = before[who]
+        theirs = verify_step_reference(state, at, ends, pages, GROUP, each)
+        same(verify_step(ours, at.to(device), ends.to(device), pages.to(device), GROUP, each), theirs)
         same_state(ours, state)
+        lengths = [length - min(length, dice.randrange(each)) for length in lengths]
     assert int(state.faults) > 0
+
+
+def test_more_drafts_than_rings_are_wide_for_are_refused():
+    state, rows, table = make_state(1, 0, 1, drafts=2), ints([1]), ints([[1]])
+    assert verify_step(state, rows, ints([3]), table, GROUP, 3).token_position.tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match="rings for 3 drafts"):
+        verify_step(state, rows, ints([6]), table, GROUP, 4)
 
 
 def test_a_lost_tile_is_counted(device):

@@ -53,8 +53,9 @@ def test_store_tail_matches_reference(lengths, new, device, dtype):
         assert torch.equal(got.cpu().nan_to_num(7.0), want.nan_to_num(7.0))
 
 
-def test_decode_stores_in_the_launch_that_rotates(device, dtype):
-    case = to_device(make_case([300, 2, 127], [1, 1, 1], dtype=dtype), device)
+@pytest.mark.parametrize("rows", [1, 4])
+def test_decode_and_verify_store_in_the_launch_that_rotates(rows, device, dtype):
+    case = to_device(make_case([300, 2, 127], [rows] * 3, dtype=dtype, drafts=3), device)
     rotated = rotate_rows(case.k, case.v, case.layer, case.step, store=True)
     stored = case.layer.tails.clone(), case.layer.sinks.clone()
     store_tail(rotated, case.layer, case.step)
@@ -111,6 +112,19 @@ def test_seal_survives_extreme_rows(scale, dtype_name, device):
     assert torch.isfinite(k).all() and torch.isfinite(v).all()
     assert (k.transpose(0, 1) - case.rotated.k.float()).norm() <= 0.2 * case.rotated.k.float().norm() + 1e-6
     assert (v - scale).abs().max() <= 0.01 * scale + 1e-6
+
+
+def test_drafts_seal_from_their_ring(device):
+    """The kernel's bytes are those of the same rows in a chunk."""
+    lengths, rows = [126, 200, 253, 380], [5] * 4
+    found = []
+    for drafts in (4, 0):
+        case = to_device(make_case(lengths, rows, drafts=drafts), device)
+        rotated = rotate_rows(case.k, case.v, case.layer, case.step, store=case.step.rows_in_ring)
+        seal(rotated, case.layer, case.step)
+        assert case.step.rows_in_ring == (drafts > 0)
+        found.append(case.layer.records.cpu())
+    assert torch.equal(*found)
 
 
 def test_a_nan_token_harms_only_its_own_record(device):

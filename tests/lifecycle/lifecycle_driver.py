@@ -82,7 +82,10 @@ class Driver:
         return self.random.sample(requests, count)
 
     def _decode(self) -> None:
-        self.world.decode(self._some(self.world.decoding), padding=self.random.choice([0, 0, 1, 3]))
+        requests, padding = self._some(self.world.decoding), self.random.choice([0, 0, 1, 3])
+        drafts = self.random.randrange(self.world.config.draft_tokens + 1)
+        accepted = [self.random.randrange(drafts + 1) for _ in requests]
+        self.world.verify(requests, accepted, padding, drafts)
 
     def _chunk(self) -> None:
         self.world.chunk([(r, self._size(r)) for r in self._some(self.world.prefilling)])

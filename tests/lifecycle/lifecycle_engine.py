@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 _ROOT = 0
+# A token that no request samples.
+_WRONG = 99
 
 
 def extend_tags(tags: list[int], tokens: Sequence[int]) -> None:
@@ -49,6 +51,18 @@ class Request:
         self.tokens.append(token)
         self.decodes = True
         self._note([token])
+
+    def draft(self, right: int, count: int, noise: int) -> None:
+        """Append drafts: so many tokens that will be its own, then others."""
+        for _ in range(right):
+            self.sample(noise)
+        wrong = [_WRONG] * (count - right)
+        self.tokens += wrong
+        self._note(wrong)
+
+    def reject(self, length: int) -> None:
+        """Drop every token past a length."""
+        del self.tokens[length:], self.tags[length:], self.rows[length:]
 
     def _note(self, tokens: Sequence[int]) -> None:
         known = len(self.tags)

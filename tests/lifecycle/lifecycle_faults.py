@@ -76,13 +76,13 @@ def _forget_owner(state: TailState, rows: torch.Tensor, _p: object, _s: object, 
 
 
 def _forget_length(state: TailState, rows: torch.Tensor, prefix: torch.Tensor, *_: torch.Tensor) -> None:
-    state.ring_end[rows.long()] = prefix
+    state.ring_end[rows.long()] = state.sure_end[rows.long()] = prefix
 
 
 def _forget_page(
     state: TailState, rows: torch.Tensor, prefix: torch.Tensor, _s: object, table: torch.Tensor, _t: object
 ) -> None:
-    state.ring_page[rows.long()] = state._page_of(table, prefix - 1)
+    state.ring_page[rows.long()] = state.sure_page[rows.long()] = state._page_of(table, prefix - 1)
 
 
 def _forget_writer(
@@ -140,6 +140,16 @@ def _sinks(*, gives: bool, counts: bool, takes_any: bool = False) -> Inject:
     return lambda patch: patch.setattr(TailState, "_update_sinks_reference", lie)
 
 
+def _only_accepted_drafts(patch: pytest.MonkeyPatch) -> None:
+    real = TailState.begin
+
+    def lie(state: TailState, *args: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        state.sure_end.copy_(state.ring_end)
+        return real(state, *args)
+
+    patch.setattr(TailState, "begin", lie)
+
+
 def _nothing(_patch: pytest.MonkeyPatch) -> None:
     """Leave the code as it is; the fault is in the config."""
 
@@ -174,6 +184,8 @@ FAULTS = {
     ),
     "seal lost": Fault(_steps(lambda s: replace(s, seal_tile=torch.full_like(s.seal_tile, -1))), 50),
     "ring one row short": Fault(_nothing, 300, ring_tokens=TILE + 64 - 1),
+    "ring one row short of drafts": Fault(_nothing, 3000, Setting(64, 4, drafts=5), ring_tokens=TILE + 64 + 5 - 1),
+    "rejected drafts lose the ring": Fault(_only_accepted_drafts, 50, Setting(64, 4, drafts=5)),
     "ring without the tail": Fault(_nothing, 300, ring_tokens=TILE),
     "chunk stored before it is read": Fault(_steps(lambda s: replace(s, rows_in_ring=True)), 100),
     "queries shifted": Fault(_steps(lambda s: replace(s, query_start=s.query_start + 1)), 5),

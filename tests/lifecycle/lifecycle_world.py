@@ -23,6 +23,7 @@ EVENTS = (
     "mixed batches", "continuations in the same row", "deduplications", "evictions", "flushes", "padding rows",
     "overruns", "reused ids", "ids taken over", "chunk ends inside a tile", "decode steps", "chunk steps",
 )  # fmt: skip
+DRAFT_EVENTS = ("verify steps", "accepted drafts", "rejected drafts", "tiles of rejected drafts")
 
 
 @dataclass(frozen=True)
@@ -36,19 +37,21 @@ class Setting:
     pages: int = 22
     sink_slots: int = 4
     newest_page_first: bool = True
+    drafts: int = 0
 
     @property
     def config(self) -> CacheConfig:
         layout = TileLayout.of(get_preset("kvarn_k4v2_g64"), 64)
-        return CacheConfig(layout, 1, self.tail, self.sink, TILE + self.tail, self.canonical)
+        ring = TILE + self.tail + self.drafts
+        return CacheConfig(layout, 1, self.tail, self.sink, ring, self.canonical, draft_tokens=self.drafts)
 
 
 SETTINGS = {
     "tail-64-sinks-4": Setting(64, 4),
     "tail-128-one-slot": Setting(128, 4, sink_slots=1, newest_page_first=False),
-    "odd-tail-37": Setting(37, 5, pages=14, rows=4),
+    "odd-tail-37": Setting(37, 5, pages=14, rows=4, drafts=5),
     "no-tail-no-sinks": Setting(0, 0, newest_page_first=False),
-    "canonical": Setting(0, 0, canonical=True),
+    "canonical": Setting(0, 0, canonical=True, drafts=3),
 }
 
 
@@ -86,14 +89,31 @@ class World:
 
     def decode(self, requests: Sequence[Request], padding: int = 0) -> None:
         """Add a token to every request, and to those whose end is known too late to leave them out."""
-        batch = [r for r in [*requests, *self.ending] if self._reserve(r, 1)]
+        self.verify(requests, [], padding)
+
+    def verify(self, requests: Sequence[Request], accepted: Sequence[int], padding: int = 0, drafts: int = 0) -> None:
+        """Add a token to every request, as in decode, and drafts, of which so many are right; none past the list."""
+        batch = [r for r in [*requests, *self.ending] if self._reserve(r, 1 + drafts)]
         if batch:
-            seq_lens = [r.computed + 1 for r in batch] + [1] * padding
+            kept = [*accepted, *[0] * len(batch)][: len(batch)]
+            for request, right in zip(batch, kept, strict=True):
+                request.draft(right, drafts, self.steps & 3)
+            seq_lens = self._ints([r.computed + 1 + drafts for r in batch] + [1] * padding)
             rows = [r.row for r in batch] + [0] * padding
             table = self._table(rows, MAX_TILES)
-            step = step_module.decode_step(self.state, self._ints(rows), self._ints(seq_lens), table, GROUP)
-            self._run(step, [(r, 1) for r in batch], padding)
-            self.engine.counts["decode steps"] += 1
+            if drafts:
+                step = step_module.verify_step(self.state, self._ints(rows), seq_lens, table, GROUP, 1 + drafts)
+            else:
+                step = step_module.decode_step(self.state, self._ints(rows), seq_lens, table, GROUP)
+            self.oracle.run(step, [(r, 1 + drafts) for r in batch], padding * (1 + drafts))
+            for request, right in zip(batch, kept, strict=True):
+                sealed = (request.computed + 1 + drafts) // TILE
+                self.engine.counts["tiles of rejected drafts"] += sealed > (request.computed + 1 + right) // TILE
+                request.reject(request.computed + 1 + right)
+            self._advance([(r, 1 + right) for r, right in zip(batch, kept, strict=True)])
+            self.engine.counts["verify steps" if drafts else "decode steps"] += 1
+            self.engine.counts["accepted drafts"] += sum(kept)
+            self.engine.counts["rejected drafts"] += len(batch) * drafts - sum(kept)
             self.engine.counts["padding rows"] += padding
         for request in [*self.ending]:
             self._release(request, self.ending.pop(request))
@@ -120,7 +140,7 @@ class World:
         single = {r.decodes for r in requests}
         self.engine.counts["chunk steps"] += 1
         self.engine.counts["mixed batches"] += len(single) == 2
-        self._run(step, batch, 0)
+        self._run(step, batch)
         for request, _ in batch:
             self.engine.counts["chunk ends inside a tile"] += request.computed % TILE != 0
             self.engine.publish(request, request.computed)
@@ -175,8 +195,11 @@ class World:
     def _ints(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
-    def _run(self, step: Step, batch: Sequence[tuple[Request, int]], padding: int) -> None:
-        self.oracle.run(step, batch, padding)
+    def _run(self, step: Step, batch: Sequence[tuple[Request, int]]) -> None:
+        self.oracle.run(step, batch)
+        self._advance(batch)
+
+    def _advance(self, batch: Sequence[tuple[Request, int]]) -> None:
         self.steps += 1
         for request, count in batch:
             request.computed += count

@@ -7,7 +7,7 @@ import os
 
 import pytest
 from lifecycle_driver import Driver
-from lifecycle_world import EVENTS, SETTINGS, World
+from lifecycle_world import DRAFT_EVENTS, EVENTS, SETTINGS, World
 
 STEPS = int(os.environ.get("KVARN_LIFECYCLE_STEPS", "100000"))
 SEEDS = (1, 2)
@@ -26,5 +26,6 @@ def test_every_position_resolves_to_its_own_token_in_random_schedules(name: str)
         world.flush()
         world.check()
         expected = set(EVENTS) if setting.sink else set(EVENTS) - {"sink exhaustion", "sink reads"}
+        expected |= set(DRAFT_EVENTS) if setting.drafts else set()
         missing = {event for event in expected if not world.counts[event]}
         assert not missing or steps < _ENOUGH_STEPS

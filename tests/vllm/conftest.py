@@ -6,6 +6,7 @@ keeps two workers from running the same engines.
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import sys
@@ -54,6 +55,9 @@ def vllm_on_cpu() -> Iterator[None]:
         torch.set_num_threads(1)
         # vLLM replaces it for good.
         patch.setattr(torch, "set_num_threads", torch.set_num_threads)
+        # Done again, by the next engine, it stumbles over modules of numba, which the n-gram proposer imports.
+        register = functools.cache(current_platform.register_triton_kernel_overrides)
+        patch.setattr(type(current_platform), "register_triton_kernel_overrides", staticmethod(register))
         yield
     torch.set_num_threads(threads)
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -182,3 +183,18 @@ def test_small_tiles_share_the_block_that_vllm_likes(served: dict[str, Served]) 
 def test_sizes_are_these(served: dict[str, Served], kind: str, blocks: int, tail_blocks: int, tokens: int) -> None:
     engine = served[kind]
     assert (engine.blocks, engine.tail_blocks, engine.capacity[0]) == (blocks, tail_blocks, tokens)
+
+
+@pytest.mark.parametrize("drafts", [0, 3])
+@pytest.mark.parametrize("block_size", [128, 512])
+def test_page_holds_its_rings_whatever_their_drafts(drafts: int, block_size: int) -> None:
+    """A page is counted by bytes a token, of which rings with drafts may be no multiple."""
+    from kvarn.vllm_backend.tails import TailCache
+
+    preset = get_preset(DTYPE)
+    shape = cache_shape(preset, layers=3, kv_heads=1, head_dim=64, raw_bytes=2, draft_tokens=drafts)
+    tail = TailCache("tail", [], shape, torch.float16, 1, 512, torch.device("cpu"))
+    spec = tail.get_kv_cache_spec(SimpleNamespace(cache_config=SimpleNamespace(block_size=block_size)))
+    tiles = block_size // preset.tile_tokens
+    rings = shape.rings_per_block(tiles) * shape.ring_bytes
+    assert rings <= spec.page_size_bytes < rings + block_size

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -33,6 +34,10 @@ FLAGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "one kind of cache": (
         {"disable_hybrid_kv_cache_manager": True},
         ["--disable-hybrid-kv-cache-manager can't be used"],
+    ),
+    "many drafts": (
+        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 64, "prompt_lookup_max": 2}},
+        ["--speculative-config with num_speculative_tokens 64 can't be used, because a request's rows"],
     ),
     "pooling": ({"runner": "pooling"}, ["does not generate text here"]),
 }
@@ -128,6 +133,26 @@ def test_model_is_refused(models: Models, loaded: list[str], tmp_path: Path, cas
     (tmp_path / "config.json").write_text(json.dumps(config | changes))
     _assert_reasons(_refusal(tmp_path), beginnings)
     assert loaded == []
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [
+        ({"method": "suffix"}, "because drafts must be one chain, made token by token: a rejected branch could not be"),
+        ({"parallel_drafting": True}, "because drafts must be one chain"),
+        ({"kv_cache_dtype": DTYPE}, "because a draft model's cache has no exact tail"),
+    ],
+    ids=["branches", "parallel", "tiles"],
+)
+def test_drafter_is_refused(changes: dict[str, Any], why: str) -> None:
+    """Those that this vLLM refuses first, or has no packages for."""
+    from kvarn.vllm_backend.resolution import draft_reasons
+
+    served = {"method": "eagle", "parallel_drafting": False, "num_speculative_tokens": 4, "kv_cache_dtype": None}
+    assert draft_reasons(SimpleNamespace(**served), 128) == []
+    (reason,) = draft_reasons(SimpleNamespace(**served | changes), 128)
+    assert why in reason
+    assert "; leave " in reason
 
 
 def test_unknown_preset_is_refused_by_vllm_which_lists_ours(models: Models, loaded: list[str]) -> None:

@@ -183,7 +183,7 @@ def attend_kernel(
     float32; program p leaves its part of task t in row p + t, with its log-sum-exp (base 2) in partial_lse.
     """
     allow_next(CHAINED)
-    # A decode step reads no record that it seals, where newer tokens are read exact: only raw rows must be waited for.
+    # A request in decode reads no record that it seals, where newer tokens are read exact: it waits for raw rows only.
     WAIT_FIRST: tl.constexpr = not (ROWS_IN_RING and TAIL > 0)
     if WAIT_FIRST:
         wait_for_previous(CHAINED)
@@ -205,6 +205,10 @@ def attend_kernel(
             task, task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
             rows_ptr,
         )  # fmt: skip
+        if not WAIT_FIRST:  # noqa: SIM102 (joined, the wait would be compiled where there was one)
+            if own_start == prefix:
+                # a request's first step may read what another seals in the same step
+                wait_for_previous(CHAINED)
         row = first_row + column // GROUP
         col_ok = (column < ROWS * GROUP) & (row < query_rows)
         position = prefix + row

@@ -1,4 +1,4 @@
-"""Describe a decode step: ring ownership, page writers, sink slots and lengths of all requests in one launch."""
+"""Describe a decode or verify step in one launch: ring ownership, page writers, sink slots and lengths."""
 
 import triton
 import triton.language as tl
@@ -7,26 +7,40 @@ from kvarn.core.kernels.sinks import move_sink_slots
 
 
 @triton.jit(do_not_specialize=["requests"])
-def decode_step_kernel(
-    rows_ptr, seq_lens_ptr, table_ptr, ring_end_ptr, ring_page_ptr, own_start_ptr, page_writer_ptr, page_slot_ptr,
-    free_slots_ptr, free_count_ptr, faults_ptr, out_ptr, requests, table_stride, out_stride,
-    G: tl.constexpr, PADDING_PAGES: tl.constexpr, SINKS: tl.constexpr, BLOCK: tl.constexpr,
+def verify_step_kernel(
+    rows_ptr, seq_lens_ptr, table_ptr, ring_end_ptr, ring_page_ptr, sure_end_ptr, sure_page_ptr, own_start_ptr,
+    page_writer_ptr, page_slot_ptr, free_slots_ptr, free_count_ptr, faults_ptr, out_ptr, requests, table_stride,
+    out_stride, G: tl.constexpr, PADDING_PAGES: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr,
+    DRAFTS: tl.constexpr, TASKS: tl.constexpr, TASK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program. Rows of out: prefix, length, own_start, sink slot, tile to seal or -1, index, zeros."""
+    """One program. ROWS tokens a request, in TASKS tasks of TASK_ROWS.
+
+    Rows of out: prefix, length, own_start, sink slot, tile to seal or -1, index; then zeros if ROWS is 1, else query
+    start, request and position of every token, request and first row of every task.
+    """
     count = tl.load(free_count_ptr)
     faults = tl.load(faults_ptr)
     for start in range(0, requests, BLOCK):
         request = start + tl.arange(0, BLOCK)
         ok = request < requests
         row = tl.load(rows_ptr + request, mask=ok, other=0)
-        length = tl.maximum(tl.load(seq_lens_ptr + request, mask=ok, other=1), 1)
-        prefix = length - 1
+        length = tl.maximum(tl.load(seq_lens_ptr + request, mask=ok, other=ROWS), ROWS)
+        prefix = length - ROWS
         table = table_ptr + request.to(tl.int64) * table_stride
         first_page = tl.load(table, mask=ok, other=0)
         last_page = tl.load(table + tl.maximum(prefix - 1, 0) // G, mask=ok, other=0)
         page = tl.load(table + prefix // G, mask=ok, other=0)
-        continued = (tl.load(ring_end_ptr + row, mask=ok, other=-1) == prefix) & (prefix > 0)
-        continued &= tl.load(ring_page_ptr + row, mask=ok, other=-1) == last_page
+        end_page = page
+        if ROWS > 1:
+            end_page = tl.load(table + (length - 1) // G, mask=ok, other=0)
+        end = tl.load(ring_end_ptr + row, mask=ok, other=-1)
+        held_page = tl.load(ring_page_ptr + row, mask=ok, other=-1)
+        sure_end = end
+        if DRAFTS > 0:
+            sure_end = tl.load(sure_end_ptr + row, mask=ok, other=0)
+            sure_page = tl.load(sure_page_ptr + row, mask=ok, other=-1)
+            held_page = tl.where((prefix - 1) // G == (end - 1) // G, held_page, sure_page)
+        continued = (sure_end <= prefix) & (prefix <= end) & (prefix > 0) & (held_page == last_page)
         continued &= tl.load(page_writer_ptr + last_page, mask=ok, other=-1) == row
         own_start = tl.where(continued, tl.load(own_start_ptr + row, mask=ok, other=0), prefix)
         faults += tl.sum((ok & (last_page >= PADDING_PAGES) & (own_start % G != 0)).to(tl.int32), axis=0)
@@ -34,19 +48,38 @@ def decode_step_kernel(
         tl.debug_barrier()
         tl.store(own_start_ptr + row, own_start, mask=ok)
         tl.store(ring_end_ptr + row, length, mask=ok)
-        tl.store(ring_page_ptr + row, page, mask=ok)
+        tl.store(ring_page_ptr + row, end_page, mask=ok)
+        sure_end = tl.maximum(prefix + 1, length - DRAFTS)
+        tl.store(sure_end_ptr + row, sure_end, mask=ok)
+        tl.store(sure_page_ptr + row, tl.where((sure_end - 1) // G == prefix // G, page, end_page), mask=ok)
         tl.store(page_writer_ptr + page, row, mask=ok)
+        tl.store(page_writer_ptr + end_page, row, mask=ok)
         if SINKS:
-            starts = ok & (prefix % G == 0) & (page >= PADDING_PAGES)
-            count = move_sink_slots(count, page_slot_ptr, free_slots_ptr, page, starts, prefix == 0)
+            # a request starts one page at most, which then holds its last row
+            first = (length - 1) // G * G
+            starts = ok & (first >= prefix) & (end_page >= PADDING_PAGES)
+            count = move_sink_slots(count, page_slot_ptr, free_slots_ptr, end_page, starts, first == 0)
         out = out_ptr + request
         tl.store(out, prefix, mask=ok)
         tl.store(out + out_stride, length, mask=ok)
         tl.store(out + 2 * out_stride, own_start, mask=ok)
         tl.store(out + 3 * out_stride, tl.load(page_slot_ptr + first_page, mask=ok, other=-1), mask=ok)
-        tl.store(out + 4 * out_stride, tl.where(length % G == 0, length // G - 1, -1), mask=ok)
+        tl.store(out + 4 * out_stride, tl.where(length // G > prefix // G, length // G - 1, -1), mask=ok)
         tl.store(out + 5 * out_stride, request, mask=request <= requests)
-        tl.store(out + 6 * out_stride, 0 * request, mask=ok)
+        if ROWS == 1:
+            tl.store(out + 6 * out_stride, 0 * request, mask=ok)
+        else:
+            tl.store(out + 6 * out_stride, request * ROWS, mask=request <= requests)
+            for i in range(ROWS):
+                token = out_ptr + request * ROWS + i
+                tl.store(token + 7 * out_stride, request, mask=ok)
+                tl.store(token + 8 * out_stride, prefix + i, mask=ok)
+            for i in range(TASKS):
+                task = out_ptr + request * TASKS + i
+                tl.store(task + 9 * out_stride, request, mask=ok)
+                tl.store(task + 10 * out_stride, 0 * request + i * TASK_ROWS, mask=ok)
     tl.store(out_ptr + 5 * out_stride + requests, requests)
+    if ROWS > 1:
+        tl.store(out_ptr + 6 * out_stride + requests, requests * ROWS)
     tl.store(free_count_ptr, count)
     tl.store(faults_ptr, faults)
