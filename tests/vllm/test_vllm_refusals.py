@@ -35,10 +35,6 @@ FLAGS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"disable_hybrid_kv_cache_manager": True},
         ["--disable-hybrid-kv-cache-manager can't be used"],
     ),
-    "many drafts": (
-        {"speculative_config": {"method": "ngram", "num_speculative_tokens": 64, "prompt_lookup_max": 2}},
-        ["--speculative-config with num_speculative_tokens 64 can't be used, because a request's rows"],
-    ),
     "pooling": ({"runner": "pooling"}, ["does not generate text here"]),
 }
 # Changes to the configuration of the tiny Llama, and what is said about the first layer that results.
@@ -140,12 +136,13 @@ def test_model_is_refused(models: Models, loaded: list[str], tmp_path: Path, cas
     [
         ({"method": "suffix"}, "because drafts must be one chain, made token by token: a rejected branch could not be"),
         ({"parallel_drafting": True}, "because drafts must be one chain"),
+        ({"num_speculative_tokens": 64}, "because a request's rows of one step would no longer be few"),
         ({"kv_cache_dtype": DTYPE}, "because a draft model's cache has no exact tail"),
     ],
-    ids=["branches", "parallel", "tiles"],
+    ids=["branches", "parallel", "many", "tiles"],
 )
 def test_drafter_is_refused(changes: dict[str, Any], why: str) -> None:
-    """Those that this vLLM refuses first, or has no packages for."""
+    """Those that this vLLM refuses first, or has no packages for, or that would load numba beside other engines."""
     from kvarn.vllm_backend.resolution import draft_reasons
 
     served = {"method": "eagle", "parallel_drafting": False, "num_speculative_tokens": 4, "kv_cache_dtype": None}
