@@ -105,7 +105,7 @@ class World:
                 step = step_module.verify_step(self.state, self._ints(rows), seq_lens, table, GROUP, 1 + drafts)
             else:
                 step = step_module.decode_step(self.state, self._ints(rows), seq_lens, table, GROUP)
-            self.oracle.run(step, [(r, 1 + drafts) for r in batch], padding * (1 + drafts))
+            self._run(step, [(r, 1 + drafts) for r in batch], padding * (1 + drafts))
             for request, right in zip(batch, kept, strict=True):
                 sealed = (request.computed + 1 + drafts) // TILE
                 self.engine.counts["tiles of rejected drafts"] += sealed > (request.computed + 1 + right) // TILE
@@ -140,7 +140,8 @@ class World:
         single = {r.decodes for r in requests}
         self.engine.counts["chunk steps"] += 1
         self.engine.counts["mixed batches"] += len(single) == 2
-        self._run(step, batch)
+        self._run(step, batch, 0)
+        self._advance(batch)
         for request, _ in batch:
             self.engine.counts["chunk ends inside a tile"] += request.computed % TILE != 0
             self.engine.publish(request, request.computed)
@@ -195,9 +196,8 @@ class World:
     def _ints(self, values: Sequence[int]) -> torch.Tensor:
         return torch.tensor(values, dtype=torch.int32, device=self.device)
 
-    def _run(self, step: Step, batch: Sequence[tuple[Request, int]]) -> None:
-        self.oracle.run(step, batch)
-        self._advance(batch)
+    def _run(self, step: Step, batch: Sequence[tuple[Request, int]], padding: int) -> None:
+        self.oracle.run(step, batch, padding)
 
     def _advance(self, batch: Sequence[tuple[Request, int]]) -> None:
         self.steps += 1
