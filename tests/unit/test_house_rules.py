@@ -3,6 +3,7 @@
 import ast
 import re
 import statistics
+import tokenize
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,8 +17,11 @@ FOLDERS = ("kvarn", "tools", "tests", "benchmarks")
 FILES = sorted(path for folder in FOLDERS for path in (ROOT / folder).rglob("*.py"))
 PACKAGE = [path for path in FILES if path.is_relative_to(ROOT / "kvarn")]
 ENGINES = {"sglang", "vllm", "transformers"}
+NO_CODE = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT, tokenize.ENCODING}
+NO_CODE |= {tokenize.ENDMARKER}
 MAX_FILE_LINES, MAX_MEDIAN_LINES = 400, 200
 MAX_FUNCTION_LINES, MAX_KERNEL_LINES = 60, 150
+MAX_ADAPTER_CODE_LINES = 2500
 
 
 def name_of(path: Path) -> str:
@@ -58,6 +62,23 @@ def test_files_and_functions_are_not_too_long(path):
         if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
             limit = MAX_KERNEL_LINES if is_kernel(node) else MAX_FUNCTION_LINES
             assert node.end_lineno - node.lineno < limit, f"{node.name} has more than {limit} lines"
+
+
+def code_lines_of(path: Path) -> int:
+    """Lines that hold code: no blank ones, comments or docstrings."""
+    with path.open("rb") as source:
+        tokens = [token for token in tokenize.tokenize(source.readline) if token.type not in NO_CODE]
+    lines = {line for token in tokens for line in range(token.start[0], token.end[0] + 1)}
+    for node in ast.walk(tree_of(path)):
+        documented = isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef)
+        if documented and ast.get_docstring(node) is not None:
+            lines -= set(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    return len(lines)
+
+
+def test_adapters_stay_thin():
+    adapters = [path for path in PACKAGE if {"sglang_backend", "vllm_backend"}.intersection(path.parts)]
+    assert 0 < sum(map(code_lines_of, adapters)) < MAX_ADAPTER_CODE_LINES
 
 
 @pytest.mark.parametrize("path", PACKAGE, ids=name_of)
