@@ -1,0 +1,68 @@
+"""What must hold before a figure is reported: answers repeat themselves, and clients got all that they asked for."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+
+from kvarn.bench.engines import ClientReport
+from kvarn.bench.server import call
+from kvarn.bench.workloads import Run
+from kvarn.errors import KVarNError
+
+# Long enough that most of it is read from records when the answer is written.
+PASSAGE = Path(__file__).with_name("passage.txt")
+QUESTION = "What is the name of the lighthouse keeper?"
+_ANSWER_TOKENS = 24
+
+
+class InsaneResult(KVarNError):
+    """A server or client did something that makes its figures worthless."""
+
+
+def check_answer(url: str, model: str) -> str:
+    """Ask a server a fixed question greedily until its prompt is in the cache, then twice; return the answer.
+
+    Args:
+        url: address of the server.
+        model: under which name it serves the model.
+
+    Raises:
+        InsaneResult: the two answers differ, or are empty.
+        ServerError: it gave no answer.
+    """
+    # Of a model with random weights the first answer may differ, because a prompt's hit is computed in other batches.
+    _, first, second = (_answer(url, model) for _ in range(3))
+    if first != second:
+        raise InsaneResult(
+            f"The same question got two greedy answers, {first!r} and {second!r}: no figure is reported."
+        )
+    if not first.strip():
+        raise InsaneResult("The answer to a fixed question is empty: no figure is reported; see the server's log.")
+    return first.strip()
+
+
+def check_report(report: ClientReport, run: Run) -> None:
+    """Check that a client was answered whole.
+
+    Raises:
+        InsaneResult: requests or tokens are missing, or a figure is none.
+    """
+    asked = run.requests * run.output_tokens
+    wrong = []
+    if report.completed != run.requests:
+        wrong.append(f"{report.completed} of {run.requests} requests were completed")
+    if report.output_tokens != asked:
+        wrong.append(f"{report.output_tokens} output tokens came of {asked}")
+    figures = asdict(report)
+    wrong += [f"{name} is {value}" for name, value in figures.items() if not (math.isfinite(value) and value > 0)]
+    if wrong:
+        raise InsaneResult(f"{'; '.join(wrong)}: no figure is reported. The logs of server and client have the cause.")
+
+
+def _answer(url: str, model: str) -> str:
+    prompt = f"{PASSAGE.read_text()}\nQuestion: {QUESTION}\nAnswer:"
+    request = {"model": model, "prompt": prompt, "max_tokens": _ANSWER_TOKENS, "temperature": 0, "ignore_eos": True}
+    text: str = call(f"{url}/v1/completions", request)["choices"][0]["text"]
+    return text
