@@ -9,8 +9,8 @@ from typing import Any
 
 from kvarn.bench.report import is_serving
 from kvarn.bench.rows import Row
-from kvarn.svg import COLOURS, GRID, document, legend, line, point, text
 from kvarn.presets import is_preset_name
+from kvarn.svg import COLOURS, GRID, document, legend, line, point, text
 
 _WIDTH, _HEIGHT, _LEGEND = 440, 340, 26
 _LEFT, _RIGHT, _TOP, _BOTTOM = 48, 110, 34, 40

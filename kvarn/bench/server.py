@@ -26,6 +26,7 @@ _LOG_TAIL_LINES = 25
 _POLITE_STOP_S = 15
 _ANSWER_TIMEOUT_S = 600
 _PROGRESS_EVERY_S = 15
+_POLL_S = 0.2
 
 
 class ServerError(KVarNError):
@@ -128,7 +129,7 @@ def wait_until_healthy(server: Server, timeout_s: float) -> None:
         if now - told >= every:
             told = now
             _say(f"starting: {now - began:.0f} s", end="\r" if every == 1 else "\n")
-        time.sleep(1)
+        time.sleep(_POLL_S)
     _say(f"healthy after {time.monotonic() - began:.0f} s")
 
 

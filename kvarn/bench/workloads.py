@@ -116,8 +116,8 @@ def runs(workload: Workload, scale: float, baseline_tokens: int, longest: int) -
 
     Args:
         workload: the workload.
-        scale: factor on lengths and numbers of requests. Only 1 measures the load that its name says; less tries the
-            machinery on a small machine, and need not exceed what the baseline holds.
+        scale: factor on lengths, and on numbers of requests where these don't follow from the capacity. Only 1
+            measures the load that a workload's name says; less tries the machinery on a small machine.
         baseline_tokens: tokens that the baseline's cache holds, so that every cache dtype gets the same load.
         longest: most tokens of a request, its answer included.
 
@@ -130,7 +130,10 @@ def runs(workload: Workload, scale: float, baseline_tokens: int, longest: int) -
     own = _scaled(workload.input_tokens - workload.prefix_tokens, scale, _MIN_PROMPT_TOKENS)
     output = _scaled(workload.output_tokens, scale, _MIN_OUTPUT_TOKENS)
     _check_length(workload.name, prefix + own + output, longest)
-    sessions = max(1, round(_sessions(workload, baseline_tokens) * scale))
+    if workload.fills:
+        sessions = math.ceil(workload.fills * baseline_tokens / (prefix or own + output))
+    else:
+        sessions = max(1, round(workload.requests * scale))
     return [
         Run(
             input_tokens=prefix + own,
@@ -184,13 +187,6 @@ def _slope_runs(workload: Workload, scale: float, baseline_tokens: int, longest:
         )
         for index, context in enumerate(fitting)
     ]
-
-
-def _sessions(workload: Workload, baseline_tokens: int) -> int:
-    if not workload.fills:
-        return workload.requests // workload.turns
-    kept = workload.prefix_tokens or workload.input_tokens + workload.output_tokens
-    return math.ceil(workload.fills * baseline_tokens / kept)
 
 
 def _scaled(tokens: int, scale: float, least: int) -> int:

@@ -35,9 +35,7 @@ def add_parser(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--dtypes", required=True, help="cache dtypes, with commas; auto, the baseline, comes first")
     parser.add_argument("--workload", required=True, help="names with commas (docs/benchmarks.md); slope, all")
     parser.add_argument("--out", type=Path, required=True, help="result file; what stands in it isn't measured again")
-    parser.add_argument(
-        "--scale", type=float, default=1.0, help="factor on lengths and requests; below 1 to try things"
-    )
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the size of workloads, to try things")
     parser.add_argument("--port", type=int, help="of the server (default: 30000, or any free one)")
     parser.add_argument("--timeout", type=float, default=_START_TIMEOUT_S, help="seconds until a server is healthy")
     parser.add_argument("--client-timeout", type=float, default=_CLIENT_TIMEOUT_S, help="seconds for a client's run")

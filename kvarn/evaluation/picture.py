@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 from kvarn.evaluation.names import family, is_variant_name
 from kvarn.evaluation.report import Row, by_series
-from kvarn.svg import COLOURS, GRID, document, legend, line, point, text
 from kvarn.presets import is_preset_name
+from kvarn.svg import COLOURS, GRID, document, legend, line, point, text
 
 _WIDTH, _HEIGHT = 340, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 34, 40
