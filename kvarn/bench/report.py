@@ -13,7 +13,7 @@ BEGIN = "<!-- kvarn plot serving: begin -->"
 END = "<!-- kvarn plot serving: end -->"
 NOT_MEASURED = "Not measured yet: there is no result file with rows at scale 1.\n"
 _HEADER = (
-    "| Cache | KV tokens | of the baseline | tokens/s | of the baseline | first token ms, p50 / p99 "
+    "| Cache | KV tokens (planned) | of the baseline | tokens/s | of the baseline | first token ms, p50 / p99 "
     "| between tokens ms, p50 / p99 | slope us per 1,000 tokens | prefix hits | preemptions |",
     "|---|---|---|---|---|---|---|---|---|---|",
 )
@@ -92,7 +92,7 @@ def _title(series: tuple[str, str, str, float, str], workload: str) -> str:
 def _line(row: Row) -> str:
     cells = [
         f"**`{row['dtype']}`**" if is_preset_name(row["dtype"]) else f"`{row['dtype']}`",
-        f"{row['kv_tokens']:,}",
+        f"{row['kv_tokens']:,}" + (f" ({row['kv_tokens_planned']:,})" if row["kv_tokens_planned"] else ""),
         f"{row['capacity_ratio']:.2f}",
         f"{row['tok_s']:,.1f}",
         f"{row['tok_s_ratio']:.2f}",

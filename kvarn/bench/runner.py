@@ -7,9 +7,11 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from kvarn import results
 from kvarn.bench.engines import CacheFacts, ClientReport, Counters, Engine
+from kvarn.bench.planned import model_dtype, planned_tokens
 from kvarn.bench.rows import BASELINE, Measured, Row, Setting, find, row_of
 from kvarn.bench.sanity import check_answer, check_report
 from kvarn.bench.server import (
@@ -25,6 +27,7 @@ from kvarn.bench.server import (
     wait_until_healthy,
 )
 from kvarn.bench.workloads import Run, Workload, runs
+from kvarn.checkpoint import describe
 from kvarn.errors import KVarNError
 
 # Compiles and warms what the first requests would wait for; as many as a small batch, longer than a tile.
@@ -39,6 +42,7 @@ class Bench:
     Args:
         engine: the engine.
         model: checkpoint folder or hub name.
+        config: the model's configuration, as in config.json.
         setting: what rows have in common.
         arguments: for the server of every cache dtype alike.
         cuda: whether the server runs on a GPU.
@@ -52,6 +56,7 @@ class Bench:
 
     engine: Engine
     model: str
+    config: Mapping[str, Any]
     setting: Setting
     arguments: tuple[str, ...]
     cuda: bool
@@ -100,8 +105,10 @@ class Bench:
             self._say_answer(dtype, answer)
             drive = _Client(self, server, environment, dtype)
             drive(replace(_WARM_UP, input_tokens=_fitting(_WARM_UP, facts)), "warm-up")
+            planned = self._planned(dtype, command, facts)
             for workload in workloads:
-                self._write(dtype, workload, self._load(drive, workload, facts), facts, answer)
+                row = self._row(dtype, workload, self._load(drive, workload, facts), facts)
+                self._write({**row, "kv_tokens_planned": planned, "answer": answer})
 
     def _load(self, drive: _Client, workload: Workload, facts: CacheFacts) -> list[Measured]:
         """Run one workload."""
@@ -121,16 +128,18 @@ class Bench:
         found = [row for row in results.read(self.out) if self.setting.has(row) and row["dtype"] == BASELINE]
         return int(found[0]["kv_tokens"]) if found else facts.tokens
 
-    def _write(
-        self, dtype: str, workload: Workload, measured: Sequence[Measured], facts: CacheFacts, answer: str
-    ) -> None:
-        rows = results.read(self.out)
-        baseline = find(rows, self.setting, BASELINE, workload.name)
-        row = row_of(self.setting, dtype, workload.name, measured, facts.tokens, baseline)
-        results.write(self.out, [*rows, {**row, "answer": answer}], self.engine.name)
-        self.say(
-            f"{dtype}, {workload.name}: {row['tok_s']:.1f} output tokens/s, {row['tok_s_ratio']:.2f} of {BASELINE}"
-        )
+    def _planned(self, dtype: str, command: Sequence[str], facts: CacheFacts) -> int | None:
+        model = describe(self.config, model_dtype(command))
+        return planned_tokens(dtype, model, facts, self._baseline_tokens(facts))
+
+    def _row(self, dtype: str, workload: Workload, measured: Sequence[Measured], facts: CacheFacts) -> Row:
+        baseline = find(results.read(self.out), self.setting, BASELINE, workload.name)
+        return row_of(self.setting, dtype, workload.name, measured, facts.tokens, baseline)
+
+    def _write(self, row: Row) -> None:
+        results.write(self.out, [*results.read(self.out), row], self.engine.name)
+        ratio = f"{row['tok_s_ratio']:.2f} of {BASELINE}"
+        self.say(f"{row['dtype']}, {row['workload']}: {row['tok_s']:.1f} output tokens/s, {ratio}")
 
     def _say_answer(self, dtype: str, answer: str) -> None:
         self.say(f"{dtype} answers    {answer!r}")

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from kvarn import results
 from kvarn.errors import KVarNError
 
 if TYPE_CHECKING:
@@ -83,6 +84,7 @@ def _bench(args: argparse.Namespace, model: str) -> Bench:
     from kvarn.bench.rows import Setting
     from kvarn.bench.runner import Bench
     from kvarn.bench.shapes import DUMMY_FLAGS
+    from kvarn.checkpoint import read_config
 
     dummy = bool(args.shape) or "dummy" in args.arguments
     setting = Setting(
@@ -90,11 +92,12 @@ def _bench(args: argparse.Namespace, model: str) -> Bench:
         model=args.shape or Path(args.model).name,
         weights="dummy" if dummy else "real",
         scale=args.scale,
-        arguments=shlex.join(args.arguments),
+        arguments=shlex.join(map(results.without_folder, args.arguments)),
     )
     return Bench(
         engine=ENGINES[args.engine],
         model=model,
+        config=read_config(model),
         setting=setting,
         arguments=(*(DUMMY_FLAGS if args.shape else ()), *args.arguments),
         cuda=torch.cuda.is_available(),

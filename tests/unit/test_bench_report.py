@@ -6,8 +6,13 @@ import json
 import xml.etree.ElementTree
 from pathlib import Path
 
+import pytest
+
+from kvarn.bench.engines import CacheFacts
 from kvarn.bench.picture import kl_of, picture
+from kvarn.bench.planned import model_dtype, planned_tokens
 from kvarn.bench.report import NOT_MEASURED, losing_cases, table, tables
+from kvarn.checkpoint import describe
 from kvarn.cli.main import main
 
 ROOT = Path(__file__).parents[2]
@@ -16,21 +21,40 @@ SERVING = sorted(RESULTS.glob("serving-*.json"))
 # Where the KL of a cache dtype is looked up, in this order.
 QUALITY = [RESULTS / "vllm-h100.json", RESULTS / "quality.json"]
 PRESET = "kvarn_k4v2_g128"
+# The model of the committed engine results, as its config.json says it.
+QWEN2 = {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "hidden_size": 1536}
+
+
+@pytest.mark.parametrize(("engine", "requests"), [("sglang", 64), ("vllm", None)])
+def test_the_plan_beside_a_row_is_within_a_percent_of_what_engines_announced(engine: str, requests: int | None) -> None:
+    rows = json.loads((RESULTS / f"{engine}-h100.json").read_text())["rows"]
+    announced = {row["dtype"]: row["kv_tokens"] for row in rows}
+    facts = CacheFacts(engine, "m", PRESET, announced[PRESET], longest=32768, requests=requests)
+    model = describe({**QWEN2, "architectures": ["Qwen2ForCausalLM"]}, "float16")
+    planned = planned_tokens(PRESET, model, facts, announced["float16"])
+    assert planned == pytest.approx(announced[PRESET], rel=0.01)
+    assert planned_tokens("fp8", model, facts, announced["float16"]) is None
+
+
+def test_the_last_dtype_of_a_command_is_the_models() -> None:
+    assert model_dtype(["--dtype", "float32", "--dtype", "half"]) == "float16"
+    assert model_dtype(["--kv-cache-dtype", "float32"]) is None
 
 
 def row(dtype: str, workload: str = "burst", **more: object) -> dict[str, object]:
     setting = {"engine": "vllm", "model": "m", "weights": "dummy", "scale": 1.0, "arguments": "--x 1"}
     figures = {"ttft_p50_ms": 10.0, "ttft_p99_ms": 20.0, "itl_p50_ms": 3.0, "itl_p99_ms": 4.0}
-    capacity = {"kv_tokens": 1000, "capacity_ratio": 1.0, "tok_s": 50.0, "tok_s_ratio": 1.0}
+    capacity = {"kv_tokens": 1000, "kv_tokens_planned": None, "capacity_ratio": 1.0, "tok_s": 50.0, "tok_s_ratio": 1.0}
     counted = {"slope_us_per_ktoken": None, "hit_rate": 0.5, "preemptions": 2}
     return {**setting, "dtype": dtype, "workload": workload, **capacity, **figures, **counted, **more}
 
 
 def test_a_table_has_the_baseline_first_and_every_figure() -> None:
-    ours = row(PRESET, kv_tokens=4500, capacity_ratio=4.5, tok_s=99.0, tok_s_ratio=1.98, slope_us_per_ktoken=7.125)
+    figures = {"capacity_ratio": 4.5, "tok_s": 99.0, "tok_s_ratio": 1.98, "slope_us_per_ktoken": 7.125}
+    ours = row(PRESET, kv_tokens=4500, kv_tokens_planned=4498, **figures)
     made = table([ours, row("auto")])
     assert "### vllm, m with random weights, burst, `--x 1`" in made
-    assert f"| **`{PRESET}`** | 4,500 | 4.50 | 99.0 | 1.98 | 10 / 20 | 3.00 / 4.00 | 7.12 | 50.0% | 2 |" in made
+    assert f"| **`{PRESET}`** | 4,500 (4,498) | 4.50 | 99.0 | 1.98 | 10 / 20 | 3.00 / 4.00 | 7.12 | 50.0% | 2 |" in made
     assert made.index("| `auto` | 1,000 |") < made.index(PRESET)
 
 

@@ -13,6 +13,7 @@ import pytest
 from kvarn.bench.rows import Setting
 from kvarn.bench.runner import Bench
 from kvarn.bench.server import choose_port
+from kvarn.bench.shapes import SHAPES, config_of
 from kvarn.bench.workloads import named
 from kvarn.errors import KVarNError
 
@@ -35,6 +36,7 @@ def bench_of(engine: fake.FakeEngine, said: list[str] | None = None, setting: Se
     return Bench(
         engine=engine,
         model="m",
+        config=config_of(SHAPES["qwen3-8b"]),
         setting=setting,
         arguments=(),
         cuda=False,
