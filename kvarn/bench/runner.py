@@ -13,7 +13,7 @@ from kvarn import results
 from kvarn.bench.engines import CacheFacts, ClientReport, Counters, Engine
 from kvarn.bench.planned import model_dtype, planned_tokens
 from kvarn.bench.rows import BASELINE, Measured, Row, Setting, find, row_of
-from kvarn.bench.sanity import check_answer, check_report
+from kvarn.bench.sanity import check_answer, check_cached, check_report
 from kvarn.bench.server import (
     HOST,
     Server,
@@ -120,7 +120,9 @@ class Bench:
                 drive(replace(run, output_tokens=_FILL_OUTPUT_TOKENS), f"{label}-fill")
             before = drive.counters()
             report = drive(run, label)
-            measured.append(Measured(run, report, drive.counters().since(before)))
+            counted = drive.counters().since(before)
+            check_cached(counted, run)
+            measured.append(Measured(run, report, counted))
         return measured
 
     def _baseline_tokens(self, facts: CacheFacts) -> int:

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict
 from pathlib import Path
 
-from kvarn.bench.engines import ClientReport
+from kvarn.bench.engines import ClientReport, Counters
 from kvarn.bench.server import call
 from kvarn.bench.workloads import Run
 from kvarn.errors import KVarNError
@@ -15,6 +15,8 @@ from kvarn.errors import KVarNError
 PASSAGE = Path(__file__).with_name("passage.txt")
 QUESTION = "What is the name of the lighthouse keeper?"
 _ANSWER_TOKENS = 24
+# Prefix hits come in whole tiles or blocks, of 128 tokens at most by default.
+_SURELY_FOUND_TOKENS = 1024
 
 
 class InsaneResult(KVarNError):
@@ -59,6 +61,26 @@ def check_report(report: ClientReport, run: Run) -> None:
     wrong += [f"{name} is {value}" for name, value in figures.items() if not (math.isfinite(value) and value > 0)]
     if wrong:
         raise InsaneResult(f"{'; '.join(wrong)}: no figure is reported. The logs of server and client have the cause.")
+
+
+def check_cached(counted: Counters, run: Run) -> None:
+    """Check that prompts which were to be in the cache were found there.
+
+    Args:
+        counted: by the server, during the run.
+        run: the run; one whose prompts are shorter than a few tiles or blocks is not judged.
+
+    Raises:
+        InsaneResult: fewer than half of the prompt tokens were found.
+    """
+    if not run.cached or run.input_tokens < _SURELY_FOUND_TOKENS:
+        return
+    if counted.hit_tokens < counted.prompt_tokens / 2 or not counted.prompt_tokens:
+        raise InsaneResult(
+            f"{counted.hit_tokens:g} of {counted.prompt_tokens:g} prompt tokens were found in the cache that a run "
+            "before had filled, so that latencies would be those of prompts: no figure is reported. Let the server "
+            "keep its prefix cache, and count what it finds."
+        )
 
 
 def _answer(url: str, model: str) -> str:

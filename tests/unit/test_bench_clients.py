@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from kvarn.bench.engines import ENGINES, ClientReport, Counters, total
-from kvarn.bench.sanity import InsaneResult, check_report
+from kvarn.bench.sanity import InsaneResult, check_cached, check_report
 from kvarn.bench.server import ServerError
 from kvarn.bench.workloads import WORKLOADS, Run, runs
 
@@ -25,21 +25,22 @@ HERE = Path(__file__).parent
 SAMPLES = HERE / "bench_samples"
 SGLANG, VLLM = ENGINES["sglang"], ENGINES["vllm"]
 PLAIN = Run(64, 8, 3, rate=0, concurrency=2, prefix_tokens=0, sessions=0, seed=7)
-SHARED = Run(316, 8, 4, rate=0, concurrency=1, prefix_tokens=300, sessions=2, seed=7)
+# What wrote each sample: tokens in and out, and requests.
 REPORTS = [
-    (SGLANG, "sglang-random.json", PLAIN),
-    (SGLANG, "sglang-shared.json", SHARED),
-    (VLLM, "vllm-random.json", PLAIN),
-    (VLLM, "vllm-shared.json", SHARED),
+    (SGLANG, "sglang-random.json", (64, 8, 3)),
+    (SGLANG, "sglang-shared.json", (316, 8, 4)),
+    (VLLM, "vllm-random.json", (328, 20, 17)),
+    (VLLM, "vllm-shared.json", (180, 4, 208)),
 ]
 REPORT = ClientReport(3, 24, 1.0, 1.0, 1.0, 1.0, 1.0)
 
 
-@pytest.mark.parametrize(("engine", "sample", "run"), REPORTS, ids=[sample for _, sample, _ in REPORTS])
-def test_what_a_client_wrote_is_read(engine, sample, run):
+@pytest.mark.parametrize(("engine", "sample", "asked"), REPORTS, ids=[sample for _, sample, _ in REPORTS])
+def test_what_a_client_wrote_is_read(engine, sample, asked):
     said = json.loads((SAMPLES / sample).read_text())
     report = engine.report(SAMPLES / sample)
-    check_report(report, run)
+    tokens_in, tokens_out, requests = asked
+    check_report(report, replace(PLAIN, input_tokens=tokens_in, output_tokens=tokens_out, requests=requests))
     assert report.output_tokens / report.duration_s == pytest.approx(said["output_throughput"])
     assert report.ttft_p50_ms <= report.ttft_p99_ms
     assert report.itl_p50_ms <= report.itl_p99_ms
@@ -67,6 +68,16 @@ def test_reports_with_something_missing_are_refused(report, word):
     check_report(REPORT, PLAIN)
     with pytest.raises(InsaneResult, match=word):
         check_report(report, PLAIN)
+
+
+def test_prompts_that_should_be_in_the_cache_must_be_found_there():
+    cached = replace(PLAIN, input_tokens=1024, cached=True)
+    check_cached(Counters(896, 1024, 0), cached)
+    for counted in (Counters(500, 1024, 0), Counters(0, 0, 0)):
+        with pytest.raises(InsaneResult, match="found in the cache"):
+            check_cached(counted, cached)
+        check_cached(counted, replace(cached, cached=False))
+        check_cached(counted, replace(cached, input_tokens=128))
 
 
 def test_what_servers_counted_is_read_from_their_own_words():
