@@ -40,6 +40,7 @@ SHAPES = {
 }
 _HEAD_DIM = 128
 _VOCABULARY = 151936
+_LEAST_VOCABULARY = 150000
 # The longest context of a slope and its answer.
 _POSITIONS = 129 * 1024
 
@@ -78,10 +79,9 @@ def write_checkpoint(name: str, tokenizer: Path, folder: Path) -> Path:
         folder: where the checkpoint folder is made, under the shape's name.
 
     Raises:
-        KVarNError: there is no tokenizer.json in that folder.
+        KVarNError: there is no tokenizer.json in that folder, or it has far fewer tokens than the model.
     """
-    if not (tokenizer / "tokenizer.json").is_file():
-        raise KVarNError(f"{tokenizer} has no tokenizer.json; name a folder that has one with --tokenizer.")
+    _check_tokenizer(tokenizer / "tokenizer.json")
     made = folder / name
     made.mkdir(parents=True)
     (made / "config.json").write_text(json.dumps(config_of(SHAPES[name]), indent=1))
@@ -89,3 +89,16 @@ def write_checkpoint(name: str, tokenizer: Path, folder: Path) -> Path:
         if path.suffix in _TOKENIZER_ENDINGS and path.name not in _NOT_TOKENIZER and "safetensors" not in path.name:
             shutil.copyfile(path, made / path.name)
     return made
+
+
+def _check_tokenizer(path: Path) -> None:
+    if not path.is_file():
+        raise KVarNError(f"{path.parent} has no {path.name}; name a folder that has one with --tokenizer.")
+    tokens = len(json.loads(path.read_text())["model"]["vocab"])
+    # Random weights answer with any token, and servers can't write one that the tokenizer lacks.
+    if tokens < _LEAST_VOCABULARY:
+        raise KVarNError(
+            f"The tokenizer in {path.parent} has {tokens} tokens and the model {_VOCABULARY}, so that its answers "
+            f"could not be written; name a folder with --tokenizer whose tokenizer has {_LEAST_VOCABULARY} or more, "
+            "such as one of Qwen2.5 or Qwen3."
+        )

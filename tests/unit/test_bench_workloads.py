@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from kvarn.bench.shapes import SHAPES, config_of, write_checkpoint
+from kvarn.bench.shapes import write_checkpoint
 from kvarn.bench.workloads import WORKLOADS, named, runs, slope
 from kvarn.checkpoint import describe, read_config
 from kvarn.core.support import DeviceFacts, unsupported_reasons
@@ -92,8 +92,9 @@ def test_a_shape_is_a_checkpoint_that_can_be_planned_and_served(
 ) -> None:
     tokenizer = tmp_path / "tokenizer"
     tokenizer.mkdir()
-    for file in ("tokenizer.json", "tokenizer_config.json", "config.json", "model.safetensors.index.json", "a.bin"):
+    for file in ("tokenizer_config.json", "config.json", "model.safetensors.index.json", "a.bin"):
         (tokenizer / file).write_text("{}")
+    write_tokenizer(tokenizer, 151_000)
     made = write_checkpoint(name, tokenizer, tmp_path)
     assert sorted(path.name for path in made.iterdir()) == ["config.json", "tokenizer.json", "tokenizer_config.json"]
     found = describe(read_config(str(made)))
@@ -102,7 +103,14 @@ def test_a_shape_is_a_checkpoint_that_can_be_planned_and_served(
     assert found.layers * found.kv_heads * 2 * found.facts.head_dim * found.raw_bytes == bytes_a_token
 
 
-def test_a_shape_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+def write_tokenizer(folder: Path, tokens: int) -> None:
+    vocabulary = {str(number): number for number in range(tokens)}
+    (folder / "tokenizer.json").write_text(json.dumps({"model": {"vocab": vocabulary}}))
+
+
+def test_a_shape_without_a_tokenizer_of_its_size_is_refused(tmp_path: Path) -> None:
     with pytest.raises(KVarNError, match=r"no tokenizer.json"):
         write_checkpoint("qwen3-8b", tmp_path, tmp_path)
-    assert json.dumps(config_of(SHAPES["qwen3-32b"]))
+    write_tokenizer(tmp_path, 49_152)
+    with pytest.raises(KVarNError, match="has 49152 tokens"):
+        write_checkpoint("qwen3-8b", tmp_path, tmp_path)
