@@ -27,8 +27,8 @@ SGLANG, VLLM = ENGINES["sglang"], ENGINES["vllm"]
 PLAIN = Run(64, 8, 3, rate=0, concurrency=2, prefix_tokens=0, sessions=0, seed=7)
 # What wrote each sample: tokens in and out, and requests.
 REPORTS = [
-    (SGLANG, "sglang-random.json", (64, 8, 3)),
-    (SGLANG, "sglang-shared.json", (316, 8, 4)),
+    (SGLANG, "sglang-random.json", (819, 51, 5)),
+    (SGLANG, "sglang-shared.json", (426, 6, 60)),
     (VLLM, "vllm-random.json", (328, 20, 17)),
     (VLLM, "vllm-shared.json", (180, 4, 208)),
 ]
