@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Sequence
 
 from kvarn.bench.engines import CacheFacts
 from kvarn.checkpoint import Checkpoint
 from kvarn.core.capacity import cache_shape, plan_blocks, plan_capacity
+from kvarn.errors import CapacityError
 from kvarn.presets import get_preset, is_preset_name
 
 # vLLM counts parts of requests of the longest context.
@@ -24,7 +26,8 @@ def planned_tokens(dtype: str, model: Checkpoint, facts: CacheFacts, baseline_to
         baseline_tokens: tokens that the baseline's server said to hold.
 
     Returns:
-        The tokens; None if the dtype is no preset, or vLLM's longest request is not known.
+        The tokens; None if the dtype is no preset, vLLM's longest request is not known, or nothing should fit, as where
+        a server was told tokens and not memory.
     """
     if not is_preset_name(dtype):
         return None
@@ -34,7 +37,9 @@ def planned_tokens(dtype: str, model: Checkpoint, facts: CacheFacts, baseline_to
     )
     budget = baseline_tokens * shape.raw_bytes_per_token
     if facts.requests is not None:
-        return plan_capacity(shape, budget, facts.requests).tokens
+        with contextlib.suppress(CapacityError):
+            return plan_capacity(shape, budget, facts.requests).tokens
+        return None
     if facts.longest is None:
         return None
     return plan_blocks(shape, _PARTS * budget, facts.longest) * facts.longest // _PARTS

@@ -36,6 +36,12 @@ def test_the_plan_beside_a_row_is_within_a_percent_of_what_engines_announced(eng
     assert planned_tokens("fp8", model, facts, announced["float16"]) is None
 
 
+def test_nothing_is_planned_where_nothing_should_fit() -> None:
+    model = describe({**QWEN2, "architectures": ["Qwen2ForCausalLM"]}, "float16")
+    facts = CacheFacts("sglang", "m", PRESET, 2048, longest=2048, requests=64)
+    assert planned_tokens(PRESET, model, facts, 2048) is None
+
+
 def test_the_last_dtype_of_a_command_is_the_models() -> None:
     assert model_dtype(["--dtype", "float32", "--dtype", "half"]) == "float16"
     assert model_dtype(["--kv-cache-dtype", "float32"]) is None
