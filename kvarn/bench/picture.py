@@ -66,7 +66,7 @@ def _panels(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     panels: dict[str, list[Row]] = {}
     for row in rows:
         if is_serving(row) and row["workload"] == _WORKLOAD:
-            panels.setdefault(f"{row['engine']}, {row['model']}, {_WORKLOAD}", []).append(row)
+            panels.setdefault(f"{row['engine']}, {row['model']}, {row['gpu']}, {_WORKLOAD}", []).append(row)
     return sorted(panels.items())
 
 

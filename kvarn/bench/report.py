@@ -78,13 +78,14 @@ def _by_load(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     ]
 
 
-def _series(row: Row) -> tuple[str, str, str, float, str]:
-    return row["engine"], row["model"], row["weights"], row["scale"], row["arguments"]
+def _series(row: Row) -> tuple[str, str, str, str, float, str]:
+    return row["engine"], row["model"], row["weights"], row["gpu"], row["scale"], row["arguments"]
 
 
-def _title(series: tuple[str, str, str, float, str], workload: str) -> str:
-    engine, model, weights, scale, arguments = series
+def _title(series: tuple[str, str, str, str, float, str], workload: str) -> str:
+    engine, model, weights, gpu, scale, arguments = series
     parts = [engine, model if weights == "real" else f"{model} with random weights", workload]
+    parts += [gpu] if gpu != "none" else []
     parts += [f"scale {scale:g}"] if scale != 1 else []
     return ", ".join([*parts, *([f"`{arguments}`"] if arguments else [])])
 

@@ -22,6 +22,7 @@ class Setting:
         engine: name of the engine.
         model: name of the model or shape.
         weights: real, or dummy for random ones.
+        gpu: name of the GPU, none without one.
         scale: factor on the workloads; only 1 measures the load that a workload's name says.
         arguments: of the server, beside model and cache dtype.
     """
@@ -29,6 +30,7 @@ class Setting:
     engine: str
     model: str
     weights: str
+    gpu: str
     scale: float
     arguments: str
 

@@ -34,7 +34,7 @@ def check_answer(url: str, model: str) -> str:
         InsaneResult: the two answers differ, or are empty.
         ServerError: it gave no answer.
     """
-    # Of a model with random weights the first answer may differ, because a prompt's hit is computed in other batches.
+    # The first may differ: its prompt is computed whole, and those of the others are found in the cache.
     _, first, second = (_answer(url, model) for _ in range(3))
     if first != second:
         raise InsaneResult(

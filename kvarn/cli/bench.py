@@ -86,11 +86,13 @@ def _bench(args: argparse.Namespace, model: str) -> Bench:
     from kvarn.bench.shapes import DUMMY_FLAGS
     from kvarn.checkpoint import read_config
 
+    cuda = torch.cuda.is_available()
     dummy = bool(args.shape) or "dummy" in args.arguments
     setting = Setting(
         engine=args.engine,
         model=args.shape or Path(args.model).name,
         weights="dummy" if dummy else "real",
+        gpu=torch.cuda.get_device_name() if cuda else "none",
         scale=args.scale,
         arguments=shlex.join(map(results.without_folder, args.arguments)),
     )
@@ -100,7 +102,7 @@ def _bench(args: argparse.Namespace, model: str) -> Bench:
         config=read_config(model),
         setting=setting,
         arguments=(*(DUMMY_FLAGS if args.shape else ()), *args.arguments),
-        cuda=torch.cuda.is_available(),
+        cuda=cuda,
         out=args.out,
         logs=args.logs or Path(tempfile.mkdtemp(prefix="kvarn-bench-")),
         port=args.port,

@@ -48,7 +48,8 @@ def test_the_last_dtype_of_a_command_is_the_models() -> None:
 
 
 def row(dtype: str, workload: str = "burst", **more: object) -> dict[str, object]:
-    setting = {"engine": "vllm", "model": "m", "weights": "dummy", "scale": 1.0, "arguments": "--x 1"}
+    named = {"engine": "vllm", "model": "m", "weights": "dummy", "gpu": "H100"}
+    setting = {**named, "scale": 1.0, "arguments": "--x 1"}
     figures = {"ttft_p50_ms": 10.0, "ttft_p99_ms": 20.0, "itl_p50_ms": 3.0, "itl_p99_ms": 4.0}
     capacity = {"kv_tokens": 1000, "kv_tokens_planned": None, "capacity_ratio": 1.0, "tok_s": 50.0, "tok_s_ratio": 1.0}
     counted = {"slope_us_per_ktoken": None, "hit_rate": 0.5, "preemptions": 2}
@@ -59,7 +60,7 @@ def test_a_table_has_the_baseline_first_and_every_figure() -> None:
     figures = {"capacity_ratio": 4.5, "tok_s": 99.0, "tok_s_ratio": 1.98, "slope_us_per_ktoken": 7.125}
     ours = row(PRESET, kv_tokens=4500, kv_tokens_planned=4498, **figures)
     made = table([ours, row("auto")])
-    assert "### vllm, m with random weights, burst, `--x 1`" in made
+    assert "### vllm, m with random weights, burst, H100, `--x 1`" in made
     assert f"| **`{PRESET}`** | 4,500 (4,498) | 4.50 | 99.0 | 1.98 | 10 / 20 | 3.00 / 4.00 | 7.12 | 50.0% | 2 |" in made
     assert made.index("| `auto` | 1,000 |") < made.index(PRESET)
 

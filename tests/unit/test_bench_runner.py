@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import fake_serving as fake
@@ -18,7 +19,7 @@ from kvarn.bench.workloads import named
 from kvarn.errors import KVarNError
 
 PRESET = "kvarn_k4v2_g128"
-SETTING = Setting("fake", "m", "real", scale=0.02, arguments="--memory 1")
+SETTING = Setting("fake", "m", "real", "none", scale=0.02, arguments="--memory 1")
 # Keys that issue 8 asks for.
 KEYS = {
     *("engine", "dtype", "workload", "kv_tokens", "capacity_ratio", "tok_s", "tok_s_ratio", "ttft_p50_ms"),
@@ -144,9 +145,10 @@ def test_only_what_has_no_row_is_measured(tmp_path: Path) -> None:
     assert rows_in(more)[-1]["tok_s_ratio"] == 2
 
 
-def test_rows_of_another_setting_do_not_count(tmp_path: Path) -> None:
+@pytest.mark.parametrize("change", [{"arguments": "--memory 2"}, {"gpu": "H200"}], ids=str)
+def test_rows_of_another_setting_do_not_count(tmp_path: Path, change: dict[str, str]) -> None:
     bench_of(fake.FakeEngine(tmp_path, {})).run([], named("short"))
     other = fake.FakeEngine(tmp_path, {})
-    rows = bench_of(other, setting=Setting("fake", "m", "real", 0.02, "--memory 2")).run([], named("short"))
+    rows = bench_of(other, setting=replace(SETTING, **change)).run([], named("short"))
     assert other.started == ["auto"]
     assert (len(rows), len(rows_in(other))) == (1, 2)
