@@ -18,7 +18,6 @@ from pathlib import Path
 
 from kvarn.bench.engines import ENGINES
 from kvarn.bench.server import (
-    DEFAULT_PORT,
     HOST,
     Server,
     ServerError,
@@ -32,6 +31,7 @@ from kvarn.errors import KVarNError
 from kvarn.presets import PRESETS, get_preset, is_preset_name
 from serve_report import report
 
+DEFAULT_PORT = 30000
 TOOLS = Path(__file__).resolve().parent
 LOGS = TOOLS.parent / "build"
 # What SGLang lacks without a GPU.
@@ -90,7 +90,7 @@ def has_cuda() -> bool:
 @contextlib.contextmanager
 def served(args: argparse.Namespace, model: str, flags: list[str]) -> Iterator[Server]:
     """Start the server; stop all of it at the end."""
-    cuda, port = has_cuda(), choose_port(args.port)
+    cuda, port = has_cuda(), choose_port(args.port, DEFAULT_PORT)
     engine = ENGINES[args.engine]
     command = [*engine.command(model, args.kv_cache_dtype, HOST, port, cuda=cuda), *flags]
     environment = engine.environment(model, cuda=cuda)

@@ -21,7 +21,8 @@ from typing import Any, NoReturn
 from kvarn.errors import KVarNError
 
 HOST = "127.0.0.1"
-DEFAULT_PORT = 30000
+ANY_PORT = 0
+"""Where a port is to be bound: one that is free."""
 _LOG_TAIL_LINES = 25
 _POLITE_STOP_S = 15
 _ANSWER_TIMEOUT_S = 600
@@ -48,13 +49,13 @@ class Server:
     log: Path
 
 
-def choose_port(asked: int | None = None) -> int:
-    """Return the port asked for, the default one, or, if that is taken, any free one.
+def choose_port(asked: int | None, preferred: int = ANY_PORT) -> int:
+    """Return the port asked for; if none is, the preferred one or, where that is taken, any free one.
 
     Raises:
         ServerError: the port asked for is taken.
     """
-    for port in (asked or DEFAULT_PORT, 0):
+    for port in (asked or preferred, ANY_PORT):
         with socket.socket() as probe, contextlib.suppress(OSError):
             probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             probe.bind((HOST, port))
@@ -130,6 +131,8 @@ def wait_until_healthy(server: Server, timeout_s: float) -> None:
             told = now
             _say(f"starting: {now - began:.0f} s", end="\r" if every == 1 else "\n")
         time.sleep(_POLL_S)
+    # Else another's server at the same port may be the one that answered.
+    check_alive(server)
     _say(f"healthy after {time.monotonic() - began:.0f} s")
 
 

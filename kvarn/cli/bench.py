@@ -37,7 +37,7 @@ def add_parser(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     parser.add_argument("--workload", required=True, help="names with commas (docs/benchmarks.md); slope, all")
     parser.add_argument("--out", type=Path, required=True, help="result file; what stands in it isn't measured again")
     parser.add_argument("--scale", type=float, default=1.0, help="factor on the size of workloads, to try things")
-    parser.add_argument("--port", type=int, help="of the server (default: 30000, or any free one)")
+    parser.add_argument("--port", type=int, help="of the server (default: any free one)")
     parser.add_argument("--timeout", type=float, default=_START_TIMEOUT_S, help="seconds until a server is healthy")
     parser.add_argument("--client-timeout", type=float, default=_CLIENT_TIMEOUT_S, help="seconds for a client's run")
     parser.add_argument("--logs", type=Path, metavar="DIR", help="for logs (default: a folder for temporary files)")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,7 @@ import pytest
 
 from kvarn.bench.rows import Setting
 from kvarn.bench.runner import Bench
-from kvarn.bench.server import choose_port
+from kvarn.bench.server import HOST, choose_port
 from kvarn.bench.shapes import SHAPES, config_of
 from kvarn.bench.workloads import named
 from kvarn.errors import KVarNError
@@ -43,7 +44,7 @@ def bench_of(engine: fake.FakeEngine, said: list[str] | None = None, setting: Se
         cuda=False,
         out=engine.folder / "rows.json",
         logs=engine.folder / "logs",
-        port=choose_port(),
+        port=None,
         start_timeout_s=60,
         client_timeout_s=60,
         say=(said if said is not None else []).append,
@@ -152,3 +153,14 @@ def test_rows_of_another_setting_do_not_count(tmp_path: Path, change: dict[str, 
     rows = bench_of(other, setting=replace(SETTING, **change)).run([], named("short"))
     assert other.started == ["auto"]
     assert (len(rows), len(rows_in(other))) == (1, 2)
+
+
+def test_a_port_asked_for_must_be_free_and_a_preferred_one_need_not() -> None:
+    with socket.socket() as taken:
+        taken.bind((HOST, 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        with pytest.raises(KVarNError, match=f"Port {port} .* is taken"):
+            choose_port(port)
+        assert choose_port(None, port) not in (0, port)
+    assert choose_port(None, port) == port
