@@ -33,12 +33,12 @@ serve-vllm: env-vllm ## the same with vLLM
 # Where the example's rows go; what stands in it is not measured again. The cache's memory is that of few tokens, so that
 # a small burst is more than fp16 holds.
 BENCH_OUT ?= build/bench-example.json
-BENCH_BYTES ?= 134217728
+BENCH_BYTES ?= 67108864
 
 bench-example: env-vllm ## compare a small model with and without KVarN under a small burst (BENCH_OUT=)
 	@model="$$("$(VLLM_BIN)/python" tools/fetch_model.py --model "$(MODEL)" | tail -n 1)" && \
 	"$(VLLM_BIN)/python" -m kvarn bench serve --engine vllm --model "$$model" --dtypes "$(KV_CACHE_DTYPE)" \
-	  --workload burst --scale 0.05 --out "$(BENCH_OUT)" -- --kv-cache-memory-bytes $(BENCH_BYTES) --max-model-len 2048
+	  --workload burst --scale 0.05 --out "$(BENCH_OUT)" -- --kv-cache-memory-bytes $(BENCH_BYTES) --max-model-len 1024
 
 test: lint test-vllm ## check the code and run all tests
 	$(TEST_ENV) "$(BIN)/python" -m pytest -n 2

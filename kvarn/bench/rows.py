@@ -36,7 +36,7 @@ class Setting:
 
     def has(self, row: Row) -> bool:
         """Tell whether a row was measured so."""
-        return all(row[name] == value for name, value in asdict(self).items())
+        return all(row.get(name) == value for name, value in asdict(self).items())
 
 
 @dataclass(frozen=True, slots=True)
