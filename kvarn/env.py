@@ -65,6 +65,11 @@ def commit() -> str:
     return os.environ.get("KVARN_COMMIT", "")
 
 
+def inherited() -> dict[str, str]:
+    """Return this process's environment, for the servers and clients that it starts."""
+    return dict(os.environ)
+
+
 def sglang_hooks() -> bool:
     """KVARN_SGLANG_HOOKS (0; KVarN sets it itself): a kvarn dtype was asked for in the process that launched SGLang.
 

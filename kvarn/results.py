@@ -28,7 +28,7 @@ def provenance(engine: str | None = None) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "engine": f"{engine} {_version(engine)}" if engine else "none",
-        "command": shlex.join(["python", "-m", _module(), *map(_without_folder, sys.argv[1:])]),
+        "command": shlex.join(["python", "-m", _module(), *map(without_folder, sys.argv[1:])]),
     }
 
 
@@ -46,6 +46,11 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
+def without_folder(argument: str) -> str:
+    """Return an argument as anyone may repeat it: an absolute path is only where one machine keeps a file."""
+    return Path(argument).name if os.path.isabs(argument) else argument
+
+
 def _driver() -> str:
     """Return the driver's version, told once whatever the number of GPUs."""
     return _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").partition("\n")[0]
@@ -54,11 +59,6 @@ def _driver() -> str:
 def _module() -> str:
     spec = sys.modules["__main__"].__spec__
     return spec.name.removesuffix(".__main__") if spec else Path(sys.argv[0]).name
-
-
-def _without_folder(argument: str) -> str:
-    """Return an argument as anyone may repeat it: an absolute path is only where one machine keeps a file."""
-    return Path(argument).name if os.path.isabs(argument) else argument
 
 
 def _version(package: str) -> str:

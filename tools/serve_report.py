@@ -4,61 +4,17 @@ from __future__ import annotations
 
 import json
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from kvarn.bench.engines import CacheFacts
+from kvarn.bench.sanity import PASSAGE, QUESTION
+from kvarn.bench.server import ServerError, call
 from kvarn.core.capacity import CacheShape, cache_shape
 from kvarn.presets import Preset
 
-# Long enough that most of it is read from records when the answer is written.
-PASSAGE = Path(__file__).with_name("serve_passage.txt")
-QUESTION = "What is the name of the lighthouse keeper?"
 ANSWER_TOKENS = 48
 GIB = 1 << 30
-
-
-class ServeError(Exception):
-    """What went wrong, why and what to do, in one sentence for the user."""
-
-
-def call(url: str, body: dict[str, object] | None = None) -> Any:
-    """Send a request and return the JSON of the answer."""
-    data = None if body is None else json.dumps(body).encode()
-    request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
-    try:
-        with urllib.request.urlopen(request, timeout=600) as response:
-            return json.load(response)
-    except urllib.error.HTTPError as error:
-        said = error.read().decode(errors="replace")
-        raise ServeError(f"{url} answered {error.code}: {said}; the server's log has the cause.") from error
-    except OSError as error:
-        raise ServeError(f"{url} gave no answer ({error}); the server's log has the cause.") from error
-
-
-@dataclass(frozen=True)
-class CacheFacts:
-    """What a server tells of itself."""
-
-    engine: str
-    """Name and version."""
-    model: str
-    """Under which name it serves the model."""
-    dtype: str
-    """Cache dtype."""
-    tokens: int
-    """Tokens that its cache holds."""
-    ranks: int = 1
-    """Ranks that share the kv heads."""
-    raw_bytes: int = 2
-    """Bytes of a number in the model's dtype."""
-    requests: int | None = None
-    """Requests at once, whose exact tails are allocated apart from the tokens; None if they come out of the tokens."""
-    gib: float | None = None
-    """Memory of the cache; None if it is not told."""
 
 
 def report(url: str, facts: CacheFacts, model: str, preset: Preset | None) -> None:
@@ -77,8 +33,8 @@ def report(url: str, facts: CacheFacts, model: str, preset: Preset | None) -> No
     seconds = time.monotonic() - began
     text, usage = (answer["choices"][0]["message"]["content"] or "").strip(), answer["usage"]
     if not text:
-        raise ServeError("The server's answer is empty, so that something is wrong; see its log.")
-    print(f"\nquestion   {QUESTION} (about the text in tools/{PASSAGE.name})")
+        raise ServerError("The server's answer is empty, so that something is wrong; see its log.")
+    print(f"\nquestion   {QUESTION} (about the text in kvarn/bench/{PASSAGE.name})")
     print(f"answer     {text}")
     print(f"           {usage['completion_tokens']} tokens in {seconds:.1f} s, {facts.engine}")
     for line in cache_lines(facts, model, preset, usage["prompt_tokens"]):

@@ -1,4 +1,4 @@
-"""`kvarn COMMAND`: what can be asked without a server."""
+"""`kvarn COMMAND`: what can be asked beside an engine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 
 import kvarn
-from kvarn.cli import doctor, plan, plot, presets, selftest
+from kvarn.cli import bench, doctor, plan, plot, presets, selftest
 from kvarn.cli import eval as evaluate
 from kvarn.errors import KVarNError
 
@@ -16,7 +16,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="kvarn", description=kvarn.__doc__)
     parser.add_argument("--version", action="version", version=kvarn.__version__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for module in (doctor, presets, plan, selftest, evaluate, plot):
+    for module in (doctor, presets, plan, selftest, evaluate, bench, plot):
         module.add_parser(commands)
     args = parser.parse_args(arguments)
     try:

@@ -1,7 +1,4 @@
-"""The picture of a document: KL against bytes, one panel a model, as SVG drawn from what `kvarn eval` measured.
-
-Written by hand, so that the same rows give the same bytes on every machine and nothing needs to be installed.
-"""
+"""The picture of a document: KL against bytes, one panel a model, as SVG drawn from what `kvarn eval` measured."""
 
 from __future__ import annotations
 
@@ -12,16 +9,13 @@ from dataclasses import dataclass
 from kvarn.evaluation.names import family, is_variant_name
 from kvarn.evaluation.report import Row, by_series
 from kvarn.presets import is_preset_name
+from kvarn.svg import COLOURS, GRID, document, legend, line, point, text
 
 _WIDTH, _HEIGHT = 340, 300
 _LEFT, _RIGHT, _TOP, _BOTTOM = 52, 12, 34, 40
 _LEGEND = 26
 _OURS = "KVarN"
-# Colours that people with any colour vision tell apart (Okabe and Ito).
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#666666")
-_GRID, _INK = "#dddddd", "#333333"
 _BYTE_TICKS = 20
-_FONT = "font-family='sans-serif' font-size="
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,25 +42,22 @@ def picture(rows: Iterable[Row]) -> str:
     panels = _panels(rows)
     methods = {_family(row) for _, series in panels for row in series}
     names = [_OURS, *sorted(methods - {_OURS})]
-    colours = {name: _COLOURS[i % len(_COLOURS)] for i, name in enumerate(names)}
+    colours = {name: COLOURS[i % len(COLOURS)] for i, name in enumerate(names)}
     width, height = _WIDTH * max(1, len(panels)), _HEIGHT + _LEGEND
-    parts = [
-        f"<svg xmlns='http://www.w3.org/2000/svg' viewBox='0 0 {width} {height}' width='{width}' height='{height}'>",
-        f"<rect width='{width}' height='{height}' fill='white'/>",
-    ]
+    parts = []
     for index, (title, series) in enumerate(panels):
         parts += _draw(title, series, index * _WIDTH, colours)
-    parts += _legend(names, colours, width)
-    return "\n".join([*parts, "</svg>"]) + "\n"
+    parts += legend(names, [colours[name] for name in names], width, _HEIGHT + 10)
+    return document(width, height, parts)
 
 
 def _panels(rows: Iterable[Row]) -> list[tuple[str, list[Row]]]:
     best: dict[str, tuple[str, list[Row]]] = {}
     shown = [row for row in rows if row.get("kl_mean", 0) > 0 and not is_variant_name(row["method"])]
-    for (model, text, tokens, _), series in by_series(shown):
+    for (model, name, tokens, _), series in by_series(shown):
         before = best.get(model, ("", []))[1]
         if (len(series), tokens) > (len(before), before[0]["tokens"] if before else 0):
-            best[model] = f"{model}, {text}, {tokens:,} tokens", series
+            best[model] = f"{model}, {name}, {tokens:,} tokens", series
     return [best[model] for model in sorted(best)]
 
 
@@ -81,16 +72,16 @@ def _draw(title: str, series: Sequence[Row], left: float, colours: dict[str, str
     low, high = math.floor(min(counts) / step - 0.1) * step, math.ceil(max(counts) / step + 0.1) * step
     power_low = math.floor(min(powers))
     panel = _Panel(left, low, high, power_low, max(math.ceil(max(powers)), power_low + 1))
-    parts = [_text(left + _WIDTH / 2, 18, title, 11)]
+    parts = [text(left + _WIDTH / 2, 18, title, 11)]
     for power in range(panel.power_low, panel.power_high + 1):
         y = panel.y(10.0**power)
-        parts.append(_line(panel.x(low), y, panel.x(high), y, _GRID))
-        parts.append(_text(panel.x(low) - 6, y + 4, f"{10.0**power:g}", 10, "end"))
+        parts.append(line(panel.x(low), y, panel.x(high), y, GRID))
+        parts.append(text(panel.x(low) - 6, y + 4, f"{10.0**power:g}", 10, "end"))
     for count in range(low, high + 1, step):
-        parts.append(_line(panel.x(count), panel.y(10.0**panel.power_low), panel.x(count), _TOP, _GRID))
-        parts.append(_text(panel.x(count), _HEIGHT - _BOTTOM + 14, str(count), 10))
-    parts.append(_text(left + _LEFT + (_WIDTH - _LEFT) / 2, _HEIGHT - 8, "bytes of K and V, a token and head", 10))
-    parts.append(_text(left + 12, _TOP - 6, "KL", 10))
+        parts.append(line(panel.x(count), panel.y(10.0**panel.power_low), panel.x(count), _TOP, GRID))
+        parts.append(text(panel.x(count), _HEIGHT - _BOTTOM + 14, str(count), 10))
+    parts.append(text(left + _LEFT + (_WIDTH - _LEFT) / 2, _HEIGHT - 8, "bytes of K and V, a token and head", 10))
+    parts.append(text(left + 12, _TOP - 6, "KL", 10))
     for name, colour in colours.items():
         own = sorted((r for r in series if _family(r) == name), key=lambda row: row["bytes_per_token_head"])
         places = [(panel.x(row["bytes_per_token_head"]), panel.y(row["kl_mean"])) for row in own]
@@ -99,23 +90,5 @@ def _draw(title: str, series: Sequence[Row], left: float, colours: dict[str, str
         parts.append(f"<polyline points='{joined}' fill='none' stroke='{colour}' stroke-width='{thick}'/>")
         for row, (x, y) in zip(own, places, strict=True):
             said = f"{row['method']}: {row['bytes_per_token_head']:g} bytes, KL {row['kl_mean']:.5f}"
-            circle = f"<circle cx='{x:.1f}' cy='{y:.1f}' r='{thick + 1.5}' fill='{colour}'>"
-            parts.append(f"{circle}<title>{said}</title></circle>")
+            parts.append(point(x, y, thick + 1.5, colour, said))
     return parts
-
-
-def _legend(names: Sequence[str], colours: dict[str, str], width: float) -> list[str]:
-    parts = []
-    for index, name in enumerate(names):
-        x = 16 + index * (width - 16) / len(names)
-        parts.append(f"<circle cx='{x:.1f}' cy='{_HEIGHT + 10}' r='4' fill='{colours[name]}'/>")
-        parts.append(_text(x + 8, _HEIGHT + 14, name, 11, "start"))
-    return parts
-
-
-def _line(x1: float, y1: float, x2: float, y2: float, colour: str) -> str:
-    return f"<line x1='{x1:.1f}' y1='{y1:.1f}' x2='{x2:.1f}' y2='{y2:.1f}' stroke='{colour}'/>"
-
-
-def _text(x: float, y: float, said: str, size: int, anchor: str = "middle") -> str:
-    return f"<text x='{x:.1f}' y='{y:.1f}' {_FONT}'{size}' fill='{_INK}' text-anchor='{anchor}'>{said}</text>"

@@ -168,14 +168,14 @@ def _items(names: Sequence[str]) -> str:
     return f"{len(names)}: {shown}" if names else "0"
 
 
-def insert(document: str, made: str) -> str:
+def insert(document: str, made: str, begin: str = BEGIN, end: str = END) -> str:
     """Return a document with what stands between its marks replaced.
 
     Raises:
         KVarNError: the document has no marks.
     """
-    before, begin, rest = document.partition(BEGIN)
-    _, end, after = rest.partition(END)
-    if not (begin and end):
-        raise KVarNError(f"The document needs the lines {BEGIN} and {END}, between which tables are written.")
-    return f"{before}{BEGIN}\n\n{made}\n{END}{after}"
+    before, first, rest = document.partition(begin)
+    _, last, after = rest.partition(end)
+    if not (first and last):
+        raise KVarNError(f"The document needs the lines {begin} and {end}, between which tables are written.")
+    return f"{before}{begin}\n\n{made}\n{end}{after}"
