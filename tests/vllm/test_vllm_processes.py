@@ -25,7 +25,7 @@ TILE = 128
 REFUSED = json.dumps(
     {
         "block_size": 64,
-        "speculative_config": {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 3},
+        "speculative_config": {"method": "ngram", "num_speculative_tokens": 64, "prompt_lookup_max": 3},
     }
 )
 STOCK = '{"kv_cache_dtype": "auto"}'
@@ -146,12 +146,12 @@ def test_server_says_once_what_it_serves(processes: Processes) -> None:
     assert "224 bytes a token" in lines[0]
 
 
-def test_drafts_are_refused_beside_any_other_reason(processes: Processes) -> None:
+def test_every_reason_is_listed_before_weights_are_loaded(processes: Processes) -> None:
     code, said = processes.refused
     assert code > 0
     assert "kvarn.errors.UnsupportedConfig: KVarN can't serve this configuration:" in said
     assert "--block-size 64 is not a multiple of the tile of 128 tokens; leave the flag out." in said
-    assert "--speculative-config can't be used, because drafts" in said
+    assert "--speculative-config with num_speculative_tokens 64 can't be used, because a request's rows" in said
     assert "Loading weights took" not in said
 
 
@@ -201,7 +201,10 @@ def test_without_a_kvarn_dtype_nothing_of_ours_is_active(
         assert {layer.attn_backend.get_name() for layer in layers} == {"CPU_ATTN"}
         assert len(engine.scheduler.kv_cache_config.kv_cache_groups) == 1
     stock = ask_everything(model, **json.loads(STOCK))
-    assert stock.answers == processes.no_plugins.answers
+    assert stock.answers.keys() == processes.no_plugins.answers.keys()
+    for name, answer in stock.answers.items():
+        assert answer.output_ids == processes.no_plugins.answers[name].output_ids
+        assert logprob_difference(answer, processes.no_plugins.answers[name]) < ROUNDING
     assert stock.forgotten == []
 
 
