@@ -1,13 +1,13 @@
 """The mode that users run: exact tails and sinks. A hit reads records where a cold run reads raw rows, so answers may
 differ by what quantisation costs; everything else has to hold as in canonical mode. Rows are computed one by one here
-too (instruments.py), so that other requests in a batch may change no bit.
+too (instruments.py), so that other requests in a batch change no bit but by where they let a chunk end.
 """
 
 from __future__ import annotations
 
 import pytest
 import storm
-from compare import Record, divergence, is_finite, same_bits
+from compare import Record, divergence, is_finite, logprob_difference, same_bits
 from engine_process import EngineSetup, Models, run_plan
 from plan import Request, Results, Step, alone, flush
 from tiny_models import LLAMA_GROUP_3, prompt
@@ -21,6 +21,8 @@ NEEDLE_BATCHES = (1, 3, 6)
 # (0.51 with kvarn_k4v2_g128; weights without any structure are the worst case of a quantiser).
 PRESET = "kvarn_k8v4_g128"
 LARGEST_DIVERGENCE = 0.05
+# Of log probabilities, in float32.
+ROUNDING = 1e-4
 
 
 def _hits() -> list[Step]:
@@ -103,7 +105,9 @@ def test_turns_differ_from_cold_runs_by_no_more_than_a_hit_does(results: Results
 
 @pytest.mark.parametrize("size", NEEDLE_BATCHES[1:])
 def test_request_in_a_batch_equals_the_request_alone(results: Results, size: int) -> None:
-    same_bits(results[f"needle/{size}"], results["needle/1"])
+    """But for rounding: where a chunk ends depends on the batch, and its attention is merged from parts."""
+    by_itself, together = results["needle/1"], results[f"needle/{size}"]
+    assert logprob_difference(together, by_itself) < ROUNDING
 
 
 def test_storm_ends_every_request(results: Results) -> None:
