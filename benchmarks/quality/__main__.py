@@ -19,11 +19,11 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from benchmarks.quality.generate import TRANSFORMERS, Asked, Generate, by_engine, by_transformers
 from benchmarks.quality.tasks import Task, gsm8k, humaneval, needles
-from benchmarks.serving.engines import BASELINE, ENGINES
+from benchmarks.serving.engines import BASELINE, add_arguments, add_dtype_arguments
 from kvarn import results
 from kvarn.evaluation.paired import pair
 
-_LENGTHS = [4096, 8192, 16384, 32000]
+_LENGTHS = (4096, 8192, 16384, 32000)
 _KEY = ("task", "items", "engine", "model", "model_dtype", "dtype")
 
 
@@ -55,22 +55,12 @@ def main(arguments: list[str] | None = None) -> None:
 def _arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("tasks", nargs="+", choices=["humaneval", "gsm8k", "needles"])
-    parser.add_argument("--engine", required=True, choices=[*ENGINES, TRANSFORMERS])
-    parser.add_argument("--model", required=True, help="checkpoint folder")
-    parser.add_argument("--out", type=Path, required=True, help="result file")
-    parser.add_argument("--dtypes", nargs="+", default=["kvarn_k4v2_g128"], help="cache dtypes beside the model's own")
-    parser.add_argument("--model-dtype", default="float16")
-    parser.add_argument("--arguments", type=json.loads, default={}, help="more arguments of the engine, JSON")
-    parser.add_argument(
-        "--baseline-arguments", type=json.loads, default={}, help="more for the model's own dtype, JSON"
-    )
-    parser.add_argument("--requests", type=int, default=64, help="running requests allowed")
+    add_arguments(parser, TRANSFORMERS)
+    add_dtype_arguments(parser)
     parser.add_argument("--device", default="cpu", help="of --engine transformers")
     parser.add_argument("--limit", type=int, default=None, help="problems of humaneval and gsm8k")
     parser.add_argument("--haystack", type=Path, default=None, help="prose for needles, a plain text file")
-    parser.add_argument(
-        "--lengths", type=int, nargs="+", default=[4096, 8192, 16384, 32000], help="of needles' prompts"
-    )
+    parser.add_argument("--lengths", type=int, nargs="+", default=_LENGTHS, help="of needles' prompts")
     return parser
 
 

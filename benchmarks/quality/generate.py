@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.engines import BASELINE, ENGINES
+from benchmarks.serving.engines import started_with
 from benchmarks.serving.jobs import run_job
 from kvarn.evaluation.generate import cut, greedy
 
@@ -49,9 +49,8 @@ def by_engine(
     """
 
     def generate(dtype: str, asked: list[Asked]) -> list[list[list[int]]]:
-        ours = ENGINES[engine].arguments(model, model_dtype, dtype, requests)
-        started_with = {**ours, **arguments, **(baseline_arguments if dtype == BASELINE else {})}
-        job = {"engine": started_with, "answers": [asdict(task) for task in asked]}
+        started = started_with(engine, model, model_dtype, dtype, requests, arguments, baseline_arguments)
+        job = {"engine": started, "answers": [asdict(task) for task in asked]}
         with tempfile.TemporaryDirectory() as folder:
             answers = run_job(engine, job, Path(folder), f"tasks-{dtype}")["answers"]
         ends = stop_tokens(model)

@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from benchmarks.serving.engines import BASELINE, ENGINES
+from benchmarks.serving.engines import BASELINE, ENGINES, add_arguments, add_dtype_arguments, started_with
 from benchmarks.serving.jobs import EngineFailed, run_job
 from kvarn import results
 from kvarn.evaluation.divergence import divergence
@@ -72,17 +72,9 @@ def _check_quality(dtype: str, figures: dict[str, float], bar: float) -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engine", required=True, choices=ENGINES)
-    parser.add_argument("--model", required=True, help="checkpoint folder")
+    add_arguments(parser)
+    add_dtype_arguments(parser)
     parser.add_argument("--text", type=Path, required=True, help="prose, a plain text file")
-    parser.add_argument("--out", type=Path, required=True, help="result file")
-    parser.add_argument("--dtypes", nargs="+", default=["kvarn_k4v2_g128"], help="cache dtypes beside the model's own")
-    parser.add_argument("--model-dtype", default="float16")
-    parser.add_argument("--arguments", type=json.loads, default={}, help="more arguments of the engine, JSON")
-    parser.add_argument(
-        "--baseline-arguments", type=json.loads, default={}, help="more for the model's own dtype, JSON"
-    )
-    parser.add_argument("--requests", type=int, default=64, help="running requests allowed")
     parser.add_argument("--kl-tokens", type=int, default=4096)
     parser.add_argument("--kl-bar", type=float, default=_KL_BAR)
     parser.add_argument("--prompts", type=int, default=64)
@@ -105,14 +97,21 @@ def read_tokens(model: str, text: Path) -> list[int]:
     return AutoTokenizer.from_pretrained(model)(text.read_text())["input_ids"]
 
 
+def cut_prompts(ids: list[int], count: int, length: int) -> list[list[int]]:
+    """Return prompts of one length that begin evenly over a text."""
+    stride = max(1, (len(ids) - length) // count)
+    return [ids[i * stride : i * stride + length] for i in range(count)]
+
+
 def model_config(model: str) -> dict[str, Any]:
     """Return a checkpoint's config."""
     return json.loads((Path(model) / "config.json").read_text())
 
 
 def _engine_arguments(args: argparse.Namespace, dtype: str) -> dict[str, Any]:
-    ours = ENGINES[args.engine].arguments(args.model, args.model_dtype, dtype, args.requests)
-    return {**ours, **args.arguments, **(args.baseline_arguments if dtype == BASELINE else {})}
+    return started_with(
+        args.engine, args.model, args.model_dtype, dtype, args.requests, args.arguments, args.baseline_arguments
+    )
 
 
 def _prefill_side_by_side(
@@ -166,8 +165,7 @@ def _head_weight(model: str) -> torch.Tensor:
 
 
 def _serve(args: argparse.Namespace, dtype: str, ids: list[int], work: Path) -> dict[str, Any]:
-    stride = max(1, (len(ids) - args.prompt_tokens) // args.prompts)
-    prompts = [ids[i * stride : i * stride + args.prompt_tokens] for i in range(args.prompts)]
+    prompts = cut_prompts(ids, args.prompts, args.prompt_tokens)
     vocab = model_config(args.model)["vocab_size"]
     case = {"context": args.context, "new_tokens": args.decode_tokens, "repeats": args.repeats, "vocab": vocab}
     job = {

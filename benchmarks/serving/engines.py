@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import functools
+import json
 import os
 from abc import ABC, abstractmethod
 from pathlib import Path
@@ -201,3 +203,45 @@ class VLLM(Engine):
 
 
 ENGINES: dict[str, type[Engine]] = {"sglang": SGLang, "vllm": VLLM}
+
+
+def add_arguments(parser: argparse.ArgumentParser, *others: str) -> None:
+    """Add what every benchmark asks of an engine; `others` than engines may answer too."""
+    parser.add_argument("--engine", required=True, choices=[*ENGINES, *others])
+    parser.add_argument("--model", required=True, help="checkpoint folder")
+    parser.add_argument("--out", type=Path, required=True, help="result file")
+    parser.add_argument("--model-dtype", default="float16")
+    parser.add_argument("--arguments", type=json.loads, default={}, help="more arguments of the engine, JSON")
+    parser.add_argument("--requests", type=int, default=64, help="running requests allowed")
+
+
+def add_dtype_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what benchmarks ask that compare cache dtypes with the model's own."""
+    parser.add_argument("--dtypes", nargs="+", default=["kvarn_k4v2_g128"], help="cache dtypes beside the model's own")
+    parser.add_argument(
+        "--baseline-arguments", type=json.loads, default={}, help="more for the model's own dtype, JSON"
+    )
+
+
+def started_with(
+    engine: str,
+    model: str,
+    model_dtype: str,
+    dtype: str,
+    requests: int,
+    arguments: dict[str, Any],
+    baseline_arguments: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Return what an engine is started with to serve with a cache dtype.
+
+    Args:
+        engine: one of `ENGINES`.
+        model: checkpoint folder.
+        model_dtype: of weights and of the baseline's cache.
+        dtype: of the cache.
+        requests: running requests allowed.
+        arguments: more of the engine's own.
+        baseline_arguments: more for the model's own cache dtype.
+    """
+    ours = ENGINES[engine].arguments(model, model_dtype, dtype, requests)
+    return {**ours, **arguments, **((baseline_arguments or {}) if dtype == BASELINE else {})}

@@ -17,8 +17,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from benchmarks.serving.compare import first_divergence, model_config, read_tokens
-from benchmarks.serving.engines import BASELINE, ENGINES
+from benchmarks.serving.compare import cut_prompts, first_divergence, model_config, read_tokens
+from benchmarks.serving.engines import BASELINE, ENGINES, add_arguments, started_with
 from benchmarks.serving.jobs import run_job
 from kvarn import results
 
@@ -44,21 +44,16 @@ def main() -> None:
 
 def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--engine", required=True, choices=ENGINES)
-    parser.add_argument("--model", required=True, help="checkpoint folder")
+    add_arguments(parser)
     parser.add_argument("--draft", help="checkpoint folder of the draft model; none for n-grams")
     parser.add_argument(
         "--method", default="draft_model", help="as vLLM names it: draft_model, eagle, eagle3, mtp, ngram"
     )
     parser.add_argument("--drafts", type=int, default=3, help="drafts of a step")
     parser.add_argument("--text", type=Path, required=True, help="text that prompts are cut from")
-    parser.add_argument("--out", type=Path, required=True, help="result file")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps the result of every engine")
     parser.add_argument("--dtype", default="kvarn_k4v2_g128")
     parser.add_argument("--peers", nargs="*", default=["fp8"], help="other cache dtypes whose speed is measured")
-    parser.add_argument("--model-dtype", default="float16")
-    parser.add_argument("--arguments", type=json.loads, default={}, help="more arguments of the engine, JSON")
-    parser.add_argument("--requests", type=int, default=64, help="running requests allowed")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=512)
@@ -73,8 +68,7 @@ def _arguments() -> argparse.Namespace:
 
 def _gate(args: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
     """Return how many answers differ, and the keys that all rows share."""
-    stride = max(1, (len(ids) - args.prompt_tokens) // args.prompts)
-    prompts = [ids[i * stride : i * stride + args.prompt_tokens] for i in range(args.prompts)]
+    prompts = cut_prompts(ids, args.prompts, args.prompt_tokens)
     greedy = {"greedy": {"prompts": prompts, "new_tokens": args.new_tokens}}
     canonical = [_run(args, f"canonical-{on}", args.dtype, on, greedy, canonical=True) for on in (False, True)]
     exact = [_run(args, f"greedy-{BASELINE}-{on}", BASELINE, on, greedy) for on in (False, True)]
@@ -126,10 +120,9 @@ def _run(
     kept = args.work / f"{args.engine}-{args.method}-{args.drafts}-{name}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    kind = ENGINES[args.engine]
-    arguments = {**kind.arguments(args.model, args.model_dtype, dtype, args.requests), **args.arguments}
+    arguments = started_with(args.engine, args.model, args.model_dtype, dtype, args.requests, args.arguments)
     if drafts:
-        arguments |= kind.speculation(args.method, args.draft, args.drafts)
+        arguments |= ENGINES[args.engine].speculation(args.method, args.draft, args.drafts)
     os.environ["KVARN_CANONICAL"] = str(int(canonical))
     found = run_job(args.engine, {"engine": arguments, "drafts": drafts, **job}, args.work, name)
     kept.write_text(json.dumps(found))
