@@ -4,6 +4,7 @@ A long chunk attends to its own rows as they come, and to its cached context, pi
 to the model dtype in a workspace of fixed size: so its memory doesn't grow with the context.
 """
 
+import itertools
 from dataclasses import dataclass
 
 import torch
@@ -154,10 +155,7 @@ def _pieces(longs: list[int], prefix_lens: list[int], room: int, tile: int) -> l
 
 
 def _running_sum(counts: list[int]) -> list[int]:
-    sums = [0]
-    for count in counts:
-        sums.append(sums[-1] + count)
-    return sums
+    return list(itertools.accumulate(counts, initial=0))
 
 
 def _rows(starts: list[int], requests: list[int]) -> slice:

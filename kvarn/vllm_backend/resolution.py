@@ -15,10 +15,6 @@ if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
 
 _NOT_TESTED = "no test covers it yet"
-_HYBRID_DRAFTS = (
-    "--speculative-config can't be used with a model that has linear-attention or Mamba layers, because "
-    f"{_NOT_TESTED}; leave it out.",
-)
 # Methods that draft one chain of tokens, which the next step verifies in order.
 _CHAINS = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3", "mtp")
 
@@ -86,8 +82,7 @@ def reasons_against(fields: Mapping[str, Any], config: VllmConfig, capability: t
         *unsupported_reasons(_facts(fields, config), preset, _device(config, capability)),
         *(f"The model or a flag {why}; serve it with --kv-cache-dtype auto." for why in asked),
         *_block_reasons(config, preset.tile_tokens),
-        *draft_reasons(config.speculative_config, preset.tile_tokens),
-        *_HYBRID_DRAFTS[: config.speculative_config is not None and config.model_config.is_hybrid],
+        *draft_reasons(config.speculative_config, preset.tile_tokens, hybrid=config.model_config.is_hybrid),
         *(reason for reason in limits if reason is not None),
     ]
 
@@ -132,16 +127,22 @@ def _block_reasons(config: VllmConfig, tile: int) -> list[str]:
     return reasons
 
 
-def draft_reasons(speculative: SpeculativeConfig | None, tile: int) -> list[str]:
+def draft_reasons(speculative: SpeculativeConfig | None, tile: int, *, hybrid: bool) -> list[str]:
     """Return why drafts can't be verified, one sentence each; empty if they can.
 
     Args:
         speculative: vLLM's configuration of them; None if there are none.
         tile: tokens of a tile.
+        hybrid: whether some layers keep a recurrent state.
     """
     if speculative is None:
         return []
     reasons = []
+    if hybrid:
+        reasons.append(
+            "--speculative-config can't be used with a model that has linear-attention or Mamba layers, because "
+            f"{_NOT_TESTED}; leave it out."
+        )
     if speculative.method not in _CHAINS or speculative.parallel_drafting:
         reasons.append(
             f"--speculative-config with method {speculative.method!r} can't be used, because drafts must be one chain, "

@@ -146,10 +146,19 @@ def test_drafter_is_refused(changes: dict[str, Any], why: str) -> None:
     from kvarn.vllm_backend.resolution import draft_reasons
 
     served = {"method": "eagle", "parallel_drafting": False, "num_speculative_tokens": 4, "kv_cache_dtype": None}
-    assert draft_reasons(SimpleNamespace(**served), 128) == []
-    (reason,) = draft_reasons(SimpleNamespace(**served | changes), 128)
+    assert draft_reasons(SimpleNamespace(**served), 128, hybrid=False) == []
+    (reason,) = draft_reasons(SimpleNamespace(**served | changes), 128, hybrid=False)
     assert why in reason
     assert "; leave " in reason
+
+
+def test_drafter_is_refused_beside_recurrent_layers() -> None:
+    from kvarn.vllm_backend.resolution import draft_reasons
+
+    drafter = SimpleNamespace(method="eagle", parallel_drafting=False, num_speculative_tokens=4, kv_cache_dtype=None)
+    (reason,) = draft_reasons(drafter, 128, hybrid=True)
+    assert "can't be used with a model that has linear-attention or Mamba layers" in reason
+    assert draft_reasons(None, 128, hybrid=True) == []
 
 
 def test_unknown_preset_is_refused_by_vllm_which_lists_ours(models: Models, loaded: list[str]) -> None:

@@ -5,9 +5,8 @@ import triton.language as tl
 
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import hadamard
+from kvarn.core.kernels.task import LN2
 from kvarn.core.kernels.work import program_of
-
-_LN2 = tl.constexpr(0.6931471805599453)
 
 
 @triton.jit(do_not_specialize=["tasks", "programs"])
@@ -77,5 +76,5 @@ def combine_kernel(
     out_mask = row_ok[:, None] & channel_ok[None, :]
     out_ptrs = out_ptr + row[:, None] * D + channels[None, :]
     tl.store(out_ptrs, (out * NORM).to(out_ptr.dtype.element_ty), mask=out_mask)
-    lse = tl.where(total > 0, (m + tl.log2(tl.maximum(total, 1e-37))) * _LN2, float("-inf"))
+    lse = tl.where(total > 0, (m + tl.log2(tl.maximum(total, 1e-37))) * LN2, float("-inf"))
     tl.store(lse_ptr + row, lse, mask=row_ok)

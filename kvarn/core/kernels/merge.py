@@ -3,8 +3,7 @@
 import triton
 import triton.language as tl
 
-_LOG2E = tl.constexpr(1.4426950408889634)
-_LN2 = tl.constexpr(0.6931471805599453)
+from kvarn.core.kernels.task import LN2, LOG2E
 
 
 # A step's lengths and where its requests begin mustn't make new variants.
@@ -20,8 +19,8 @@ def merge_kernel(
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = row < rows
     query, head = row // heads, (row % heads).to(tl.int64)
-    lse = tl.load(lse_ptr + head * lse_stride + query, mask=ok, other=0.0) * _LOG2E
-    part_lse = tl.load(part_lse_ptr + head * part_lse_stride + query, mask=ok, other=0.0) * _LOG2E
+    lse = tl.load(lse_ptr + head * lse_stride + query, mask=ok, other=0.0) * LOG2E
+    part_lse = tl.load(part_lse_ptr + head * part_lse_stride + query, mask=ok, other=0.0) * LOG2E
     m = tl.maximum(lse, part_lse)
     total = tl.exp2(lse - m) + tl.exp2(part_lse - m)
     weight = tl.exp2(part_lse - m) / total
@@ -31,4 +30,4 @@ def merge_kernel(
     out = tl.load(out_ptr + at, mask=mask, other=0.0).to(tl.float32)
     part = tl.load(part_ptr + at, mask=mask, other=0.0).to(tl.float32)
     tl.store(out_ptr + at, (out + (part - out) * weight[:, None]).to(out_ptr.dtype.element_ty), mask=mask)
-    tl.store(lse_ptr + head * lse_stride + query, (m + tl.log2(total)) * _LN2, mask=ok)
+    tl.store(lse_ptr + head * lse_stride + query, (m + tl.log2(total)) * LN2, mask=ok)

@@ -5,6 +5,7 @@ import triton.language as tl
 
 NEVER = tl.constexpr(-1e30)  # a finite "minus infinity" for running maxima: no inf - inf, hence no NaN
 LOG2E = tl.constexpr(1.4426950408889634)
+LN2 = tl.constexpr(0.6931471805599453)
 # Weights are exp2(x - max + 7): where one token holds nearly all the mass, the others must not fall out of fp16.
 WEIGHT_SHIFT = tl.constexpr(7.0)
 # Queries are divided by a power of two that brings the largest to 2**6, so that q times a scale stays inside fp16.
