@@ -28,6 +28,8 @@ _VARIABLES = {
     "VLLM_CPU_CI_ENV": "1",
     # Else vLLM pins this process, and what it starts, to cores that others may use as well.
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    # The n-gram proposer's numba would set OpenMP's threads for every engine after it, where torch has set one.
+    "NUMBA_NUM_THREADS": "1",
     "VLLM_NO_USAGE_STATS": "1",
     "HF_HUB_OFFLINE": "1",
 }
