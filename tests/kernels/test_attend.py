@@ -59,18 +59,18 @@ def test_chunk_matches_reference_for_wide_heads(head_dim, device):
 
 @pytest.mark.parametrize("new", [[1, 1], [70, 1]])
 def test_pages_that_share_a_block_are_found(new, device):
-    check(make_case([700, 300], new, tiles_per_block=3), device)
+    check(make_case([700, 300], new, kv_heads=1, tiles_per_block=3), device)
 
 
 @pytest.mark.parametrize("programs", [1, 2, 3, 50])
-@pytest.mark.parametrize("new", [[1, 1, 1], [70, 1, 20]])
+@pytest.mark.parametrize("new", [[1, 1, 1], [40, 1, 10]])
 def test_result_does_not_depend_on_how_work_is_shared(programs, new, device, monkeypatch):
     monkeypatch.setattr(attend_module, "num_programs", lambda *args: programs)
-    check(make_case([700, 3, 128], new), device)
+    check(make_case([700, 3, 128], new, kv_heads=1), device)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "new"), [([1500, 900, 3, 128], [1, 1, 1, 1]), ([300, 200, 5], [40, 70, 1])], ids=["decode", "chunk"]
+    ("lengths", "new"), [([1500, 900, 3, 128], [1, 1, 1, 1]), ([300, 200, 5], [20, 30, 1])], ids=["decode", "chunk"]
 )
 def test_batch_invariant_rows_are_the_same_alone_and_in_a_batch(lengths, new, device):
     case = make_case(lengths, new, batch_invariant=True)
@@ -93,19 +93,25 @@ def test_prefix_hit_reads_records_for_rows_it_did_not_write(device):
 
 @pytest.mark.parametrize(
     ("lengths", "new"),
-    [([0], [1000]), ([128, 0], [129, 64]), ([383], [100]), ([300, 127, 0], [1, 300, 33]), ([511, 640], [1, 70])],
+    [([0], [300]), ([128, 0], [129, 64]), ([383], [100]), ([300, 127, 0], [1, 150, 33]), ([511, 384], [1, 40])],
 )
 def test_chunk_matches_reference_with_any_prefix(lengths, new, device, dtype):
     check(make_case(lengths, new, dtype=dtype), device)
 
 
+def test_chunk_of_more_tasks_than_a_program_looks_at_together(device):
+    case = make_case([100], [140], group=16, kv_heads=1)
+    assert case.step.task_request.shape[0] > max(attend_module._TASK_BLOCKS)
+    check(case, device)
+
+
 @pytest.mark.parametrize("group", [1, 5, 8])
 def test_chunk_after_prefix_hit_matches_reference(group, device):
-    check(make_case([256, 200], [100, 60], hits=[256, 128], group=group), device)
+    check(make_case([256, 200], [100, 60], hits=[256, 128], group=group, kv_heads=1), device)
 
 
 def test_canonical_chunk_reads_its_own_tiles_from_records(device):
-    check(make_case([100, 256], [300, 130], tail=0, sink=0, canonical=True), device)
+    check(make_case([100, 256], [300, 130], kv_heads=1, tail=0, sink=0, canonical=True), device)
 
 
 @pytest.mark.parametrize(("rows", "group"), [(2, 8), (4, 1), (4, 8), (6, 6)])

@@ -7,7 +7,11 @@ from kvarn.cli import selftest
 from kvarn.cli.main import main
 
 
-def test_kernels_and_references_serve_the_same(device):
+def test_kernels_and_references_serve_the_same(device, monkeypatch):
+    if device == "cpu":
+        # fewer tokens for the interpreter, a full tile among them
+        monkeypatch.setattr(selftest, "_LENGTHS", (130, 3))
+        monkeypatch.setattr(selftest, "_CHUNKS", (20, 5))
     records, outputs = selftest.differences("kvarn_k4v2_g128", 64, "float16", device)
     assert records <= selftest._BYTES_APART
     assert len(outputs) == 2
