@@ -1,0 +1,73 @@
+#!/usr/bin/env bash
+# On the GPU machine, in the repository root, after receive.sh and install.sh; KVARN_COMMIT is the commit of the tree:
+#
+#   tools/gpu/measure.sh OUT [tests] [kernels] [compare] [verify] [speculate] [serving]      default: the first three
+#
+# tests: kernels against the references; kernels: writing, prefill and decode; compare: SGLang, or vLLM if
+# KVARN_GPU_ENGINE=vllm, with and without tiles; verify and speculate: drafts, alone and in the engine (speculate wants
+# DRAFT, a model's folder); serving: `kvarn bench serve` with WORKLOADS. Every step stops after STEP_SECONDS. Writes
+# OUT/*-h100.json, serving-*.json and logs; copy the results to benchmarks/results afterwards.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/../.."
+out=${1:?a folder for the results}
+shift
+: "${KVARN_COMMIT:?results name the commit that they come from}"
+. tools/gpu/env.sh
+export PYTHONPATH=$PWD:$PYTHONPATH KVARN_BENCH_LOGS=$out/logs
+engine=${KVARN_GPU_ENGINE:-sglang}
+mkdir -p "$out/logs"
+
+if [ "$engine" = sglang ]; then
+  arguments='{"sampling_backend":"pytorch","mem_fraction_static":0.8,"cuda_graph_max_bs_decode":64}'
+  # FlashAttention 3 is not part of the first pieces.
+  backend=$([ -e "$KVARN_GPU_HOME/fa3.done" ] && echo fa3 || echo triton)
+  baseline='{"attention_backend":"'$backend'","disable_prefill_cuda_graph":true}'
+  dtypes=(kvarn_k4v2_g128)
+  peers=fp8_e4m3
+  server=(--mem-fraction-static 0.85 --max-running-requests 64)
+else
+  arguments='{"max_model_len":40960,"gpu_memory_utilization":0.8}'
+  baseline='{}'
+  dtypes=(kvarn_k4v2_g128 turboquant_4bit_nc)
+  peers=fp8,turboquant_4bit_nc
+  server=(--gpu-memory-utilization 0.85 --max-num-seqs 64)
+fi
+
+limited() { timeout -s TERM "${STEP_SECONDS:-560}" "$@"; }
+benchmark() { limited python3 -m benchmarks.kernels "$1" --out "$out/$1-h100.json" "${@:2}"; }
+
+tests() { limited python3 -m pytest -p no:cacheprovider -n 10 -q -rf tests/kernels -k 'not triton'; }
+
+kernels() {
+  benchmark write
+  benchmark extend
+  benchmark decode --peers ${PEERS-sdpa}
+}
+
+compare() {
+  limited python3 -m benchmarks.serving.compare --engine "$engine" --model "$KVARN_GPU_MODEL" --text "$KVARN_GPU_PROSE" \
+    --dtypes "${dtypes[@]}" --out "$out/$engine-h100.json" --arguments "$arguments" --baseline-arguments "$baseline"
+}
+
+verify() {
+  limited python3 -m benchmarks.kernels decode --only '1x64k/gqa(4|8)/q4|16x16k/gqa(4|8)/q4' --peers --out "$out/verify.json"
+}
+
+speculate() {
+  limited python3 -m benchmarks.serving.speculate --engine "$engine" --model "$KVARN_GPU_MODEL" --draft "$DRAFT" --drafts 3 \
+    --text "$KVARN_GPU_PROSE" --arguments "$arguments" --work "$out/speculate" --kernels "$out/verify.json" \
+    --contexts ${CONTEXTS-} --peers ${PEERS-} --out "$out/spec-h100.json"
+}
+
+serving() {
+  limited python3 -m kvarn bench serve --engine "$engine" --shape qwen3-8b --tokenizer "$KVARN_GPU_MODEL" \
+    --dtypes "kvarn_k4v2_g128,$peers" --workload "${WORKLOADS:-burst,slope}" --out "$out/serving-$engine.json" \
+    --logs "$out/logs" -- "${server[@]}"
+}
+
+[ $# -gt 0 ] || set -- tests kernels compare
+for step in "$@"; do
+  began=$SECONDS
+  "$step" || echo "$step: stopped with $?"
+  echo "$step: $((SECONDS - began)) s"
+done
