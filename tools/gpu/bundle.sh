@@ -2,12 +2,13 @@
 # Builds what a GPU machine without internet needs to serve a real model with SGLang 0.5.23 and vLLM 0.33.0, in pieces of
 # at most 61 MiB under .gpu/ (ignored by git). It has Python 3.12, torch 2.11+cu130, triton 3.6, transformers, nvcc.
 #
-#   tools/gpu/bundle.sh [engine] [model] [prose] [tasks] [vllm] [fa3]      default: all six, in about 5 minutes
+#   tools/gpu/bundle.sh [engine] [model] [draft] [prose] [tasks] [vllm] [fa3]      default: all, in about 5 minutes
 #   Needs pip, unzip, zip, xz, apt-get and 5 GB of scratch; about 1.5 GB on disk after.
 #
 #   .gpu/engine/      site.txz (SGLang, sgl_kernel for sm_90), whl/, prose.txt, the model's short last piece
 #   .gpu/tasks/       what benchmarks.quality and kvarn eval ask and read: two wheels for PYTHONPATH, prose-long.txt
 #   .gpu/w00..w15/    one piece each of Qwen2.5-Coder-1.5B-Instruct (GGUF, Q4_K_M, Apache-2.0)
+#   .gpu/d0..d6/      the same of Qwen2.5-Coder-0.5B-Instruct, which drafts for it
 #   .gpu/vllm/        vLLM's Python, FlashAttention 3, vllm-whl/ (the wheels that the machine lacks)
 #   .gpu/vllm-c/      vLLM's compiled library
 #   .gpu/vllm-fa2-0/, .gpu/vllm-fa2-1/    FlashAttention 2, which vLLM takes where TurboQuant keeps the model dtype
@@ -59,6 +60,16 @@ model() {
     split -b 58M -d --additional-suffix=.part - "$TMP/w"
   mkdir -p "$OUT/engine" && mv "$TMP/w16.part" "$OUT/engine/" # the last, 12 MiB, rides with the engine
   for i in "$TMP"/w*.part; do
+    i=$(basename "$i" .part)
+    mkdir -p "$OUT/$i" && mv "$TMP/$i.part" "$OUT/$i/" && sums "$i"
+  done
+}
+
+draft() {
+  local i gguf=$TMP/Qwen2.5-Coder-0.5B-Instruct.gguf
+  python3 "$HERE/../fetch_model.py" --model qwen2.5-coder-0.5b --gguf-only --cache "$TMP" >/dev/null
+  { head -c 150590848 "$gguf" && tail -c +244183425 "$gguf"; } | split -b 58M -d -a 1 --additional-suffix=.part - "$TMP/d"
+  for i in "$TMP"/d?.part; do
     i=$(basename "$i" .part)
     mkdir -p "$OUT/$i" && mv "$TMP/$i.part" "$OUT/$i/" && sums "$i"
   done
@@ -126,7 +137,7 @@ fa3() {
 }
 
 mkdir -p "$OUT"
-[ $# -gt 0 ] || set -- engine model prose tasks vllm fa3
+[ $# -gt 0 ] || set -- engine model draft prose tasks vllm fa3
 for step in "$@"; do "$step"; done
 if [ -d "$OUT/engine" ]; then sums engine; fi
 du -sm "$OUT"/*

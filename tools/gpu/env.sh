@@ -3,6 +3,7 @@
 # KVARN_GPU_ENGINE=vllm before it, vLLM.
 export KVARN_GPU_HOME=${KVARN_GPU_HOME:-/opt/kvarn}
 export KVARN_GPU_MODEL=$KVARN_GPU_HOME/models/qwen2.5-coder-1.5b
+export KVARN_GPU_DRAFT=$KVARN_GPU_HOME/models/qwen2.5-coder-0.5b
 export KVARN_GPU_PROSE=$KVARN_GPU_HOME/in/prose.txt
 engine_home=$KVARN_GPU_HOME${KVARN_GPU_ENGINE:+/$KVARN_GPU_ENGINE}
 export PYTHONPATH=$PWD/tools/gpu/hook:$KVARN_GPU_HOME/plugin:$engine_home/site:$engine_home/wheels

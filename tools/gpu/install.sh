@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# On the GPU machine, in the repository root: tools/gpu/install.sh [engine] [vllm] [model] [fa3] [plugin]   default: all
-# engines, model and FlashAttention 3 install once, from the pieces received; plugin installs this repository each time. No network.
+# On the GPU machine, in the repository root: tools/gpu/install.sh [engine] [vllm] [model] [draft] [fa3] [plugin]
+# Default: all but draft. plugin installs this repository each time, the others once, from the pieces received. No network.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . tools/gpu/env.sh
@@ -26,6 +26,8 @@ vllm() { # into a folder of its own: SGLang wants other versions of the same pac
 }
 
 model() { python3 tools/gpu/convert.py "$pieces" "$KVARN_GPU_MODEL"; }
+
+draft() { python3 tools/gpu/convert.py "$pieces" "$KVARN_GPU_DRAFT" --model draft; }
 
 plugin() { # a copy with its metadata: SGLang finds the plugin by the entry points named there
   rm -rf "$KVARN_GPU_HOME/plugin" build ./*.egg-info

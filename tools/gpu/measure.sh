@@ -4,8 +4,8 @@
 #   tools/gpu/measure.sh OUT [tests] [kernels] [compare] [verify] [speculate] [serving]      default: the first three
 #
 # tests: kernels against the references; kernels: writing, prefill and decode; compare: SGLang, or vLLM if
-# KVARN_GPU_ENGINE=vllm, with and without tiles; verify and speculate: drafts, alone and in the engine (speculate wants
-# DRAFT, a model's folder); serving: `kvarn bench serve` with WORKLOADS. Every step stops after STEP_SECONDS. Writes
+# KVARN_GPU_ENGINE=vllm, with and without tiles; verify and speculate: drafts, alone and in the engine (after
+# install.sh draft); serving: `kvarn bench serve` with WORKLOADS. Every step stops after STEP_SECONDS. Writes
 # OUT/*-h100.json, serving-*.json and logs; copy the results to benchmarks/results afterwards.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -54,7 +54,7 @@ verify() {
 }
 
 speculate() {
-  limited python3 -m benchmarks.serving.speculate --engine "$engine" --model "$KVARN_GPU_MODEL" --draft "$DRAFT" --drafts 3 \
+  limited python3 -m benchmarks.serving.speculate --engine "$engine" --model "$KVARN_GPU_MODEL" --draft "$KVARN_GPU_DRAFT" --drafts 3 \
     --text "$KVARN_GPU_PROSE" --arguments "$arguments" --work "$out/speculate" --kernels "$out/verify.json" \
     --contexts ${CONTEXTS-} --peers ${PEERS-} --out "$out/spec-h100.json"
 }
