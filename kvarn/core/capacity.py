@@ -23,6 +23,11 @@ def ring_tokens(preset: Preset, tail_tokens: int, draft_tokens: int = 0) -> int:
     return preset.tile_tokens + tail_tokens + draft_tokens
 
 
+def raw_token_bytes(*, layers: int, kv_heads: int, head_dim: int, v_head_dim: int, raw_bytes: int) -> int:
+    """Return the bytes of one token's rows of K and V over all heads and layers."""
+    return (head_dim + v_head_dim) * raw_bytes * kv_heads * layers
+
+
 @dataclass(frozen=True, slots=True)
 class CacheShape:
     """What one rank caches.
@@ -65,7 +70,13 @@ class CacheShape:
     @property
     def raw_bytes_per_token(self) -> int:
         """Bytes of one raw token (K and V) over all heads and layers: what the model dtype costs."""
-        return 2 * self.head_dim * self.raw_bytes * self.kv_heads * self.layers
+        return raw_token_bytes(
+            layers=self.layers,
+            kv_heads=self.kv_heads,
+            head_dim=self.head_dim,
+            v_head_dim=self.head_dim,
+            raw_bytes=self.raw_bytes,
+        )
 
     @property
     def ring_tokens(self) -> int:
@@ -141,7 +152,7 @@ class CapacityPlan:
         max_requests: requests that may run at once.
         token_bytes: bytes of all records.
         fixed_bytes: bytes of tails and sinks.
-        raw_tokens: tokens that the same budget holds in the model dtype.
+        raw_tokens: tokens that the same budget holds in the model dtype, a draft model's rows beside them alike.
     """
 
     tokens: int
@@ -170,23 +181,27 @@ def plan_blocks(shape: CacheShape, budget_bytes: int, context: int, tiles_per_bl
     return blocks // each
 
 
-def plan_capacity(shape: CacheShape, budget_bytes: int, max_requests: int | None = None) -> CapacityPlan:
+def plan_capacity(
+    shape: CacheShape, budget_bytes: int, max_requests: int | None = None, draft_bytes: int = 0
+) -> CapacityPlan:
     """Size a cache.
 
     Args:
         shape: what one rank caches.
         budget_bytes: bytes for the whole cache on this rank.
         max_requests: requests that may run at once; None derives the limit from the budget.
+        draft_bytes: what a draft model caches of each token beside its records, in a pool of as many pages.
 
     Raises:
         CapacityError: tails and sinks leave no room for one page beside the padding page.
     """
     requests = shape.default_max_requests(budget_bytes) if max_requests is None else max_requests
     fixed = shape.fixed_bytes(requests)
-    pages = (budget_bytes - fixed) // shape.page_bytes - 1
+    page_bytes = shape.page_bytes + shape.preset.tile_tokens * draft_bytes
+    pages = (budget_bytes - fixed) // page_bytes - 1
     if pages < 1:
         raise CapacityError(
-            f"The KV budget of {budget_bytes} bytes leaves no room for a page of {shape.page_bytes} bytes beside "
+            f"The KV budget of {budget_bytes} bytes leaves no room for a page of {page_bytes} bytes beside "
             f"{fixed} bytes of exact tails and sinks for {requests} requests. "
             "Lower the request limit or give the cache more memory."
         )
@@ -195,5 +210,5 @@ def plan_capacity(shape: CacheShape, budget_bytes: int, max_requests: int | None
         max_requests=requests,
         token_bytes=(pages + 1) * shape.page_bytes,
         fixed_bytes=fixed,
-        raw_tokens=max(1, budget_bytes // shape.raw_bytes_per_token),
+        raw_tokens=max(1, budget_bytes // (shape.raw_bytes_per_token + draft_bytes)),
     )

@@ -109,8 +109,9 @@ class TailState:
         """Raise RuntimeError if the last count that arrived from the device is above zero. No sync."""
         if int(self._seen_faults) > 0:
             raise RuntimeError(
-                "KVarN was given tokens that start inside a tile which their request didn't write. The open tile of "
-                "that request is lost, so its answer would be wrong. Please report the flags of this server."
+                "KVarN was given tokens that start inside a tile which their request didn't write, or was told to move "
+                "tokens of a tile. The open tile of that request is lost, so its answer would be wrong. Please report "
+                "the flags of this server."
             )
 
     def forget(self, rows: torch.Tensor) -> None:

@@ -53,24 +53,39 @@ class TileAttentionBackend(AttentionBackend):
             pool.state, pool.layers, runner.req_to_token_pool.req_to_token, q_heads // pool.head_num, flash
         )
         self.forward_metadata: Step | None = None
+        self._verify_mask = compat.verify_mask(runner) if pool.state.config.draft_tokens else None
         warm_up(pool.layers[0], q_heads, flash)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
-        """Describe a chunk. A decode step is described inside the graph."""
-        if not forward_batch.forward_mode.is_decode_or_idle():
+        """Describe a chunk. A step that decodes or verifies is described inside the graph."""
+        mode = forward_batch.forward_mode
+        if not (mode.is_decode_or_idle() or mode.is_target_verify()):
             self.forward_metadata = self._builder.chunk(forward_batch)
 
     def init_forward_metadata_in_graph(self, forward_batch: ForwardBatch) -> None:
-        """Describe a decode step. Graph-safe: yes."""
+        """Describe a step that decodes or verifies. Graph-safe: yes."""
         if forward_batch.forward_mode.is_decode():
             self.forward_metadata = self._builder.decode(forward_batch)
+        elif forward_batch.forward_mode.is_target_verify():
+            self.forward_metadata = self._builder.verify(forward_batch)
 
     def init_cuda_graph_state(self, max_bs: int, max_num_tokens: int) -> None:
-        """Do nothing: a captured decode step makes its tensors inside the graph."""
+        """Do nothing: a captured step makes its tensors inside the graph."""
 
     def get_cuda_graph_seq_len_fill_value(self) -> int:
-        """Return the length of padding rows: one token, on the padding page."""
-        return 1
+        """Return the length of padding rows, whose new tokens alone stand on the padding page.
+
+        A decode step's new token is part of the length, tokens to be verified are not.
+        """
+        return 0 if self.token_to_kv_pool.state.config.draft_tokens else 1
+
+    @property
+    def verify_mask(self) -> Any:
+        """Return the mask that SGLang writes and nobody reads: a chain needs none. None without drafts."""
+        return self._verify_mask
+
+    def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
+        """Do nothing: no description of a step depends on which tokens were drafted."""
 
     def forward_decode(
         self,
@@ -95,7 +110,10 @@ class TileAttentionBackend(AttentionBackend):
         save_kv_cache: bool = True,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Attend a chunk, or a mixed batch of chunks and single rows."""
+        """Attend a chunk, a mixed batch of chunks and single rows, or rows to be verified.
+
+        Graph-safe: yes for rows to be verified.
+        """
         return self._forward(q, k, v, layer, save_kv_cache, kwargs)
 
     def _forward(

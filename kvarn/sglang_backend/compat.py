@@ -15,7 +15,14 @@ from kvarn import env
 from kvarn.errors import EngineIncompatible
 from kvarn.presets import is_preset_name
 from kvarn.sglang_backend import compat_tables as tables
-from kvarn.sglang_backend.compat_facts import Configurator, charged_request_limit, shape_of
+from kvarn.sglang_backend.compat_facts import (
+    Configurator,
+    charged_request_limit,
+    draft_bytes,
+    draft_tokens,
+    drafts_ngrams,
+    shape_of,
+)
 from kvarn.sglang_backend.settings import BACKEND_NAME, PoolSettings, pool_settings
 from kvarn.signatures import signature_difference
 
@@ -50,9 +57,14 @@ def engine_version() -> str:
     return str(__version__)
 
 
-def signature_differences() -> list[str]:
-    """Compare SGLang with the table; one phrase for each difference. Imports SGLang's memory and model modules."""
-    found = (signature_difference(target, names) for target, names in tables.SIGNATURES.items())
+def signature_differences(*, drafts: bool = False) -> list[str]:
+    """Compare SGLang with the table; one phrase for each difference. Imports SGLang's memory and model modules.
+
+    Args:
+        drafts: whether speculative decoding was asked for.
+    """
+    rows = {**tables.SIGNATURES, **(tables.DRAFT_SIGNATURES if drafts else {})}
+    found = (signature_difference(target, names) for target, names in rows.items())
     return [difference for difference in (*found, _field_difference()) if difference is not None]
 
 
@@ -73,14 +85,28 @@ def require_tested_version() -> None:
     logger.warning("KVarN %s was not tested with SGLang %s; accepted on request.", kvarn.__version__, version)
 
 
-def require_compatible() -> None:
+def draft_version_reasons() -> list[str]:
+    """Return why drafts can't be verified in this version, one sentence; empty if they can."""
+    version = engine_version()
+    if version.partition("+")[0] in tables.DRAFT_VERSIONS or env.allow_untested_engine():
+        return []
+    return [
+        f"--speculative-algorithm can't be used in SGLang {version}, in which drafts have not been tested with tiles; "
+        f"leave it out or install sglang=={tables.DRAFT_VERSIONS[-1]}."
+    ]
+
+
+def require_compatible(*, drafts: bool = False) -> None:
     """Refuse an SGLang that differs from what the hooks rely on.
+
+    Args:
+        drafts: whether speculative decoding was asked for.
 
     Raises:
         EngineIncompatible: names the versions, what differs, and what to do.
     """
     require_tested_version()
-    differences = signature_differences()
+    differences = signature_differences(drafts=drafts)
     if differences:
         listed = "; ".join(differences)
         raise _incompatible(f"This SGLang {engine_version()} differs from them: {listed}.", "or a newer KVarN")
@@ -105,12 +131,13 @@ def banner(runner: Runner) -> str:
     shape = shape_of(runner.kv_cache_configurator)
     raw = str(runner.kv_cache_configurator.model_dtype).removeprefix("torch.")
     ratio = shape.raw_bytes_per_token / shape.bytes_per_token
+    verified = f" Up to {shape.draft_tokens} drafts are verified at once." if shape.draft_tokens else ""
     return (
         f"KVarN {kvarn.__version__} in SGLang {engine_version()}: {shape.preset.name} "
         f"(format {shape.layout.identity}), {shape.bytes_per_token} bytes a token ({ratio:.2f}x smaller than {raw}), "
         f"{runner.max_total_num_tokens} tokens, at most {runner.max_running_requests} requests; kept in {raw}: "
         f"the open tile and newest {shape.tail_tokens} tokens of each running request, "
-        f"the first {shape.sink_tokens} tokens of a prompt."
+        f"the first {shape.sink_tokens} tokens of a prompt.{verified}"
     )
 
 
@@ -139,6 +166,21 @@ def flash_attention(device: torch.device) -> FlashAttention | None:
 def caps_logits(runner: Runner) -> bool:
     """Tell whether some attention layer of the model has a soft cap on its logits."""
     return any(getattr(module, "logit_cap", 0) for module in runner.model.modules())
+
+
+def verify_mask(runner: Runner) -> Any:
+    """Return the mask that SGLang fills for every batch of drafts, in its smallest form: chains are read without."""
+    from sglang.srt.layers.attention.verify_mask import maybe_create_verify_mask
+
+    return maybe_create_verify_mask(
+        is_draft_runner=False,
+        skip_prefill=False,
+        max_bs=runner.max_running_requests,
+        max_context_len=runner.model_config.context_len,
+        num_draft_tokens=draft_tokens() + 1,
+        device=runner.req_to_token_pool.req_to_token.device,
+        is_read=False,
+    )
 
 
 def require_plain_attention(layer: Any, k: object, save_kv_cache: bool, extras: dict[str, Any]) -> None:
@@ -188,7 +230,8 @@ def _field_difference() -> str | None:
 def _unapplied_hooks() -> list[str]:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    missing = (target for target in tables.ENGINE_TARGETS if target not in HookRegistry._patched)
+    targets = (*tables.ENGINE_TARGETS, *([tables.NGRAM_DRAFTS] if drafts_ngrams() else []))
+    missing = (target for target in targets if target not in HookRegistry._patched)
     return [f"the hook on {target} was not applied" for target in missing]
 
 
@@ -212,7 +255,11 @@ def _mismatches(runner: Runner) -> list[str]:
         ("pool settings", expected, settings if isinstance(settings, PoolSettings) else type(pool).__name__),
         ("page sizes", (tile,) * 3, (runner.page_size, pool.page_size, runner.token_to_kv_pool_allocator.page_size)),
         ("storage dtype", "torch.uint8", str(runner.kv_cache_dtype)),
-        ("bytes a token", shape.bytes_per_token, create_memory_pool_configurator(configurator)._cell_size),
+        (
+            "bytes a token",
+            shape.bytes_per_token + draft_bytes(configurator),
+            create_memory_pool_configurator(configurator)._cell_size,
+        ),
         ("tokens", runner.max_total_num_tokens, pool.size),
         ("rows of req_to_token", runner.max_running_requests + 1, rows),
         (f"tails charged for {runner.max_running_requests} requests", True, charged >= runner.max_running_requests),

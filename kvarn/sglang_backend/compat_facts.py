@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Protocol
 
-from kvarn.core.capacity import CacheShape, cache_shape
+from kvarn.core.capacity import CacheShape, cache_shape, raw_token_bytes
 from kvarn.core.support import DeviceFacts, ModelFacts
 from kvarn.presets import get_preset, is_preset_name
 from kvarn.sglang_backend.compat_tables import UNSUPPORTED_ENVIRONMENT
@@ -52,6 +52,20 @@ class ModelConfig(Protocol):
         """Return the kv heads of one rank."""
 
 
+class SpecAlgorithm(Protocol):
+    """SGLang's name of a way to draft."""
+
+    def is_none(self) -> bool:
+        """Tell whether there are no drafts."""
+
+
+class DraftConfig(Protocol):
+    """What the runner of the model knows of its draft model."""
+
+    draft_model_config: ModelConfig | None
+    draft_kv_num_layers: int
+
+
 class Configurator(Protocol):
     """KVCacheConfigurator: sizes and builds the pools of one model runner."""
 
@@ -61,6 +75,8 @@ class Configurator(Protocol):
     kv_cache_dtype_str: str | None
     sliding_window_size: int | None
     layer_info: LayerInfo
+    spec_algorithm: SpecAlgorithm
+    spec_aux_config: DraftConfig
     is_draft_worker: bool
     is_hybrid_swa: bool
 
@@ -81,6 +97,51 @@ def shape_of(configurator: Configurator) -> CacheShape:
         kv_heads=config.get_num_kv_heads(get_parallel().attn_tp_size),
         head_dim=config.head_dim,
         raw_bytes=configurator.model_dtype.itemsize,
+        draft_tokens=draft_tokens(),
+    )
+
+
+def draft_tokens() -> int:
+    """Return the most tokens that a step verifies for a request beside the one that is certain; 0 without drafts."""
+    from sglang.srt.runtime_context import get_spec
+
+    if get_spec().speculative_algorithm is None:
+        return 0
+    from sglang.srt.runtime_context import max_speculative_num_draft_tokens
+
+    return int(max_speculative_num_draft_tokens()) - 1
+
+
+def drafts_ngrams() -> bool:
+    """Tell whether drafts come from SGLang's corpus of n-grams."""
+    from sglang.srt.runtime_context import get_spec
+
+    return bool(get_spec().speculative_algorithm == "NGRAM")
+
+
+def draft_bytes(configurator: Configurator) -> int:
+    """Return the bytes that a draft model caches of each token on this rank, in rows of its own; 0 without one."""
+    if configurator.spec_algorithm.is_none() or configurator.spec_aux_config.draft_model_config is None:
+        return 0
+    from sglang.srt.mem_cache.kv_cache_dtype import configure_kv_cache_dtype
+    from sglang.srt.runtime_context import get_parallel, get_spec
+
+    config = configurator.spec_aux_config.draft_model_config
+    _, dtype = configure_kv_cache_dtype(
+        server_args_kv_cache_dtype=str(configurator.kv_cache_dtype_str),
+        model=None,
+        model_dtype=config.dtype,
+        is_draft_worker=True,
+        is_dflash=False,
+        speculative_draft_attention_backend=get_spec().speculative_draft_attention_backend,
+        speculative_draft_kv_cache_dtype=get_spec().speculative_draft_kv_cache_dtype,
+    )
+    return raw_token_bytes(
+        layers=configurator.spec_aux_config.draft_kv_num_layers,
+        kv_heads=config.get_num_kv_heads(get_parallel().attn_tp_size),
+        head_dim=config.head_dim,
+        v_head_dim=config.v_head_dim,
+        raw_bytes=dtype.itemsize,
     )
 
 

@@ -116,6 +116,16 @@ def declare_flags(server_args: object, flags: Mapping[str, object]) -> None:
         setattr(server_args, flag, value)
 
 
+def default_attention_backend(server_args: object) -> str:
+    """Return the attention backend that SGLang would choose for these flags if ours had not been asked for."""
+    view = flags_of(server_args)
+    if view.device == "cpu":
+        return tables.CPU_BACKEND
+    from sglang.srt.arg_groups.overrides import get_default_attn_backend, model_config_of
+
+    return str(get_default_attn_backend(view, use_mla_backend=False, model_config=model_config_of(server_args)))
+
+
 def publish_request_limit(requests: int) -> None:
     """Set SGLang's request limit for this process, as if ``--max-running-requests`` had been typed.
 

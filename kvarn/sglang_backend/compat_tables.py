@@ -9,6 +9,8 @@ from typing import Final
 
 TESTED_VERSIONS: Final = ("0.5.17", "0.5.23")
 RECOMMENDED_VERSION: Final = "0.5.23"
+# Those in which drafts were tested, too.
+DRAFT_VERSIONS: Final = ("0.5.23",)
 
 # --- hooked in every process that loads plugins; the modules are small and loaded anyway
 ADD_CLI_ARGS: Final = "sglang.srt.server_args.ServerArgs.add_cli_args"
@@ -26,7 +28,13 @@ CONFIGURE_DTYPE: Final = "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache
 PROFILE_BYTES: Final = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._profile_available_bytes"
 BUILD_POOL: Final = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
 CELL_SIZE: Final = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
-ENGINE_TARGETS: Final = (CONFIGURE_DTYPE, PROFILE_BYTES, BUILD_POOL, CELL_SIZE)
+PRICE_TOKEN: Final = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator.__init__"
+ENGINE_TARGETS: Final = (CONFIGURE_DTYPE, PROFILE_BYTES, BUILD_POOL, CELL_SIZE, PRICE_TOKEN)
+# --- hooked only where drafts come from n-grams
+NGRAM_DRAFTS: Final = "sglang.srt.speculative.cpp_ngram.ngram_corpus.NgramCorpus.batch_get"
+
+# What SGLang attends with on a CPU.
+CPU_BACKEND: Final = "intel_amx"
 
 # A process that has loaded this runs a model, or launches one that does; hooks cost it no import that it could avoid.
 ENGINE_MODULE: Final = "sglang.srt.managers.scheduler"
@@ -45,6 +53,7 @@ SIGNATURES: Final = MappingProxyType(
         PROFILE_BYTES: ("self", "pre_model_load_memory"),
         BUILD_POOL: ("self", "sizes", "is_dsa_model", "is_dsv4_model", "req_to_token_pool"),
         CELL_SIZE: ("self", "kvc", "num_layers"),
+        PRICE_TOKEN: ("self", "kvc"),
         f"{_CONFIGURATOR}._build_mha_kv_pool": ("self", "max_total_num_tokens", "mha_pool_class", "quant_method"),
         f"{_CONFIGURATOR}._resolve_memory_pool_config": ("self", "pre_model_load_memory"),
         f"{_CONFIGURATOR}.resolve_max_num_reqs": ("self", "token_capacity"),
@@ -69,10 +78,26 @@ SIGNATURES: Final = MappingProxyType(
     }
 )
 
+# What is relied on besides where drafts are asked for.
+DRAFT_SIGNATURES: Final = MappingProxyType(
+    {
+        NGRAM_DRAFTS: ("self", "req_ids", "batch_tokens", "total_lens"),
+        CONFIGURE_DTYPE: (*SIGNATURES[CONFIGURE_DTYPE], "speculative_draft_kv_cache_dtype"),
+        f"{_ATTENTION}.update_verify_buffers_to_fill_after_draft": ("self", "spec_info", "cuda_graph_bs"),
+        f"{_POOLS}.MHATokenToKVPool.move_kv_cache": ("self", "tgt_loc", "src_loc"),
+        "sglang.srt.arg_groups.overrides.get_default_attn_backend": ("server_args", "use_mla_backend", "model_config"),
+        "sglang.srt.layers.attention.verify_mask.maybe_create_verify_mask": (
+            *("is_draft_runner", "skip_prefill", "max_bs", "max_context_len", "num_draft_tokens", "device", "is_read"),
+        ),
+        "sglang.srt.runtime_context.max_speculative_num_draft_tokens": (),
+    }
+)
+
 # Attributes of KVCacheConfigurator, a dataclass, that the hooks read.
 CONFIGURATOR_FIELDS: Final = (
     *("device", "model_config", "model_dtype", "kv_cache_dtype", "kv_cache_dtype_str", "page_size"),
     *("is_draft_worker", "is_hybrid_swa", "use_mla_backend", "sliding_window_size", "layer_info", "mambaish_config"),
+    *("spec_algorithm", "spec_aux_config"),
 )
 
 # Switches of SGLang's own environment that change how a pool is laid out or sized.

@@ -10,7 +10,7 @@ from kvarn import env
 from kvarn.core.cache import LayerCache
 from kvarn.core.flash import FlashAttention
 from kvarn.core.prefill_plan import plan_prefill
-from kvarn.core.step import Step, chunk_step, decode_step
+from kvarn.core.step import Step, chunk_step, decode_step, verify_step
 from kvarn.core.tail import TailState, owner_tags
 
 if TYPE_CHECKING:
@@ -48,6 +48,16 @@ class StepBuilder:
         rows = batch.req_pool_indices
         table = self._block_table(rows, self._page_starts.shape[0])
         return decode_step(self._state, rows.int(), batch.seq_lens.int(), table, self._group)
+
+    def verify(self, batch: ForwardBatch) -> Step:
+        """Describe a step that verifies as many drafts of every request. Graph-safe: yes.
+
+        The batch's lengths are the committed ones: those of the drafts are not in them yet.
+        """
+        rows = batch.req_pool_indices
+        rows_each = batch.input_ids.shape[0] // rows.shape[0]
+        table = self._block_table(rows, self._page_starts.shape[0])
+        return verify_step(self._state, rows.int(), (batch.seq_lens + rows_each).int(), table, self._group, rows_each)
 
     def chunk(self, batch: ForwardBatch) -> Step:
         """Describe a prefill chunk or a mixed batch.

@@ -17,6 +17,7 @@ from kvarn.errors import EngineIncompatible, UnsupportedConfig
 from kvarn.presets import PRESETS, Preset, get_preset, is_preset_name
 from kvarn.sglang_backend import compat, compat_facts, compat_hooks, resolution
 from kvarn.sglang_backend import compat_tables as tables
+from kvarn.sglang_backend.drafts import declared_draft_flags, drafts_with_model
 from kvarn.sglang_backend.settings import BACKEND_NAME, PoolSettings, divide_budget, pool_settings
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ def add_engine_hooks() -> None:
     compat_hooks.add_hook(tables.CONFIGURE_DTYPE, storage_dtype, "around")
     compat_hooks.add_hook(tables.PROFILE_BYTES, charge_exact_rows, "after")
     compat_hooks.add_hook(tables.CELL_SIZE, record_bytes, "after")
+    compat_hooks.add_hook(tables.PRICE_TOKEN, price_token, "after")
     compat_hooks.add_hook(tables.BUILD_POOL, build_pool, "around")
 
 
@@ -108,15 +110,20 @@ def decide_flags(server_args: object) -> None:
             )
         return
     view = compat_hooks.flags_of(server_args)
+    drafts = view.speculative_algorithm is not None
     reasons = [
         *resolution.flag_reasons(view, preset),
+        *(compat.draft_version_reasons() if drafts else []),
         *compat_facts.environment_reasons(),
         *unsupported_reasons(compat_facts.model_facts(server_args), preset, compat_facts.device_facts(view)),
     ]
     if reasons:
         raise UnsupportedConfig(reasons)
-    compat.require_compatible()
-    compat_hooks.declare_flags(server_args, resolution.declared_flags(preset))
+    compat.require_compatible(drafts=drafts)
+    compat_hooks.declare_flags(server_args, {**resolution.declared_flags(preset), **declared_draft_flags(view)})
+    if drafts_with_model(view) and view.speculative_draft_attention_backend is None:
+        backend = compat_hooks.default_attention_backend(server_args)
+        compat_hooks.declare_flags(server_args, {"speculative_draft_attention_backend": backend})
     env.request_sglang_hooks()
     # This process may run the model itself, and has loaded its plugins already.
     add_engine_hooks()
@@ -149,7 +156,8 @@ def storage_dtype(original: Callable[..., Any], **arguments: Any) -> Any:
     if not is_preset_name(arguments["server_args_kv_cache_dtype"]):
         return original(**arguments)
     if arguments["is_draft_worker"]:
-        return "auto", arguments["model_dtype"]
+        name, dtype = original(**{**arguments, "server_args_kv_cache_dtype": "auto"})
+        return name or "auto", dtype
     import torch
 
     compat.require_compatible()
@@ -168,9 +176,10 @@ def charge_exact_rows(budget_bytes: int, configurator: Any, *_args: Any, **_kwar
     _check_loaded_model(configurator)
     shape = compat_facts.shape_of(configurator)
     requested, token_cap = compat_facts.limits_of_schedule()
-    plan = divide_budget(shape, budget_bytes, requested, token_cap)
+    draft_bytes = compat_facts.draft_bytes(configurator)
+    plan = divide_budget(shape, budget_bytes, requested, token_cap, draft_bytes)
     compat_hooks.publish_request_limit(plan.max_requests)
-    return plan.tokens * shape.bytes_per_token
+    return plan.tokens * (shape.bytes_per_token + draft_bytes)
 
 
 def record_bytes(_cell_size: int, _self: Any, configurator: Any, *_args: Any, **_kwargs: Any) -> int | None:
@@ -178,6 +187,13 @@ def record_bytes(_cell_size: int, _self: Any, configurator: Any, *_args: Any, **
     if not compat_facts.holds_tiles(configurator):
         return None
     return compat_facts.shape_of(configurator).bytes_per_token
+
+
+def price_token(_result: None, sizes: Any, configurator: Any) -> None:
+    """After ``DefaultPoolConfigurator.__init__``, which prices a draft model's layers like ours: at their own size."""
+    if compat_facts.holds_tiles(configurator):
+        draft_bytes = compat_facts.draft_bytes(configurator)
+        sizes._cell_size = compat_facts.shape_of(configurator).bytes_per_token + draft_bytes
 
 
 def build_pool(original: Callable[..., Any], configurator: Any, **arguments: Any) -> Any:
@@ -195,10 +211,20 @@ def build_pool(original: Callable[..., Any], configurator: Any, **arguments: Any
     return compat_hooks.build_tile_pool(configurator, _pool_class(settings), sizes.max_total_num_tokens)
 
 
+def keep_chains(trees: tuple[Any, Any], *_args: Any, **_kwargs: Any) -> tuple[Any, Any]:
+    """After ``NgramCorpus.batch_get``: let every request verify one chain."""
+    from kvarn.sglang_backend.chains import longest_chains
+
+    return longest_chains(*trees)
+
+
 def create_backend(runner: Any) -> Any:
     """Create the attention backend of a model runner, and say once what is being served."""
     from kvarn.sglang_backend.backend import TileAttentionBackend
 
+    if compat_facts.drafts_ngrams():
+        compat_hooks.add_hook(tables.NGRAM_DRAFTS, keep_chains, "after")
+        compat_hooks.apply_hooks()
     backend = TileAttentionBackend(runner)
     if compat.is_first_rank():
         logger.info("%s", compat.banner(runner))

@@ -58,9 +58,13 @@ class TilePool(MHATokenToKVPool):
             "KVarN writes K and V in its attention backend; set_kv_buffer has no rows to write to."
         )
 
-    def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> NoReturn:
-        """Refuse: a quantised tile can't be moved token by token."""
-        raise NotImplementedError("KVarN can't move single tokens between pages; tree drafts need that.")
+    def move_kv_cache(self, tgt_loc: torch.Tensor, src_loc: torch.Tensor) -> None:
+        """Do nothing: accepted tokens of a chain of drafts stand where they belong.
+
+        A token that does not, as in a tree, is counted as a fault, which stops the server at its next chunk: a
+        quantised tile can't be moved token by token. Graph-safe: yes.
+        """
+        self.state.faults += (tgt_loc != src_loc).any()
 
     def get_key_buffer(self, layer_id: int) -> NoReturn:
         """Refuse: there are no rows of K."""

@@ -6,6 +6,7 @@ Works on any object that has the flags as attributes, so that it needs no SGLang
 from dataclasses import dataclass
 
 from kvarn.presets import Preset
+from kvarn.sglang_backend.drafts import draft_reasons
 from kvarn.sglang_backend.settings import BACKEND_NAME
 
 _BACKEND_FLAGS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
@@ -16,7 +17,6 @@ _SPLIT_CACHE = "it spreads one request's cache over ranks, and its exact tail st
 _OTHER_POOL = "it brings a cache layout of its own"
 _RAW_ROWS = "it reads raw K and V rows, and the cache holds records"
 _IDLE_RANKS = "idle ranks run batches without requests, which has not been tested with tiles"
-_DRAFTS = "its verifying steps have not been tested with tiles"
 _BATCH_DEPENDENT = "results still depend on how a batch is put together"
 _NEWEST_TOKENS = "a request's newest tokens stand in its tail, which no transfer carries"
 
@@ -71,9 +71,8 @@ FLAG_LIMITS = (
     FlagLimit("dllm_algorithm", None, "a diffusion model rewrites tokens that a sealed tile holds already"),
     FlagLimit("enable_streaming_session", None, _NOT_TESTED),
     FlagLimit("enable_session_radix_cache", None, _NOT_TESTED),
-    FlagLimit("speculative_algorithm", None, _DRAFTS),
-    FlagLimit("uno_lora_path", None, _DRAFTS),
-    FlagLimit("decoupled_spec_role", "null", _DRAFTS),
+    FlagLimit("uno_lora_path", None, _NOT_TESTED),
+    FlagLimit("decoupled_spec_role", "null", _NOT_TESTED),
     FlagLimit("enable_deterministic_inference", None, _BATCH_DEPENDENT),
     FlagLimit("rl_on_policy_target", None, _BATCH_DEPENDENT),
     FlagLimit("kv_canary", "none", _RAW_ROWS),
@@ -110,6 +109,7 @@ def flag_reasons(view: object, preset: Preset) -> list[str]:
     return [
         *_backend_reasons(view, preset),
         *_page_reasons(view, preset),
+        *draft_reasons(view, preset),
         *(reason for reason in limits if reason is not None),
     ]
 

@@ -44,7 +44,9 @@ def pool_settings(shape: CacheShape, num_rows: int, raw_dtype: torch.dtype) -> P
     )
 
 
-def divide_budget(shape: CacheShape, budget_bytes: int, requested: int | None, token_cap: int | None) -> CapacityPlan:
+def divide_budget(
+    shape: CacheShape, budget_bytes: int, requested: int | None, token_cap: int | None, draft_bytes: int = 0
+) -> CapacityPlan:
     """Divide the bytes that SGLang gives the cache into tails, sinks and tiles.
 
     Args:
@@ -52,18 +54,19 @@ def divide_budget(shape: CacheShape, budget_bytes: int, requested: int | None, t
         budget_bytes: bytes that SGLang profiled for the cache.
         requested: ``--max-running-requests``; None derives the limit from the budget.
         token_cap: ``--max-total-tokens``, which SGLang applies afterwards; None if there is none.
+        draft_bytes: what a draft model caches of each token.
 
     Raises:
         CapacityError: tails and sinks leave no room for a page.
     """
     try:
-        plan = plan_capacity(shape, budget_bytes, requested)
+        plan = plan_capacity(shape, budget_bytes, requested, draft_bytes)
         if requested is not None:
             return plan
         # A running request needs a page of its own, so more tail rings than pages could never be in use.
         tokens = plan.tokens if token_cap is None else min(plan.tokens, token_cap)
         pages = max(1, tokens // shape.preset.tile_tokens)
-        return plan if plan.max_requests <= pages else plan_capacity(shape, budget_bytes, pages)
+        return plan if plan.max_requests <= pages else plan_capacity(shape, budget_bytes, pages, draft_bytes)
     except CapacityError as error:
         raise CapacityError(
             f"{error} In SGLang these are --max-running-requests and --mem-fraction-static; "

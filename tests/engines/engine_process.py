@@ -17,7 +17,8 @@ from plan import Answer, Chunk, Results, Step, write_plan
 from tiny_models import TinyModel
 
 _HERE = Path(__file__).parent
-_STAND_INS = _HERE.parents[1] / "tools" / "sglang_cpu"
+_ROOT = _HERE.parents[1]
+_STAND_INS = _ROOT / "tools" / "sglang_cpu"
 _PLAN_TIMEOUT_S = 400
 # A refusal takes the time of importing SGLang; a server that does start goes on for good.
 _LAUNCH_TIMEOUT_S = 150
@@ -82,7 +83,8 @@ class EngineSetup:
 def environment(overlay: Path | None = None, **variables: str) -> dict[str, str]:
     """Return the environment of an engine process: this one's, without what would change the engine."""
     kept = {name: value for name, value in os.environ.items() if not name.startswith(_FOREIGN)}
-    paths = [_STAND_INS, *([overlay] if overlay else [])]
+    # this checkout's KVarN, wherever the environment's was installed from
+    paths = [_ROOT, _STAND_INS, *([overlay] if overlay else [])]
     return kept | {
         "PYTHONPATH": os.pathsep.join(map(str, paths)),
         "SGLANG_USE_CPU_ENGINE": "1",

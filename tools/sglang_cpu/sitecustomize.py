@@ -6,7 +6,8 @@ so the processes that SGLang spawns get the stand-ins too. Set ``SGLANG_USE_CPU_
 Two imports stop SGLang 0.5.17 and 0.5.23 beside a CPU build of torch:
 
 * ``sgl_kernel`` is imported unconditionally, but only its CUDA build is published. :class:`KernelStub` makes every
-  name in it importable; a stand-in raises as soon as it is called, so no missing kernel can pass unnoticed.
+  name in it importable. Those that speculative decoding calls are written in Python (``sglang_cpu_kernels``); any other
+  raises as soon as it is called, so no missing kernel can pass unnoticed.
 * ``torchvision`` registers Python fake kernels for operators that its C extension defines, and the published
   extension needs CUDA libraries. :class:`OperatorSchemas` defines the two operator schemas in its place.
 
@@ -39,13 +40,23 @@ def _torch() -> Any:
     return torch
 
 
+def _kernels() -> Any:
+    """Import the kernels that are written in Python, which import torch."""
+    import sglang_cpu_kernels
+
+    return sglang_cpu_kernels
+
+
 class KernelModule(types.ModuleType):
-    """A module in which every public name exists and raises when called."""
+    """A module in which every public name exists, and raises when called unless it is written in Python."""
 
     def __getattr__(self, name: str) -> Callable[..., object]:
-        """Return a function that names the missing kernel; dunder names stay missing, as introspection expects."""
+        """Return a kernel, or a function that names it; dunder names stay missing, as introspection expects."""
         if name.startswith("__"):
             raise AttributeError(name)
+        kernel: Callable[..., object] | None = getattr(_kernels(), name, None)
+        if kernel is not None:
+            return kernel
         full_name = f"{self.__name__}.{name}"
 
         def missing(*_args: object, **_kwargs: object) -> object:
@@ -57,6 +68,10 @@ class KernelModule(types.ModuleType):
 
 class KernelStub(MetaPathFinder, Loader):
     """Import ``sgl_kernel`` and anything below it as stand-ins. Belongs last in ``sys.meta_path``."""
+
+    def __init__(self) -> None:
+        """Start with no operators; torch forgets them when the library object dies, so it is kept here."""
+        self._library: Any = None
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None = None, target: types.ModuleType | None = None
@@ -73,7 +88,9 @@ class KernelStub(MetaPathFinder, Loader):
         return KernelModule(spec.name)
 
     def exec_module(self, module: types.ModuleType) -> None:
-        """Do nothing: a stand-in has no code of its own."""
+        """Define the operators that come with the package; a stand-in has no code of its own."""
+        if self._library is None:
+            self._library = _kernels().register_attention()
 
 
 class OperatorSchemas(MetaPathFinder):

@@ -1,0 +1,22 @@
+"""One chain of drafts out of SGLang's trees: what its n-gram corpus proposes is a tree, even at breadth 1."""
+
+import numpy as np
+
+
+def longest_chains(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Turn every request's tree into a chain of as many tokens: its longest path first, then whatever else there was.
+
+    At breadth 1 suffixes of different lengths still propose tokens of their own, and SGLang pads a tree with children
+    of its root. What is verified as a chain must be one, or a draft would attend to drafts that aren't before it. What
+    follows the path is a guess like any other: it is accepted only if it is what comes next.
+
+    Args:
+        tokens: [requests * n], drafts of every request, the first one certain; parents stand before their children.
+        mask: [requests * n * n], nonzero where a token descends from another or is that token.
+    """
+    n = mask.size // tokens.size
+    tree = mask.reshape(-1, n, n) != 0
+    path = np.take_along_axis(tree, tree.sum(axis=-1).argmax(axis=-1)[:, None, None], axis=1)[:, 0]
+    order = np.argsort(~path, axis=-1, kind="stable")
+    chains = np.take_along_axis(tokens.reshape(-1, n), order, axis=-1)
+    return chains.reshape(-1), np.tile(np.tri(n, dtype=mask.dtype).reshape(-1), len(chains))
