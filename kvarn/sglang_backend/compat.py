@@ -118,7 +118,8 @@ def verify_active(runner: Runner) -> None:
     Raises:
         EngineIncompatible: lists everything that is not as it must be.
     """
-    problems = [*_unapplied_hooks(), *_mismatches(runner)]
+    targets = (*tables.ENGINE_TARGETS, tables.NGRAM_DRAFTS) if drafts_ngrams() else tables.ENGINE_TARGETS
+    problems = [*_unapplied_hooks(targets), *_mismatches(runner)]
     if problems:
         raise _incompatible(
             f"KVarN did not become active in this SGLang {engine_version()}: {'; '.join(problems)}.",
@@ -227,10 +228,9 @@ def _field_difference() -> str | None:
     return f"{target} has no {', '.join(missing)}" if missing else None
 
 
-def _unapplied_hooks() -> list[str]:
+def _unapplied_hooks(targets: tuple[str, ...]) -> list[str]:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
-    targets = (*tables.ENGINE_TARGETS, *([tables.NGRAM_DRAFTS] if drafts_ngrams() else []))
     missing = (target for target in targets if target not in HookRegistry._patched)
     return [f"the hook on {target} was not applied" for target in missing]
 

@@ -1,9 +1,11 @@
 """What tests change inside SGLang's scheduler. SGLang spawns it, and spawning imports the driver, which installs these.
 
-Two switches, set in the environment of the driver:
+Three switches, set in the environment of the driver:
 
-* ``ENGINE_TEST_TRACE=FILE`` writes one JSON line for each chunked forward pass and checks KVarN's own state in every
-  pass: no sink slot leaked or shared, no chunk that lost its open tile.
+* ``ENGINE_TEST_TRACE=FILE`` writes one JSON line for each forward pass over chunks or drafts and checks KVarN's own
+  state in every pass: no sink slot leaked or shared, no chunk that lost its open tile. Before drafts are verified,
+  everything past a request's accepted tokens, in its ring and in records, is overwritten with NaN.
+* ``ENGINE_TEST_ANSWERS=FILE`` gives SGLang a corpus of n-grams that knows how the sequences of that JSON file go on.
 * ``ENGINE_TEST_ROWWISE=1`` computes every matrix product and every query row by itself. A CPU's matrix kernels round
   differently for different numbers of rows, so that without this a token that was decoded and the same token
   prefilled differ in the last bit. With it a difference can only come from which rows were read, and from where.
@@ -13,10 +15,12 @@ from __future__ import annotations
 
 import json
 import os
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from knowing_corpus import KnowingCorpus
 
 if TYPE_CHECKING:
     from kvarn.core.step import Step
@@ -24,6 +28,7 @@ if TYPE_CHECKING:
 
 TRACE = "ENGINE_TEST_TRACE"
 ROWWISE = "ENGINE_TEST_ROWWISE"
+ANSWERS = "ENGINE_TEST_ANSWERS"
 
 
 def install() -> None:
@@ -33,6 +38,12 @@ def install() -> None:
     trace = os.environ.get(TRACE)
     if trace:
         _trace_steps(Path(trace))
+    answers = os.environ.get(ANSWERS)
+    if answers:
+        from sglang.srt.speculative.cpp_ngram import ngram_corpus
+
+        known = json.loads(Path(answers).read_text())
+        ngram_corpus.get_ngram_corpus_cls = lambda: partial(KnowingCorpus, known)
 
 
 def _compute_row_by_row() -> None:
@@ -72,7 +83,7 @@ def _compute_row_by_row() -> None:
 def _trace_steps(path: Path) -> None:
     from kvarn.sglang_backend import metadata
 
-    chunk, decode = metadata.StepBuilder.chunk, metadata.StepBuilder.decode
+    chunk, decode, verify = (getattr(metadata.StepBuilder, name) for name in ("chunk", "decode", "verify"))
 
     def check(builder: StepBuilder) -> None:
         state = builder._state
@@ -80,18 +91,22 @@ def _trace_steps(path: Path) -> None:
         if int(state.faults):
             raise RuntimeError(f"{int(state.faults)} chunks lost their open tile")
 
-    def traced_chunk(self: StepBuilder, batch: Any) -> Step:
-        step = chunk(self, batch)
-        check(self)
+    def note(step: Step, batch: Any, drafts: int) -> None:
         line = {
             "prefix_lens": step.prefix_lens.tolist(),
             "seq_lens": step.seq_lens.tolist(),
             "own_start": step.own_start.tolist(),
             "rows": step.rows.tolist(),
             "rids": list(batch.rids or ()),
+            "drafts": drafts,
         }
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")
+
+    def traced_chunk(self: StepBuilder, batch: Any) -> Step:
+        step = chunk(self, batch)
+        check(self)
+        note(step, batch, 0)
         return step
 
     def traced_decode(self: StepBuilder, batch: Any) -> Step:
@@ -99,5 +114,25 @@ def _trace_steps(path: Path) -> None:
         check(self)
         return step
 
+    def traced_verify(self: StepBuilder, batch: Any) -> Step:
+        _poison(self, batch)
+        step = verify(self, batch)
+        check(self)
+        note(step, batch, batch.input_ids.shape[0] // batch.batch_size - 1)
+        return step
+
     metadata.StepBuilder.chunk = traced_chunk
     metadata.StepBuilder.decode = traced_decode
+    metadata.StepBuilder.verify = traced_verify
+
+
+def _poison(builder: StepBuilder, batch: Any) -> None:
+    """Overwrite what drafts may have left behind, which nobody may read."""
+    config = builder._state.config
+    table = builder._block_table(batch.req_pool_indices, builder._page_starts.shape[0])
+    for row, pages, done in zip(batch.req_pool_indices, table, batch.seq_lens.tolist(), strict=True):
+        provisional = pages[done // config.tile_tokens : -(-(done + config.draft_tokens + 1) // config.tile_tokens)]
+        wrong = torch.arange(done, done + config.draft_tokens) % config.ring_tokens
+        for layer in builder._layers:
+            layer.records[provisional.long()] = 0xFF
+            layer.tails[row, :, :, wrong] = torch.nan

@@ -73,13 +73,14 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One forward pass over chunks: parallel lists, one entry a request."""
+    """One forward pass over chunks or drafts: parallel lists, one entry a request; and the drafts of each request."""
 
     prefix_lens: list[int]
     seq_lens: list[int]
     own_start: list[int]
     rows: list[int]
     rids: list[str]
+    drafts: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,7 +90,7 @@ class Results:
     Args:
         answers: by request name.
         flushed: whether each flush succeeded; SGLang refuses one while it holds requests.
-        chunks: forward passes over chunks, in order.
+        chunks: forward passes over chunks or drafts, in order.
         log: the engine's standard output and error.
     """
 

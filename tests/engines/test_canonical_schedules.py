@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import storm
 from compare import Record, same_bits
+from drafting import without_drafts
 from engine_process import EngineSetup, Models, run_plan
 from plan import Answer, Request, Results, Step, alone, flush
 from tiny_models import QWEN3_GROUP_2, prompt
@@ -87,9 +88,11 @@ def _storm() -> list[Step]:
     ]
 
 
-@pytest.fixture(scope="module")
-def results(models: Models) -> Results:
-    """Run everything on one engine. Every so many steps it takes its pages from a running request, if it runs two."""
+def run_schedules(models: Models) -> Results:
+    """Run everything on one engine, once in a test session.
+
+    Every so many steps it takes its pages from a running request, if it runs two.
+    """
     setup = EngineSetup(
         models.path(QWEN3_GROUP_2),
         {
@@ -104,8 +107,13 @@ def results(models: Models) -> Results:
             "SGLANG_TEST_RETRACT_INTERVAL": str(RETRACT_EVERY_STEPS),
         },
     )
-    steps = [*_turns(), *_mixed_chunks(), *_needle(), *_retraction(), *_storm()]
+    steps = [*without_drafts(), *_turns(), *_mixed_chunks(), *_needle(), *_retraction(), *_storm()]
     return run_plan(setup, steps, models.scratch("schedules"))
+
+
+@pytest.fixture(scope="module")
+def results(models: Models) -> Results:
+    return run_schedules(models)
 
 
 @pytest.mark.parametrize(("turn", "cached"), [(2, 2 * TILE), (3, 3 * TILE)])

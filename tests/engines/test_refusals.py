@@ -16,7 +16,10 @@ REFUSALS = {
     ),
     "page size": ([DTYPE, "--page-size=64"], ["--page-size 64 does not fit kvarn_k4v2_g128", "leave the flag out"]),
     "host cache": ([DTYPE, "--enable-hierarchical-cache"], ["--enable-hierarchical-cache can't be used"]),
-    "drafts": ([DTYPE, "--speculative-algorithm=NGRAM"], ["--speculative-algorithm NGRAM can't be used"]),
+    "drafts": (
+        [DTYPE, "--speculative-algorithm=NGRAM"],
+        ["makes a tree of drafts", "pass --speculative-ngram-max-bfs-breadth 1"],
+    ),
     "attention backend": (
         [DTYPE, "--attention-backend=torch_native"],
         ["--attention-backend torch_native can't read the records of kvarn_k4v2_g128"],

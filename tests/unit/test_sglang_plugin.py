@@ -27,7 +27,6 @@ TYPED = {
     "pp_size": 2,
     "attn_dp_size": 2,
     "dllm_algorithm": "LowConfidence",
-    "speculative_algorithm": "EAGLE",
     "uno_lora_path": "/draft",
     "decoupled_spec_role": "verifier",
     "rl_on_policy_target": "fsdp",
@@ -115,7 +114,7 @@ class TestFlags:
 
     def test_all_reasons_are_collected(self):
         view = flags(
-            page_size=1, attention_backend="fa3", pp_size=2, enable_lmcache=True, speculative_algorithm="NGRAM"
+            page_size=1, attention_backend="fa3", pp_size=2, enable_lmcache=True, speculative_algorithm="DFLASH"
         )
         assert len(resolution.flag_reasons(view, PRESET)) == 5
 
@@ -159,6 +158,7 @@ def configurator(monkeypatch):
     monkeypatch.setattr(compat_facts, "shape_of", lambda _: SHAPE)
     monkeypatch.setattr(compat_facts, "facts_of_config", lambda _: DENSE)
     monkeypatch.setattr(compat_facts, "limits_of_schedule", lambda: (None, None))
+    monkeypatch.setattr(compat_facts, "draft_bytes", lambda _: 0)
     monkeypatch.setattr(compat_hooks, "publish_request_limit", published.append)
     monkeypatch.setitem(sys.modules, "kvarn.sglang_backend.pool", SimpleNamespace(TilePool=TilePool))
     return SimpleNamespace(
@@ -180,6 +180,17 @@ class TestPoolHooks:
         cell = plugin.record_bytes(1, None, configurator, 28)
         assert left // cell // 128 * 128 == plan.tokens
         assert configurator.published == [plan.max_requests]
+
+    def test_draft_model_is_priced_at_its_own_size(self, configurator, monkeypatch):
+        monkeypatch.setattr(compat_facts, "draft_bytes", lambda _: 6144)
+        plan = plan_capacity(SHAPE, 10 * GIB, None, 6144)
+        left = plugin.charge_exact_rows(10 * GIB, configurator, 0)
+        sizes = SimpleNamespace(_cell_size=SHAPE.bytes_per_token * 25 // 24)  # as SGLang has it for one of 24 layers
+        plugin.price_token(None, sizes, configurator)
+        assert sizes._cell_size == SHAPE.bytes_per_token + 6144
+        assert left // sizes._cell_size // 128 * 128 == plan.tokens
+        pages = plan.tokens // 128 + 1
+        assert pages * (SHAPE.page_bytes + 128 * 6144) + SHAPE.fixed_bytes(plan.max_requests) <= 10 * GIB
 
     def test_typed_request_limit_is_charged_and_kept(self, configurator, monkeypatch):
         monkeypatch.setattr(compat_facts, "limits_of_schedule", lambda: (7, None))
@@ -214,6 +225,7 @@ class TestPoolHooks:
         vars(configurator).update(change)
         assert plugin.charge_exact_rows(GIB, configurator, 0) is None
         assert plugin.record_bytes(512, None, configurator, 28) is None
+        assert plugin.price_token(None, None, configurator) is None
         assert plugin.build_pool(lambda _, **given: given, configurator, sizes=3) == {"sizes": 3}
 
     def test_storage_is_bytes_for_the_target_and_the_model_dtype_for_a_draft(self, monkeypatch):
@@ -221,7 +233,10 @@ class TestPoolHooks:
         monkeypatch.setattr(compat, "require_compatible", lambda: None)
         asked = {"server_args_kv_cache_dtype": PRESET.name, "model_dtype": torch.bfloat16}
         assert plugin.storage_dtype(None, is_draft_worker=False, **asked) == (None, torch.uint8)
-        assert plugin.storage_dtype(None, is_draft_worker=True, **asked) == ("auto", torch.bfloat16)
+        keeps = lambda **given: (None, given["model_dtype"])  # noqa: E731
+        typed = lambda **given: ("fp8_e4m3", given["server_args_kv_cache_dtype"])  # noqa: E731
+        assert plugin.storage_dtype(keeps, is_draft_worker=True, **asked) == ("auto", torch.bfloat16)
+        assert plugin.storage_dtype(typed, is_draft_worker=True, **asked) == ("fp8_e4m3", "auto")
         assert plugin.storage_dtype(lambda **given: given, server_args_kv_cache_dtype="auto") == {
             "server_args_kv_cache_dtype": "auto"
         }

@@ -35,7 +35,11 @@ MODELS = {
     "windowed": {**DENSE, **WINDOWED},
 }
 KVARN = ("--kv-cache-dtype", "kvarn_k4v2_g128")
-BAD_FLAGS = ("--page-size", "64", "--enable-hierarchical-cache", "--speculative-algorithm", "NGRAM", "--pp-size", "2")
+BAD_FLAGS = ("--page-size", "64", "--enable-hierarchical-cache", "--speculative-algorithm", "DFLASH", "--pp-size", "2")
+# "dense" stands for the folder of that model.
+DRAFT_MODEL = ("--speculative-draft-model-path", "dense")
+FIVE_STEPS = ("--speculative-num-steps", "5", "--speculative-eagle-topk", "1")
+TYPED_BACKEND = ("--speculative-draft-attention-backend", "triton")
 CASES = {
     "auto": ("dense", ()),
     "unknown": ("dense", ("--kv-cache-dtype", "kvarn_k4v9_g128")),
@@ -43,6 +47,11 @@ CASES = {
     "bad flags and model": ("odd-head", (*KVARN, "--pp-size", "2")),
     "windowed": ("windowed", KVARN),
     "kvarn": ("dense", KVARN),
+    "eagle": ("dense", (*KVARN, "--speculative-algorithm", "EAGLE", *DRAFT_MODEL)),
+    "mtp": ("dense", (*KVARN, "--speculative-algorithm", "NEXTN", *DRAFT_MODEL, *FIVE_STEPS)),
+    "draft model": ("dense", (*KVARN, "--speculative-algorithm", "STANDALONE", *DRAFT_MODEL, *TYPED_BACKEND)),
+    "n-grams": ("dense", (*KVARN, "--speculative-algorithm", "ngram", "--speculative-ngram-max-bfs-breadth", "1")),
+    "n-gram trees": ("dense", (*KVARN, "--speculative-algorithm", "NGRAM")),
     "as decided": ("dense", (*KVARN, "--page-size", "128", "--attention-backend", "kvarn")),
 }
 SCRIPT = """
@@ -59,15 +68,17 @@ def resolve(folder, typed):
         return {"error": type(error).__name__, "message": str(error)}
     view = compat_hooks.flags_of(args)
     names = ("kv_cache_dtype", "attention_backend", "page_size", "disable_prefill_cuda_graph", "chunked_prefill_size")
+    names += ("speculative_algorithm", "speculative_num_draft_tokens", "speculative_eagle_topk")
+    names += ("speculative_draft_attention_backend",)
     return {**{name: getattr(view, name) for name in names}, "prefill": view.cuda_graph_config.prefill.backend}
 def state():
     hooks = {target: len(found) for target, found in HookRegistry._hooks.items()}
-    return {"unapplied": len(compat._unapplied_hooks()), "hooks": hooks}
+    return {"unapplied": len(compat._unapplied_hooks(compat.tables.ENGINE_TARGETS)), "hooks": hooks}
 answers = {"installed": state()}
 for name, (folder, typed) in json.loads(sys.argv[1]).items():
     answers[name] = resolve(folder, typed)
     answers[name]["state"] = state()
-answers["differences"] = compat.signature_differences()
+answers["differences"] = compat.signature_differences(drafts=True)
 print("ANSWERS" + json.dumps(answers))
 """
 
@@ -79,7 +90,9 @@ def answers(tmp_path_factory):
         folder = tmp_path_factory.mktemp(name)
         (folder / "config.json").write_text(json.dumps(config))
         folders[name] = str(folder)
-    cases = {name: (folders[model], typed) for name, (model, typed) in CASES.items()}
+    cases = {
+        name: (folders[model], [folders.get(word, word) for word in typed]) for name, (model, typed) in CASES.items()
+    }
     path = os.pathsep.join((str(REPOSITORY / "tools/sglang_cpu"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")))
     environment = {**os.environ, "PYTHONPATH": path, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
@@ -100,14 +113,14 @@ def test_registering_twice_hooks_once(answers):
 
 
 def test_without_a_kvarn_dtype_no_memory_pool_is_hooked_and_no_flag_changes(answers):
-    assert answers["installed"]["unapplied"] == answers["auto"]["state"]["unapplied"] == 4
+    assert answers["installed"]["unapplied"] == answers["auto"]["state"]["unapplied"] == 5
     assert not any("mem_cache" in target or "model_executor" in target for target in answers["auto"]["state"]["hooks"])
     assert answers["auto"]["attention_backend"] != "kvarn"
     assert answers["auto"]["page_size"] == 1
 
 
 def test_refused_flags_hook_no_memory_pool(answers):
-    assert answers["windowed"]["state"]["unapplied"] == 4
+    assert answers["windowed"]["state"]["unapplied"] == 5
 
 
 @pytest.mark.parametrize("case", ["kvarn", "as decided"])
@@ -118,6 +131,31 @@ def test_everything_follows_from_the_dtype(answers, case):
     assert decided["prefill"] == "disabled"
     assert decided["chunked_prefill_size"] % 128 == 0
     assert decided["state"]["unapplied"] == 0
+
+
+@pytest.mark.parametrize(
+    ("case", "algorithm", "verified", "backend"),
+    [
+        ("eagle", "EAGLE", 4, "intel_amx"),
+        ("mtp", "EAGLE", 6, "intel_amx"),
+        ("draft model", "STANDALONE", 4, "triton"),
+        ("n-grams", "NGRAM", 12, None),
+    ],
+)
+def test_drafts_are_one_chain_and_a_draft_model_keeps_an_attention_of_sglangs(
+    answers, case, algorithm, verified, backend
+):
+    decided = answers[case]
+    assert decided["attention_backend"] == "kvarn"
+    assert decided["speculative_algorithm"] == algorithm
+    assert decided["speculative_eagle_topk"] == 1
+    assert decided["speculative_num_draft_tokens"] == verified
+    assert decided["speculative_draft_attention_backend"] == backend
+
+
+def test_trees_of_drafts_are_refused_with_what_to_do(answers):
+    assert answers["n-gram trees"]["error"] == "UnsupportedConfig"
+    assert "pass --speculative-ngram-max-bfs-breadth 1" in answers["n-gram trees"]["message"]
 
 
 def test_unknown_name_is_answered_by_kvarn_and_not_by_argparse(answers):

@@ -1,0 +1,121 @@
+"""Speculative decoding, every row computed by itself: drafts change no answer, to the last bit.
+
+Drafts come from a corpus of n-grams that knows the answers and is wrong at random, in trees as SGLang's corpus makes
+them, and from a draft model. Before each step everything past a request's accepted tokens, in rings and records, is
+overwritten with NaN. SGLang runs no overlapped schedule of drafts on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+
+import pytest
+from compare import same_bits
+from drafting import AGAIN, DRAFTS, FIRST, SECOND, TILE, TOGETHER, whole_sequences, with_drafts
+from engine_process import EngineSetup, Models, run_plan
+from instruments import ANSWERS
+from plan import Results
+from test_canonical_schedules import run_schedules
+from tiny_models import QWEN3_GROUP_2
+
+NGRAM = {
+    "speculative_algorithm": "NGRAM",
+    "speculative_ngram_max_bfs_breadth": 1,
+    "speculative_num_draft_tokens": DRAFTS + 1,
+}
+NAMES = [request.name for request in (*TOGETHER, SECOND, AGAIN)]
+
+
+@pytest.fixture(scope="module")
+def alone(models: Models) -> Results:
+    """Return the answers without drafts, which come from an engine that has more to do."""
+    return run_schedules(models)
+
+
+@pytest.fixture(scope="module", params=["ngram", "draft model"])
+def drafter(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def drafted(drafter: str, models: Models, alone: Results) -> Results:
+    """Run everything together on one engine with drafts."""
+    path = models.path(QWEN3_GROUP_2)
+    folder = models.scratch(f"drafts-{drafter.replace(' ', '-')}")
+    folder.mkdir(exist_ok=True)
+    known = folder / "known.json"
+    known.write_text(json.dumps(whole_sequences(alone)))
+    model = {
+        "speculative_algorithm": "STANDALONE",
+        "speculative_draft_model_path": str(path),
+        "speculative_num_steps": DRAFTS,
+        "speculative_eagle_topk": 1,
+    }
+    setup = EngineSetup(
+        path,
+        NGRAM if drafter == "ngram" else model,
+        # SGLang finds the slots of drafts with a Triton kernel, on any device.
+        {"KVARN_CANONICAL": "1", "ENGINE_TEST_ROWWISE": "1", "TRITON_INTERPRET": "1", ANSWERS: str(known)},
+    )
+    return run_plan(setup, with_drafts(), folder)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_drafts_change_no_answer(drafted: Results, alone: Results, name: str) -> None:
+    same_bits(drafted[name], alone[name])
+
+
+def test_request_hits_tiles_of_one_that_goes_on_drafting(drafted: Results) -> None:
+    assert drafted[SECOND.name].cached_tokens == TILE
+    verified = [set(chunk.rids) for chunk in drafted.chunks if chunk.drafts]
+    assert any({SECOND.name, FIRST.name} <= names for names in verified)
+
+
+def test_request_hits_tiles_that_drafts_filled(drafted: Results) -> None:
+    assert drafted[AGAIN.name].cached_tokens == 2 * TILE > len(FIRST.tokens)
+
+
+def test_drafts_were_accepted_and_rejected_and_filled_tiles(drafter: str, drafted: Results) -> None:
+    """What the comparisons rest on."""
+    moves = list(_moves(drafted))
+    accepted = {after - before for before, after in moves}
+    filled = [
+        after // TILE > before // TILE for before, after in moves if (before + DRAFTS + 1) // TILE > before // TILE
+    ]
+    assert True in filled
+    assert DRAFTS + 1 in accepted
+    if drafter == "ngram":
+        assert accepted == set(range(1, DRAFTS + 2))
+        assert False in filled
+
+
+def test_requests_ended_inside_a_chain(drafted: Results) -> None:
+    for request in TOGETHER:
+        last = max(prefix for name, prefix in _verified(drafted) if name == request.name)
+        assert last + DRAFTS + 1 > len(request.tokens) + request.new_tokens
+
+
+def test_draft_model_keeps_its_own_cache_and_attention(drafter: str, drafted: Results) -> None:
+    said = "Overriding draft attention backend to intel_amx", "KV Cache is allocated. dtype: torch.float32"
+    assert [line in drafted.log for line in said] == [drafter == "draft model"] * 2
+
+
+def test_every_flush_succeeded(drafted: Results) -> None:
+    assert all(drafted.flushed)
+
+
+def _verified(results: Results) -> Iterator[tuple[str, int]]:
+    """Yield name and committed length of every request of every step that verified drafts."""
+    for chunk in results.chunks:
+        if chunk.drafts:
+            yield from zip(chunk.rids, chunk.prefix_lens, strict=True)
+
+
+def _moves(results: Results) -> Iterator[tuple[int, int]]:
+    """Yield a request's committed length before and after every step that verified drafts, but for its last."""
+    before: dict[str, int] = {}
+    for name, prefix in _verified(results):
+        if name in before:
+            yield before[name], prefix
+        before[name] = prefix
