@@ -28,6 +28,8 @@ class Engine(ABC):
     """
 
     kv_tokens: int
+    # What the engine calls a cache of 8-bit floats.
+    fp8 = "fp8"
 
     @staticmethod
     @abstractmethod
@@ -70,6 +72,8 @@ class Engine(ABC):
 
 class SGLang(Engine):
     """SGLang's offline engine."""
+
+    fp8 = "fp8_e4m3"
 
     def __init__(self, arguments: dict[str, Any]) -> None:
         import sglang

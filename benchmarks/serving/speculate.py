@@ -21,6 +21,7 @@ from benchmarks.serving.compare import cut_prompts, first_divergence, model_conf
 from benchmarks.serving.engines import BASELINE, ENGINES, add_arguments, started_with
 from benchmarks.serving.jobs import run_job
 from kvarn import results
+from kvarn.presets import is_preset_name
 
 _VERIFY_ROWS = 4
 
@@ -53,7 +54,10 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--text", type=Path, required=True, help="text that prompts are cut from")
     parser.add_argument("--work", type=Path, required=True, help="folder that keeps the result of every engine")
     parser.add_argument("--dtype", default="kvarn_k4v2_g128")
-    parser.add_argument("--peers", nargs="*", default=["fp8"], help="other cache dtypes whose speed is measured")
+    parser.add_argument("--peers", nargs="*", help="other cache dtypes whose speed is measured; 8-bit floats if unset")
+    parser.add_argument(
+        "--other-arguments", type=json.loads, default={}, help="more for cache dtypes that aren't KVarN's, JSON"
+    )
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=512)
@@ -102,7 +106,8 @@ def _speeds(args: argparse.Namespace, ids: list[int]) -> list[dict[str, Any]]:
     case["vocab"] = model_config(args.model)["vocab_size"]
     job = {"decode": [{**case, "context": context} for context in args.contexts]}
     rows: list[dict[str, Any]] = [{"context": context} for context in args.contexts]
-    for dtype in (args.dtype, BASELINE, *args.peers):
+    peers = [ENGINES[args.engine].fp8] if args.peers is None else args.peers
+    for dtype in (args.dtype, BASELINE, *peers):
         prefix = {args.dtype: "", BASELINE: "fp16_"}.get(dtype, f"{dtype}_")
         for on in (True, False):
             name = "-".join(map(str, ("speed", dtype, on, *args.contexts)))
@@ -120,7 +125,8 @@ def _run(
     kept = args.work / f"{args.engine}-{args.method}-{args.drafts}-{name}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    arguments = started_with(args.engine, args.model, args.model_dtype, dtype, args.requests, args.arguments)
+    others = {} if is_preset_name(dtype) else args.other_arguments
+    arguments = started_with(args.engine, args.model, args.model_dtype, dtype, args.requests, args.arguments | others)
     if drafts:
         arguments |= ENGINES[args.engine].speculation(args.method, args.draft, args.drafts)
     os.environ["KVARN_CANONICAL"] = str(int(canonical))

@@ -55,8 +55,8 @@ verify() {
 
 speculate() {
   limited python3 -m benchmarks.serving.speculate --engine "$engine" --model "$KVARN_GPU_MODEL" --draft "$KVARN_GPU_DRAFT" --drafts 3 \
-    --text "$KVARN_GPU_PROSE" --arguments "$arguments" --work "$out/speculate" --kernels "$out/verify.json" \
-    --contexts ${CONTEXTS-} --peers ${PEERS-} --out "$out/spec-h100.json"
+    --text "$KVARN_GPU_PROSE" --arguments "$arguments" --other-arguments "$baseline" --work "$out/speculate" \
+    --kernels "$out/verify.json" --contexts ${CONTEXTS-} --peers ${PEERS-} --out "$out/spec-h100.json"
 }
 
 serving() {
