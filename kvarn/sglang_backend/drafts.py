@@ -3,17 +3,14 @@
 Works on any object that has the flags as attributes, so that it needs no SGLang.
 """
 
-from types import MappingProxyType
-
 from kvarn.presets import Preset
 from kvarn.sglang_backend.settings import BACKEND_NAME
 
 _WITH_MODEL = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
 _NGRAM = "NGRAM"
 _CHAINS = (*_WITH_MODEL, _NGRAM)
-_LENGTH = ("speculative_num_steps", "speculative_eagle_topk", "speculative_num_draft_tokens")
-# What SGLang itself chooses for most models when no flag says how many drafts; for some it would be a tree.
-_DEFAULT_LENGTH = MappingProxyType(dict(zip(_LENGTH, (3, 1, 4), strict=True)))
+# What SGLang itself chooses for most models; for some it would be a tree.
+_DEFAULT_STEPS = 3
 _NOT_TESTED = "have not been tested with tiles"
 _NO_BRANCHES = "a rejected branch could not be taken out of a quantised tile"
 
@@ -24,11 +21,13 @@ def drafts_with_model(view: object) -> bool:
 
 
 def declared_draft_flags(view: object) -> dict[str, object]:
-    """Return the flags that a draft model needs and that were not set: the length of its chain."""
-    unset = all(getattr(view, flag, None) is None for flag in _LENGTH)
-    if not drafts_with_model(view) or not unset or getattr(view, "speculative_adaptive", False):
+    """Return the flags that give a draft model's chain its length, as far as they were not set."""
+    if not drafts_with_model(view) or getattr(view, "speculative_adaptive", False):
         return {}
-    return dict(_DEFAULT_LENGTH)
+    verified = getattr(view, "speculative_num_draft_tokens", None)
+    steps = getattr(view, "speculative_num_steps", None) or (verified - 1 if verified else _DEFAULT_STEPS)
+    chain = {"speculative_num_steps": steps, "speculative_eagle_topk": 1, "speculative_num_draft_tokens": steps + 1}
+    return {flag: value for flag, value in chain.items() if getattr(view, flag, None) is None}
 
 
 def draft_reasons(view: object, preset: Preset) -> list[str]:

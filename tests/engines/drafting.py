@@ -1,12 +1,9 @@
-"""Requests that are asked with drafts and without, and a head that drafts."""
+"""Requests that are asked with drafts and without."""
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
-from pathlib import Path
 
-import torch
 from plan import Request, Results, Step, alone, flush
 from tiny_models import prompt
 
@@ -40,20 +37,3 @@ def with_drafts() -> list[Step]:
 def whole_sequences(found: Results) -> list[list[int]]:
     """Return prompt and answer of every request."""
     return [found[request.name].prompt + found[request.name].output_ids for request in (*TOGETHER, AGAIN, SECOND)]
-
-
-def save_eagle_head(model: Path, folder: Path) -> None:
-    """Make an EAGLE head of a model's first layer, which takes the hidden state and lets the token alone."""
-    from safetensors.torch import load_file, save_file
-
-    folder.mkdir(exist_ok=True)
-    config = json.loads((model / "config.json").read_text())
-    like_llama = {"architectures": ["LlamaForCausalLMEagle"], "model_type": "llama", "num_hidden_layers": 1}
-    (folder / "config.json").write_text(json.dumps(config | like_llama))
-    layer = {name: x for name, x in load_file(model / "model.safetensors").items() if ".layers.0." in name}
-    norms = ("input_layernorm", "q_norm", "k_norm")
-    head = {name.removeprefix("model."): x for name, x in layer.items() if not any(norm in name for norm in norms)}
-    width = config["hidden_size"]
-    head["fc.weight"] = torch.cat([torch.zeros(width, width), torch.eye(width)], dim=1)
-    head["fc.bias"] = torch.zeros(width)
-    save_file(head, folder / "model.safetensors")

@@ -5,7 +5,7 @@ Three switches, set in the environment of the driver:
 * ``ENGINE_TEST_TRACE=FILE`` writes one JSON line for each forward pass over chunks or drafts and checks KVarN's own
   state in every pass: no sink slot leaked or shared, no chunk that lost its open tile. Before drafts are verified,
   everything past a request's accepted tokens, in its ring and in records, is overwritten with NaN.
-* ``ENGINE_TEST_ANSWERS=FILE`` gives SGLang a corpus of n-grams that knows how the sequences of that JSON file go on.
+* ``ENGINE_TEST_ANSWERS=JSON`` gives SGLang a corpus of n-grams that knows how those sequences of tokens go on.
 * ``ENGINE_TEST_ROWWISE=1`` computes every matrix product and every query row by itself. A CPU's matrix kernels round
   differently for different numbers of rows, so that without this a token that was decoded and the same token
   prefilled differ in the last bit. With it a difference can only come from which rows were read, and from where.
@@ -42,8 +42,7 @@ def install() -> None:
     if answers:
         from sglang.srt.speculative.cpp_ngram import ngram_corpus
 
-        known = json.loads(Path(answers).read_text())
-        ngram_corpus.get_ngram_corpus_cls = lambda: partial(KnowingCorpus, known)
+        ngram_corpus.get_ngram_corpus_cls = lambda: partial(KnowingCorpus, json.loads(answers))
 
 
 def _compute_row_by_row() -> None:

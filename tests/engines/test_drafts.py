@@ -13,12 +13,12 @@ from typing import Any
 
 import pytest
 from compare import same_bits
-from drafting import AGAIN, DRAFTS, FIRST, SECOND, TILE, TOGETHER, save_eagle_head, whole_sequences, with_drafts
+from drafting import AGAIN, DRAFTS, FIRST, SECOND, TILE, TOGETHER, whole_sequences, with_drafts
 from engine_process import EngineSetup, Models, run_plan
 from instruments import ANSWERS
 from plan import Results
 from test_canonical_schedules import run_schedules
-from tiny_models import QWEN3_GROUP_2
+from tiny_models import EAGLE_HEAD, QWEN3_GROUP_2
 
 NAMES = [request.name for request in (*TOGETHER, SECOND, AGAIN)]
 
@@ -37,22 +37,17 @@ def drafter(request: pytest.FixtureRequest) -> str:
 @pytest.fixture(scope="module")
 def drafted(drafter: str, models: Models, alone: Results) -> Results:
     """Run everything together on one engine with drafts."""
-    path, folder = models.path(QWEN3_GROUP_2), models.scratch(f"drafts-{drafter}")
-    folder.mkdir(exist_ok=True)
-    known = folder / "known.json"
-    known.write_text(json.dumps(whole_sequences(alone)))
+    path = models.path(QWEN3_GROUP_2)
     options: dict[str, Any] = {"speculative_algorithm": drafter, "speculative_num_draft_tokens": DRAFTS + 1}
+    # SGLang finds the slots of drafts with a Triton kernel, on any device.
+    variables = {"KVARN_CANONICAL": "1", "ENGINE_TEST_ROWWISE": "1", "TRITON_INTERPRET": "1"}
     if drafter == "ngram":
         options["speculative_ngram_max_bfs_breadth"] = 1
+        variables[ANSWERS] = json.dumps(whole_sequences(alone))
     else:
-        head = folder / "head"
-        save_eagle_head(path, head)
-        model = head if drafter == "eagle" else path
-        options |= {"speculative_draft_model_path": str(model), "speculative_num_steps": DRAFTS}
-        options["speculative_eagle_topk"] = 1
-    # SGLang finds the slots of drafts with a Triton kernel, on any device.
-    variables = {"KVARN_CANONICAL": "1", "ENGINE_TEST_ROWWISE": "1", "TRITON_INTERPRET": "1", ANSWERS: str(known)}
-    return run_plan(EngineSetup(path, options, variables), with_drafts(), folder)
+        head = models.folder / EAGLE_HEAD
+        options["speculative_draft_model_path"] = str(head if drafter == "eagle" else path)
+    return run_plan(EngineSetup(path, options, variables), with_drafts(), models.scratch(f"drafts-{drafter}"))
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -47,6 +47,8 @@ QWEN3_GROUP_2 = TinyModel("qwen3-group-2", qwen3=True, group=2)
 MODELS = (LLAMA_GROUP_3, QWEN3_GROUP_2)
 # Half of its layers keep a recurrent state; bfloat16, in which alone vLLM computes these on a CPU.
 HYBRID = "qwen3-next"
+# Drafts for the second model, as SGLang reads it.
+EAGLE_HEAD = "eagle-head"
 
 # Prompts, one seed each, whose answers by transformers are kept.
 REFERENCE_LENGTHS = (5, 127, 128, 300, 530)
@@ -70,6 +72,7 @@ def main(folder: Path, reference: Path) -> None:
         prompts = (prompt(length, seed=length) for length in REFERENCE_LENGTHS)
         answers[model.name] = [_greedy_tokens(built, tokens, REFERENCE_TOKENS) for tokens in prompts]
     _build_hybrid().save_pretrained(folder / HYBRID)
+    _save_eagle_head(folder / QWEN3_GROUP_2.name, folder / EAGLE_HEAD)
     reference.write_text(json.dumps(answers))
 
 
@@ -122,6 +125,24 @@ def _build_hybrid() -> PreTrainedModel:
     )
     torch.manual_seed(0)
     return Qwen3NextForCausalLM(config).to(torch.bfloat16)
+
+
+def _save_eagle_head(model: Path, folder: Path) -> None:
+    """Make an EAGLE head of a model's first layer, which takes the hidden state and lets the token alone."""
+    from safetensors.torch import load_file, save_file
+
+    folder.mkdir()
+    config = json.loads((model / "config.json").read_text())
+    del config["layer_types"]
+    like_llama = {"architectures": ["LlamaForCausalLMEagle"], "model_type": "llama", "num_hidden_layers": 1}
+    (folder / "config.json").write_text(json.dumps(config | like_llama))
+    layer = {name: x for name, x in load_file(model / "model.safetensors").items() if ".layers.0." in name}
+    norms = ("input_layernorm", "q_norm", "k_norm")
+    head = {name.removeprefix("model."): x for name, x in layer.items() if not any(norm in name for norm in norms)}
+    width = config["hidden_size"]
+    head["fc.weight"] = torch.cat([torch.zeros(width, width), torch.eye(width)], dim=1)
+    head["fc.bias"] = torch.zeros(width)
+    save_file(head, folder / "model.safetensors")
 
 
 def _greedy_tokens(model: PreTrainedModel, tokens: list[int], new_tokens: int) -> list[int]:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from kvarn.presets import get_preset
+from kvarn.sglang_backend import compat
 from kvarn.sglang_backend.drafts import declared_draft_flags, draft_reasons, drafts_with_model
 
 np = pytest.importorskip("numpy")
@@ -27,9 +28,19 @@ class TestFlags:
         assert drafts_with_model(flags(algorithm))
         assert declared_draft_flags(flags(algorithm)) == CHAIN
 
-    @pytest.mark.parametrize("changes", [{"speculative_num_steps": 5}, {"speculative_adaptive": True}])
-    def test_length_that_was_typed_or_adapts_is_left_alone(self, changes):
-        assert declared_draft_flags(flags("EAGLE", **changes)) == {}
+    @pytest.mark.parametrize(
+        ("typed", "decided"),
+        [
+            ({"speculative_num_steps": 5}, {"speculative_eagle_topk": 1, "speculative_num_draft_tokens": 6}),
+            ({"speculative_num_draft_tokens": 8}, {"speculative_num_steps": 7, "speculative_eagle_topk": 1}),
+            ({"speculative_eagle_topk": 1}, {"speculative_num_steps": 3, "speculative_num_draft_tokens": 4}),
+            (CHAIN, {}),
+            ({"speculative_adaptive": True}, {}),
+        ],
+        ids=lambda flags: "-".join(flags) or "nothing",
+    )
+    def test_length_that_was_typed_or_adapts_is_left_alone(self, typed, decided):
+        assert declared_draft_flags(flags("EAGLE", **typed)) == decided
 
     def test_n_grams_of_breadth_1_are_served_as_they_are(self):
         view = flags("NGRAM", speculative_ngram_max_bfs_breadth=1, speculative_num_draft_tokens=128)
@@ -73,6 +84,18 @@ class TestFlags:
     def test_what_cannot_be_served_gives_one_reason_and_what_to_do(self, view, said):
         (reason,) = draft_reasons(view, PRESET)
         assert all(words in reason for words in said)
+
+
+def test_drafts_in_a_version_without_tests_of_them_are_refused_unless_accepted(monkeypatch):
+    monkeypatch.setattr(compat, "engine_version", lambda: "0.5.17")
+    (reason,) = compat.draft_version_reasons()
+    assert "SGLang 0.5.17" in reason
+    assert "sglang==0.5.23" in reason
+    monkeypatch.setenv("KVARN_ALLOW_UNTESTED_ENGINE", "1")
+    assert compat.draft_version_reasons() == []
+    monkeypatch.setattr(compat, "engine_version", lambda: "0.5.23+cpu")
+    monkeypatch.delenv("KVARN_ALLOW_UNTESTED_ENGINE")
+    assert compat.draft_version_reasons() == []
 
 
 def mask_of(parents):
