@@ -8,12 +8,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvarn.core.layers import LayerKind, count, layer_kinds, window_tokens
 from kvarn.core.support import ModelFacts
 from kvarn.errors import KVarNError
 
 _RAW_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
-_FULL = "full_attention"
-_WINDOWED = ("sliding_attention", "chunked_attention")
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,15 +21,22 @@ class Checkpoint:
 
     Args:
         facts: what decides whether it can be served.
-        layers: layers with attention.
+        layers: the kind of every layer.
+        window: tokens that layers with a window attend to.
         kv_heads: kv heads of a layer, those of all ranks.
         raw_bytes: bytes of one number in the model's dtype.
     """
 
     facts: ModelFacts
-    layers: int
+    layers: tuple[LayerKind, ...]
+    window: int
     kv_heads: int
     raw_bytes: int
+
+    @property
+    def tile_layers(self) -> int:
+        """Layers that hold tiles."""
+        return count(self.layers, LayerKind.TILES)
 
 
 def read_config(model: str) -> dict[str, Any]:
@@ -73,12 +79,10 @@ def describe(config: Mapping[str, Any], dtype: str | None = None) -> Checkpoint:
     """
     text = {**config, **(config.get("text_config") or {})}
     try:
-        heads, layers = int(text["num_attention_heads"]), int(text["num_hidden_layers"])
+        heads, layers = int(text["num_attention_heads"]), layer_kinds(text)
         head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
     except KeyError as error:
         raise KVarNError(f"The configuration has no {error.args[0]}: it is not that of a transformer.") from error
-    kinds = text.get("layer_types") or []
-    window = text.get("sliding_window") is not None and text.get("use_sliding_window", True)
     dtype = dtype or text.get("dtype") or text.get("torch_dtype") or "bfloat16"
     if dtype not in _RAW_BYTES:
         raise KVarNError(f"dtype {dtype!r} is not one of {', '.join(_RAW_BYTES)}; name one with --dtype.")
@@ -89,7 +93,7 @@ def describe(config: Mapping[str, Any], dtype: str | None = None) -> Checkpoint:
         v_head_dim=int(text.get("v_head_dim") or head_dim),
         latent_attention=text.get("kv_lora_rank") is not None,
         encoder_decoder=bool(config.get("is_encoder_decoder")),
-        windowed=any(kind in _WINDOWED for kind in kinds) if kinds else window,
-        recurrent=any(kind not in (_FULL, *_WINDOWED) for kind in kinds),
+        kinds=frozenset(layers),
     )
-    return Checkpoint(facts, layers, int(text.get("num_key_value_heads") or heads), _RAW_BYTES[dtype])
+    kv_heads = int(text.get("num_key_value_heads") or heads)
+    return Checkpoint(facts, layers, window_tokens(text), kv_heads, _RAW_BYTES[dtype])

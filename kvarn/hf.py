@@ -224,7 +224,7 @@ def _shape(model: PreTrainedModel, preset: Preset) -> CacheShape:
         raise UnsupportedConfig(reasons)
     return cache_shape(
         preset,
-        layers=checkpoint.layers,
+        layers=checkpoint.tile_layers,
         kv_heads=checkpoint.kv_heads,
         head_dim=facts.head_dim,
         raw_bytes=checkpoint.raw_bytes,

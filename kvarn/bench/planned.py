@@ -33,7 +33,7 @@ def planned_tokens(dtype: str, model: Checkpoint, facts: CacheFacts, baseline_to
         return None
     head_dim, raw_bytes = model.facts.head_dim, model.raw_bytes
     shape = cache_shape(
-        get_preset(dtype), layers=model.layers, kv_heads=model.kv_heads, head_dim=head_dim, raw_bytes=raw_bytes
+        get_preset(dtype), layers=model.tile_layers, kv_heads=model.kv_heads, head_dim=head_dim, raw_bytes=raw_bytes
     )
     budget = baseline_tokens * shape.raw_bytes_per_token
     if facts.requests is not None:

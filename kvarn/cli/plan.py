@@ -52,7 +52,7 @@ def run(args: argparse.Namespace) -> None:
     model = describe(read_config(args.model), args.dtype)
     heads = max(1, model.kv_heads // args.tensor_parallel)
     budget = int(args.memory * _GIB)
-    found = f"{model.layers} layers, {heads} kv heads a GPU, head_dim {model.facts.head_dim}, {model.facts.dtype}"
+    found = f"{model.tile_layers} layers, {heads} kv heads a GPU, head_dim {model.facts.head_dim}, {model.facts.dtype}"
     print(f"{args.model}: {found}; {args.memory:g} GiB for the KV cache")
     print(f"{'':18}{'bytes a':>9} {'SGLang':>21}{'at':>8} {'vLLM':>21}{'at':>8}{'break-':>9}")
     print(f"{'':18}{'token':>9} {'tokens':>14}{'ratio':>7}{'once':>8} {'tokens':>14}{'ratio':>7}{'once':>8}{'even':>9}")
@@ -60,7 +60,7 @@ def run(args: argparse.Namespace) -> None:
         if reasons := unsupported_reasons(model.facts, preset, DeviceFacts("cuda")):
             raise UnsupportedConfig(reasons)
         shape = cache_shape(
-            preset, layers=model.layers, kv_heads=heads, head_dim=model.facts.head_dim, raw_bytes=model.raw_bytes
+            preset, layers=model.tile_layers, kv_heads=heads, head_dim=model.facts.head_dim, raw_bytes=model.raw_bytes
         )
         print(_line(name, shape, budget, args.context, args.requests))
     print(_NOTE.format(context=args.context, dtype=model.facts.dtype))

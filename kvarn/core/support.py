@@ -4,8 +4,10 @@ Imports neither torch nor an engine, so that a plan can be checked on any machin
 own flags stand in that engine's adapter.
 """
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
+from kvarn.core.layers import LayerKind
 from kvarn.core.layout import HEAD_DIMS
 from kvarn.presets import Preset
 
@@ -26,8 +28,7 @@ class ModelFacts:
         v_head_dim: channels of a V head.
         latent_attention: K and V are one compressed latent (MLA).
         encoder_decoder: some layers attend to an encoder's output.
-        windowed: some layers attend to a sliding window or a chunk only.
-        recurrent: some layers keep a recurrent state in place of K and V (linear attention, Mamba).
+        kinds: of its layers.
         sparse_index: layers choose their tokens through an index cache of their own.
         learned_sinks: the softmax has a learned extra term.
         alibi: scores carry a bias that grows with distance.
@@ -40,8 +41,7 @@ class ModelFacts:
     v_head_dim: int
     latent_attention: bool = False
     encoder_decoder: bool = False
-    windowed: bool = False
-    recurrent: bool = False
+    kinds: frozenset[LayerKind] = frozenset({LayerKind.TILES})
     sparse_index: bool = False
     learned_sinks: bool = False
     alibi: bool = False
@@ -61,23 +61,36 @@ class DeviceFacts:
     capability: tuple[int, int] | None = None
 
 
-def unsupported_reasons(facts: ModelFacts, preset: Preset, device: DeviceFacts) -> list[str]:
+def unsupported_reasons(
+    facts: ModelFacts, preset: Preset, device: DeviceFacts, beside: Collection[LayerKind] = ()
+) -> list[str]:
     """Return every reason why the model can't be served on the device, one sentence each; empty if it can.
 
     Args:
         facts: the model.
         preset: the preset asked for.
         device: where the cache stands.
+        beside: kinds of layers that the engine keeps beside those in tiles.
     """
-    return [*_architecture_reasons(facts, preset), *_head_reasons(facts, preset), *_device_reasons(facts, device)]
+    return [
+        *_architecture_reasons(facts, preset, beside),
+        *_head_reasons(facts, preset),
+        *_device_reasons(facts, device),
+    ]
 
 
-def _architecture_reasons(facts: ModelFacts, preset: Preset) -> list[str]:
+def _architecture_reasons(facts: ModelFacts, preset: Preset, beside: Collection[LayerKind]) -> list[str]:
+    left = facts.kinds - {LayerKind.TILES, LayerKind.NO_CACHE, *beside}
     why_not = (
         (facts.latent_attention, "keeps a compressed latent in place of K and V (MLA), which has no tile layout yet"),
         (facts.encoder_decoder, "attends to an encoder's output, which is not cached in tiles"),
-        (facts.windowed, "has sliding-window layers, whose window the kernels do not mask"),
-        (facts.recurrent, "has linear-attention or Mamba layers, whose state is not cached in tiles"),
+        (LayerKind.MODEL_DTYPE in left, "has sliding-window layers, which can't be kept beside tiles here"),
+        (LayerKind.RECURRENT in left, "has linear-attention or Mamba layers, which can't be kept beside tiles here"),
+        (LayerKind.UNKNOWN in left, "has layers that cache something else than K and V of their own or a state"),
+        (
+            not left and LayerKind.TILES not in facts.kinds,
+            "has no layer that attends to the whole context, and only those are cached in tiles",
+        ),
         (facts.sparse_index, "reads its cache through a sparse index that it stores beside K and V"),
         (facts.learned_sinks, "adds learned attention sinks to the softmax, which the kernels don't"),
         (facts.alibi, "adds ALiBi biases to the scores, which the kernels don't"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from kvarn.core.capacity import CacheShape, cache_shape, raw_token_bytes
+from kvarn.core.layers import LayerKind, layer_kinds
 from kvarn.core.support import DeviceFacts, ModelFacts
 from kvarn.presets import get_preset, is_preset_name
 from kvarn.sglang_backend.compat_tables import UNSUPPORTED_ENVIRONMENT
@@ -173,7 +174,11 @@ def facts_of_config(config: ModelConfig) -> ModelFacts:
 
     hf_config = config.hf_config
     attention = config.attention_arch.name
-    layer_types = getattr(config.hf_text_config, "layer_types", None) or ()
+    kinds = set(layer_kinds(config.hf_text_config))
+    if config.is_hybrid_swa or config.is_local_attention_model:
+        kinds.add(LayerKind.MODEL_DTYPE)
+    if attention == "SSM" or mambaish_config(config) is not None:
+        kinds.add(LayerKind.RECURRENT)
     return ModelFacts(
         architecture=(hf_config.architectures or ["of unknown class"])[0],
         dtype=str(config.dtype).removeprefix("torch."),
@@ -181,12 +186,7 @@ def facts_of_config(config: ModelConfig) -> ModelFacts:
         v_head_dim=config.v_head_dim,
         latent_attention=attention == "MLA",
         encoder_decoder=config.is_encoder_decoder,
-        windowed=(
-            config.is_hybrid_swa
-            or config.is_local_attention_model
-            or any(kind in ("sliding_attention", "chunked_attention") for kind in layer_types)
-        ),
-        recurrent=attention == "SSM" or mambaish_config(config) is not None,
+        kinds=frozenset(kinds),
         sparse_index=any(check(hf_config) for check in (is_deepseek_dsa, is_deepseek_v4, is_minimax_sparse)),
         learned_sinks=bool(getattr(config, "has_attention_sinks", False)),
         alibi=bool(getattr(config, "use_alibi", False)),

@@ -12,6 +12,7 @@ from dataclasses import replace
 from typing import Any
 
 from kvarn import env
+from kvarn.core.layers import LayerKind
 from kvarn.core.support import unsupported_reasons
 from kvarn.errors import EngineIncompatible, UnsupportedConfig
 from kvarn.presets import PRESETS, Preset, get_preset, is_preset_name
@@ -241,10 +242,10 @@ def _asked_preset(name: object) -> Preset | None:
 
 def _check_loaded_model(configurator: Any) -> None:
     facts = compat_facts.facts_of_config(configurator.model_config)
-    windowed = facts.windowed or (configurator.sliding_window_size or -1) > 0
+    windows = {LayerKind.MODEL_DTYPE} if (configurator.sliding_window_size or -1) > 0 else set()
     device = compat_facts.DeviceFacts(configurator.device)
     preset = get_preset(configurator.kv_cache_dtype_str)
-    reasons = unsupported_reasons(replace(facts, windowed=windowed), preset, device)
+    reasons = unsupported_reasons(replace(facts, kinds=facts.kinds | windows), preset, device)
     if reasons:
         raise UnsupportedConfig(reasons)
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from kvarn.core.layers import LayerKind
 from kvarn.core.prefill_plan import LONG_ROWS
 from kvarn.core.support import DeviceFacts, ModelFacts, unsupported_reasons
 from kvarn.presets import get_preset, is_preset_name
@@ -98,7 +99,7 @@ def _facts(fields: Mapping[str, Any], config: VllmConfig) -> ModelFacts:
         v_head_dim=head_dim,
         latent_attention=fields["use_mla"],
         encoder_decoder=fields["attn_type"] in ("encoder_decoder", "encoder", "encoder_only"),
-        windowed=fields["has_sliding_window"],
+        kinds=frozenset({LayerKind.MODEL_DTYPE if fields["has_sliding_window"] else LayerKind.TILES}),
         learned_sinks=fields["has_sink"],
         generates=model.runner_type == "generate",
     )

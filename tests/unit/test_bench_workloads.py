@@ -99,8 +99,8 @@ def test_a_shape_is_a_checkpoint_that_can_be_planned_and_served(
     assert sorted(path.name for path in made.iterdir()) == ["config.json", "tokenizer.json", "tokenizer_config.json"]
     found = describe(read_config(str(made)))
     assert not unsupported_reasons(found.facts, get_preset("kvarn_k4v2_g128"), DeviceFacts("cuda"))
-    assert found.layers == layers
-    assert found.layers * found.kv_heads * 2 * found.facts.head_dim * found.raw_bytes == bytes_a_token
+    assert found.tile_layers == layers
+    assert found.tile_layers * found.kv_heads * 2 * found.facts.head_dim * found.raw_bytes == bytes_a_token
 
 
 def write_tokenizer(folder: Path, tokens: int) -> None:

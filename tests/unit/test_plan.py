@@ -44,7 +44,7 @@ def test_the_plan_is_within_a_percent_of_what_vllm_announced():
 
 def test_what_a_configuration_says():
     found = describe(QWEN2)
-    assert (found.layers, found.kv_heads, found.facts.head_dim, found.raw_bytes) == (28, 2, 128, 2)
+    assert (found.tile_layers, found.kv_heads, found.facts.head_dim, found.raw_bytes) == (28, 2, 128, 2)
     assert not unsupported_reasons(found.facts, PRESET, DeviceFacts("cuda"))
     assert describe({"text_config": QWEN2}).kv_heads == 2
 

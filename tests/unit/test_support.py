@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 
+from kvarn.core.layers import LayerKind
 from kvarn.core.layout import HEAD_DIMS
 from kvarn.core.support import DeviceFacts, ModelFacts, unsupported_reasons
 from kvarn.presets import PRESETS, get_preset
@@ -28,8 +29,10 @@ def test_dense_model_of_any_listed_head_dim_is_served(preset, head_dim, device):
     [
         ({"latent_attention": True}, "MLA"),
         ({"encoder_decoder": True}, "encoder"),
-        ({"windowed": True}, "sliding-window"),
-        ({"recurrent": True}, "Mamba"),
+        ({"kinds": frozenset({LayerKind.TILES, LayerKind.MODEL_DTYPE})}, "sliding-window"),
+        ({"kinds": frozenset({LayerKind.TILES, LayerKind.RECURRENT})}, "Mamba"),
+        ({"kinds": frozenset({LayerKind.TILES, LayerKind.UNKNOWN})}, "something else"),
+        ({"kinds": frozenset({LayerKind.NO_CACHE})}, "no layer that attends to the whole context"),
         ({"sparse_index": True}, "sparse index"),
         ({"learned_sinks": True}, "learned attention sinks"),
         ({"alibi": True}, "ALiBi"),
@@ -74,8 +77,17 @@ def test_float32_is_served_on_a_cpu_only():
 
 
 def test_all_reasons_are_collected():
-    facts = replace(LLAMA, windowed=True, learned_sinks=True, head_dim=80, v_head_dim=64, dtype="float32")
+    windows = frozenset({LayerKind.MODEL_DTYPE})
+    facts = replace(LLAMA, kinds=windows, learned_sinks=True, head_dim=80, v_head_dim=64, dtype="float32")
     assert len(unsupported_reasons(facts, PRESET, DeviceFacts("cuda", (7, 0)))) == 6
+
+
+@pytest.mark.parametrize("kind", [LayerKind.MODEL_DTYPE, LayerKind.RECURRENT])
+def test_layers_that_the_engine_keeps_beside_tiles_are_no_limit(kind):
+    facts = replace(LLAMA, kinds=frozenset({LayerKind.TILES, LayerKind.NO_CACHE, kind}))
+    assert unsupported_reasons(facts, PRESET, H100, beside={kind}) == []
+    (reason,) = unsupported_reasons(replace(facts, kinds=frozenset({kind})), PRESET, H100, beside={kind})
+    assert "no layer that attends to the whole context" in reason
 
 
 def test_support_and_the_plugin_import_neither_torch_nor_an_engine():

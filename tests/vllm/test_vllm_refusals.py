@@ -41,7 +41,7 @@ FLAGS: dict[str, tuple[dict[str, Any], list[str]]] = {
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "sliding window": (
         {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64},
-        ["The model MistralForCausalLM has sliding-window layers, whose window the kernels do not mask"],
+        ["The model MistralForCausalLM has sliding-window layers, which can't be kept beside tiles here"],
     ),
     "learned sinks": (
         {
