@@ -12,6 +12,8 @@ from kvarn.core.layers import LayerKind, count, layer_kinds, window_tokens
 from kvarn.core.support import ModelFacts
 from kvarn.errors import KVarNError
 
+# Their attention layers have a learned logit each, of which the configuration says nothing.
+_WITH_LEARNED_SINKS = ("gpt_oss",)
 _RAW_BYTES = {"float16": 2, "bfloat16": 2, "float32": 4}
 
 
@@ -94,6 +96,7 @@ def describe(config: Mapping[str, Any], dtype: str | None = None) -> Checkpoint:
         latent_attention=text.get("kv_lora_rank") is not None,
         encoder_decoder=bool(config.get("is_encoder_decoder")),
         kinds=frozenset(layers),
+        learned_sinks=text.get("model_type") in _WITH_LEARNED_SINKS,
     )
     kv_heads = int(text.get("num_key_value_heads") or heads)
     return Checkpoint(facts, layers, window_tokens(text), kv_heads, _RAW_BYTES[dtype])

@@ -4,7 +4,8 @@
     cache = kvarn.hf.TileCache(model, "kvarn_k4v2_g128", max_tokens=4096)
     model.generate(ids, past_key_values=cache)
 
-The same tiles, read rule and kernels as in a serving engine; pages are not shared, and nothing is scheduled.
+The same tiles, read rule and kernels as in a serving engine; pages are not shared, and nothing is scheduled. Layers
+with a sliding window keep their rows in the model's dtype, and all of them, so that `resume` can go back to any tile.
 """
 
 from __future__ import annotations
@@ -14,12 +15,15 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, Cache
-from transformers.cache_utils import CacheLayerMixin
+from transformers.cache_utils import CacheLayerMixin, DynamicLayer
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
-from kvarn.checkpoint import describe
+from kvarn.checkpoint import Checkpoint, describe
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
 from kvarn.core.capacity import CacheShape, cache_shape
+from kvarn.core.layers import LayerKind
 from kvarn.core.step import Step, chunk_step, decode_step
 from kvarn.core.support import DeviceFacts, unsupported_reasons
 from kvarn.core.tail import TailState
@@ -49,7 +53,8 @@ class TileCache(Cache):
     def __init__(
         self, model: PreTrainedModel, preset: str = "kvarn_k4v2_g128", max_tokens: int = 4096, batch: int = 1
     ) -> None:
-        shape = _shape(model, get_preset(preset))
+        checkpoint = _served(model, get_preset(preset))
+        shape = _shape(checkpoint, get_preset(preset))
         pages = -(-max_tokens // shape.preset.tile_tokens)
         self.config = CacheConfig.of(shape)
         self.max_tokens = max_tokens
@@ -63,8 +68,13 @@ class TileCache(Cache):
         self._group = model.config.get_text_config().num_attention_heads // shape.kv_heads
         self._step: Step | None = None
         self.length = 0
-        caches = [allocate_layer(self.config, blocks, rings, batch, dtype, device) for _ in range(shape.layers)]
-        super().__init__(layers=[TileLayer(self, layer) for layer in caches])
+        layers: list[CacheLayerMixin] = [
+            TileLayer(self, allocate_layer(self.config, blocks, rings, batch, dtype, device))
+            if kind is LayerKind.TILES
+            else WindowLayer()
+            for kind in checkpoint.layers
+        ]
+        super().__init__(layers=layers)
 
     def begin(self, tokens: int) -> None:
         """Describe the forward pass that adds tokens to every sequence.
@@ -112,12 +122,17 @@ class TileCache(Cache):
         Returns:
             Tokens that are cached; feed those that follow.
         """
-        self.length -= self.length % self.config.tile_tokens
+        dropped = self.length % self.config.tile_tokens
+        self.length -= dropped
         self._state.forget(self._rows.long())
+        for layer in self.layers:
+            if isinstance(layer, WindowLayer):
+                layer.crop(-dropped)
         return self.length
 
     def reset(self) -> None:
         """Forget all sequences."""
+        super().reset()
         self.length = 0
         self._state.forget(self._rows.long())
 
@@ -142,7 +157,7 @@ class TileLayer(CacheLayerMixin):
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the rows as they are, and with the keys where they belong."""
-        key_states.tile_layer = self  # type: ignore[attr-defined]
+        key_states.cache_layer = self  # type: ignore[attr-defined]
         return key_states, value_states
 
     @property
@@ -166,6 +181,18 @@ class TileLayer(CacheLayerMixin):
         """Do nothing: the cache forgets for all layers."""
 
 
+class WindowLayer(DynamicLayer):
+    """A layer of a TileCache that keeps rows as they are, because it reads its newest only."""
+
+    def update(
+        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append rows and return all, with the keys where they belong."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        keys.cache_layer = self
+        return keys, values
+
+
 def attend_tiles(
     module: torch.nn.Module,
     query: torch.Tensor,
@@ -182,7 +209,7 @@ def attend_tiles(
         module: the attention layer.
         query: [batch, q_heads, tokens, head_dim].
         key: [batch, kv_heads, tokens, head_dim], from `TileCache.update`; value: the same.
-        attention_mask: None.
+        attention_mask: None, or that of the window.
         scaling: factor on q . k.
         softcap: soft cap of the logits.
 
@@ -190,11 +217,16 @@ def attend_tiles(
         [batch, tokens, q_heads, head_dim], and no weights.
 
     Raises:
-        NotImplementedError: there is no tile cache, or the layer asks for a sliding window.
+        NotImplementedError: there is no tile cache, or the layer asks for more than its kind can do.
     """
-    layer = getattr(key, "tile_layer", None)
-    if layer is None or kwargs.get("sliding_window") is not None:
-        raise NotImplementedError("The attention 'kvarn' needs a kvarn.hf.TileCache and attends to all of it.")
+    layer = getattr(key, "cache_layer", None)
+    if isinstance(layer, WindowLayer) and not softcap:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+    if not isinstance(layer, TileLayer) or kwargs.get("sliding_window") is not None:
+        raise NotImplementedError(
+            "The attention 'kvarn' needs a kvarn.hf.TileCache, attends to all of a tile layer's cache, and has no soft "
+            "cap for layers with a window."
+        )
     batch, q_heads, tokens, head_dim = query.shape
     q, k, v = (x.transpose(1, 2).reshape(batch * tokens, x.shape[1], head_dim) for x in (query, key, value))
     scale = head_dim**-0.5 if scaling is None else scaling
@@ -202,34 +234,46 @@ def attend_tiles(
     return out.view(batch, tokens, q_heads, head_dim), None
 
 
-def refuse_padding(*args: Any, attention_mask: torch.Tensor | None = None, **kwargs: Any) -> None:
-    """Return that no mask is needed, or refuse one that hides tokens.
+def window_mask(
+    *args: Any, attention_mask: torch.Tensor | None = None, local_size: int | None = None, **kwargs: Any
+) -> torch.Tensor | None:
+    """Return the mask of layers with a window; others need none. Refuse one that hides tokens.
 
     Raises:
         NotImplementedError: some token is masked out.
     """
     if attention_mask is not None and not bool(attention_mask.all()):
         raise NotImplementedError("A tile cache holds sequences of one length without padding; run others apart.")
+    if local_size is None:
+        return None
+    mask: torch.Tensor | None = sdpa_mask(*args, local_size=local_size, **kwargs)
+    return mask
 
 
-def _shape(model: PreTrainedModel, preset: Preset) -> CacheShape:
+def _served(model: PreTrainedModel, preset: Preset) -> Checkpoint:
+    """Return what is cached of a model, or raise UnsupportedConfig."""
     checkpoint = describe(model.config.to_dict(), str(model.dtype).removeprefix("torch."))
     facts = replace(checkpoint.facts, architecture=type(model).__name__)
     capability = torch.cuda.get_device_capability(model.device) if model.device.type == "cuda" else None
-    reasons = unsupported_reasons(facts, preset, DeviceFacts(model.device.type, capability))
+    device = DeviceFacts(model.device.type, capability)
+    reasons = unsupported_reasons(facts, preset, device, beside={LayerKind.MODEL_DTYPE})
     attention_now = model.config.get_text_config()._attn_implementation
     if attention_now != ATTENTION:
         reasons.append(f"The model's attention is {attention_now!r}; set_attn_implementation({ATTENTION!r}).")
     if reasons:
         raise UnsupportedConfig(reasons)
+    return checkpoint
+
+
+def _shape(checkpoint: Checkpoint, preset: Preset) -> CacheShape:
     return cache_shape(
         preset,
         layers=checkpoint.tile_layers,
         kv_heads=checkpoint.kv_heads,
-        head_dim=facts.head_dim,
+        head_dim=checkpoint.facts.head_dim,
         raw_bytes=checkpoint.raw_bytes,
     )
 
 
 AttentionInterface.register(ATTENTION, attend_tiles)
-AttentionMaskInterface.register(ATTENTION, refuse_padding)
+AttentionMaskInterface.register(ATTENTION, window_mask)

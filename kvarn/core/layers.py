@@ -12,16 +12,16 @@ from typing import Any
 
 
 class LayerKind(enum.Enum):
-    """How one layer's cache is kept. The value names it in messages."""
+    """How one layer's cache is kept. The value ends ``3 layers ...`` in messages."""
 
-    TILES = "tiles"
+    TILES = "in tiles"
     # A sliding window or a chunk: few tokens a request, rewritten all the time.
-    MODEL_DTYPE = "model dtype"
+    MODEL_DTYPE = "in model dtype"
     # Linear attention, Mamba, short convolutions: a state of one size, however long the request.
-    RECURRENT = "recurrent state"
-    NO_CACHE = "no cache"
+    RECURRENT = "with a recurrent state"
+    NO_CACHE = "without a cache"
     # An index, a compressed context, attention and a state in one layer, another layer's cache.
-    UNKNOWN = "unknown"
+    UNKNOWN = "of an unknown kind"
 
 
 _OF_TYPE = {
@@ -91,7 +91,7 @@ def count(kinds: Sequence[LayerKind], kind: LayerKind) -> int:
 def summary(kinds: Sequence[LayerKind]) -> str:
     """Return how many layers there are of each kind, for a message: ``3 in tiles, 15 in model dtype``."""
     found = ((kind.value, count(kinds, kind)) for kind in LayerKind)
-    return ", ".join(f"{number} in {name}" for name, number in found if number)
+    return ", ".join(f"{number} {name}" for name, number in found if number)
 
 
 def _field(config: Mapping[str, Any] | object, name: str) -> Any:

@@ -6,11 +6,8 @@ import math
 from collections.abc import Sequence
 
 from kvarn.evaluation.method_cache import MethodCache
-from kvarn.evaluation.methods import Method
+from kvarn.evaluation.methods import UNCHANGED, Method
 from kvarn.evaluation.run import Evaluation
-
-_EXACT = Method("exact", lambda k, v: (k, v), lambda d: 32.0)
-
 
 def sensitivity(evaluation: Evaluation, method: Method, layer: int, layers: int) -> float:
     """Return the mean KL of a text when the tiles of one layer alone are quantised.
@@ -20,7 +17,7 @@ def sensitivity(evaluation: Evaluation, method: Method, layer: int, layers: int)
         method: what happens to that layer's tiles.
         layer: which; layers: of the model.
     """
-    chosen = [method if i == layer else _EXACT for i in range(layers)]
+    chosen = [method if i == layer else UNCHANGED for i in range(layers)]
     return evaluation.compare(MethodCache(chosen), f"{method.name} in layer {layer}").kl_mean
 
 

@@ -49,6 +49,9 @@ class Method:
         return self.bits(head_dim) * head_dim / 8
 
 
+UNCHANGED = Method("exact", lambda k, v: (k, v), lambda d: 32.0)
+
+
 def methods() -> dict[str, Method]:
     """Return every method by name."""
     made = [

@@ -11,11 +11,12 @@ from transformers import Cache, DynamicCache
 
 from kvarn import hf
 from kvarn.checkpoint import describe
+from kvarn.core.layers import LayerKind
 from kvarn.core.layout import TileLayout
 from kvarn.evaluation.divergence import Divergence, divergence
 from kvarn.evaluation.generate import EXACT, greedy
 from kvarn.evaluation.method_cache import MethodCache
-from kvarn.evaluation.methods import TILE, Method, methods
+from kvarn.evaluation.methods import TILE, UNCHANGED, Method, methods
 from kvarn.evaluation.names import is_variant_name
 from kvarn.evaluation.variants import variant
 from kvarn.presets import get_preset, is_preset_name
@@ -118,7 +119,8 @@ class Evaluation:
         if is_preset_name(name):
             self._model.set_attn_implementation(hf.ATTENTION)
             return hf.TileCache(self._model, name, max_tokens=-(-len(self._ids) // TILE) * TILE)
-        return MethodCache([_method(name)] * self._model.config.get_text_config().num_hidden_layers)
+        kinds, method = describe(self._model.config.to_dict()).layers, _method(name)
+        return MethodCache([method if kind is LayerKind.TILES else UNCHANGED for kind in kinds])
 
     def _head(self, states: torch.Tensor) -> torch.Tensor:
         logits: torch.Tensor = self._model.get_output_embeddings()(states)

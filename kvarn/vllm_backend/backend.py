@@ -22,12 +22,13 @@ from kvarn.core.attention import attention, reserve_scratch
 from kvarn.core.cache import CacheConfig
 from kvarn.core.capacity import cache_shape
 from kvarn.core.flash import flash_for
+from kvarn.core.layers import layer_kinds, summary
 from kvarn.core.layout import HEAD_DIMS, TileLayout
 from kvarn.core.prefill_plan import PrefillPlan, plan_prefill
 from kvarn.core.step import Step, aligned_ints, chunk_step, verify_step
 from kvarn.errors import UnsupportedConfig
 from kvarn.presets import PRESETS, Preset
-from kvarn.vllm_backend import compat, compat_tables, resolution
+from kvarn.vllm_backend import compat, compat_tables, compat_windows, resolution
 from kvarn.vllm_backend.tails import TailCache, TilePool, forget_rings
 
 if TYPE_CHECKING:
@@ -310,6 +311,7 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
         head_dim=layer.head_size,
         raw_bytes=raw_dtype.itemsize,
         draft_tokens=compat.draft_tokens(config),
+        windows=compat_windows.window_shape(config),
     )
     tail = TailCache(
         first + compat_tables.TAIL_SUFFIX,
@@ -327,6 +329,7 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
         caps_logits=any(layer.impl.caps_logits for layer in layers.values()),
         engine=compat.flash_attention(tail.sinks.device, shape.head_dim),
     )
+    tail.kinds = summary(layer_kinds(config.model_config.hf_text_config))
     compat.add_layer(config, tail.layer_name, tail)
     return tail
 

@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from kvarn.core.flash import FlashAttention
 
 logger = logging.getLogger(__name__)
-_MARK = "__kvarn__"
 _FLASH_VERSIONS = (2, 3)
 
 
@@ -92,7 +91,7 @@ def select_backend_by(choose: Callable[[type, Any], str]) -> None:
 
     platform = type(current_platform)
     original = platform.get_attn_backend_cls.__func__
-    if getattr(original, _MARK, False):
+    if getattr(original, tables.MARK, False):
         return
 
     @functools.wraps(original)
@@ -103,7 +102,7 @@ def select_backend_by(choose: Callable[[type, Any], str]) -> None:
         path: str = original(cls, *args, **kwargs)
         return path
 
-    setattr(get_attn_backend_cls, _MARK, True)
+    setattr(get_attn_backend_cls, tables.MARK, True)
     platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
 
 
@@ -124,7 +123,7 @@ def watch_admissions(note: Callable[[Any, list[int]], None]) -> None:
     """
     for module in tables.RUNNERS:
         runner = getattr(sys.modules.get(module), tables.RUNNER_CLASS, None)
-        if runner is None or getattr(runner.execute_model, _MARK, False):
+        if runner is None or getattr(runner.execute_model, tables.MARK, False):
             continue
         runner.execute_model = _watched(runner.execute_model, note)
 
@@ -134,7 +133,7 @@ def before_warm_up(call: Callable[[Any], None]) -> None:
     from vllm.v1.worker.gpu_worker import Worker
 
     warm_up = Worker.compile_or_warm_up_model
-    if getattr(warm_up, _MARK, False):
+    if getattr(warm_up, tables.MARK, False):
         return
 
     @functools.wraps(warm_up)
@@ -144,7 +143,7 @@ def before_warm_up(call: Callable[[Any], None]) -> None:
             call(tail)
         return warm_up(worker)
 
-    setattr(called, _MARK, True)
+    setattr(called, tables.MARK, True)
     Worker.compile_or_warm_up_model = called
 
 
@@ -155,7 +154,7 @@ def require_watched() -> None:
         EngineIncompatible: another package replaced the method that is watched.
     """
     found = [getattr(sys.modules.get(module), tables.RUNNER_CLASS, None) for module in tables.RUNNERS]
-    lost = [runner.__module__ for runner in found if runner and not getattr(runner.execute_model, _MARK, False)]
+    lost = [runner.__module__ for runner in found if runner and not getattr(runner.execute_model, tables.MARK, False)]
     if lost or not any(found):
         raise _incompatible(
             f"KVarN does not see which requests vLLM {engine_version()} admits ({', '.join(lost) or 'no runner'}).",
@@ -215,7 +214,7 @@ def flash_attention(device: torch.device, head_dim: int) -> FlashAttention | Non
     return flash_from(flash_attn_varlen_func, fa_version=version) if version in _FLASH_VERSIONS else None
 
 
-def announce(shape: CacheShape, raw_dtype: object, blocks_per_request: int) -> None:
+def announce(shape: CacheShape, kinds: str, raw_dtype: object, blocks_per_request: int) -> None:
     """Log the line that tells an operator what is being served, once a server."""
     from vllm.distributed.parallel_state import get_tensor_model_parallel_rank
 
@@ -225,9 +224,9 @@ def announce(shape: CacheShape, raw_dtype: object, blocks_per_request: int) -> N
     ratio = shape.raw_bytes_per_token / shape.bytes_per_token
     # A child of vLLM's logger, whose handler prints it.
     logging.getLogger("vllm.kvarn").info(
-        "KVarN %s in vLLM %s: %s (format %s), %d bytes a token (%.2fx smaller than %s); kept in %s: the open tile and "
-        "newest %d tokens of each running request, in %d blocks of it, and the first %d tokens of a prompt.",
-        *(kvarn.__version__, engine_version(), shape.preset.name, shape.layout.identity, shape.bytes_per_token),
+        "KVarN %s in vLLM %s: %s (format %s), layers: %s; %d bytes a token (%.2fx smaller than %s); kept in %s: the open "
+        "tile and newest %d tokens of each running request, in %d blocks of it, and the first %d tokens of a prompt.",
+        *(kvarn.__version__, engine_version(), shape.preset.name, shape.layout.identity, kinds, shape.bytes_per_token),
         *(ratio, raw, raw, shape.tail_tokens, blocks_per_request, shape.sink_tokens),
     )
 
@@ -285,7 +284,7 @@ def _watched(execute_model: Callable[..., Any], note: Callable[[Any, list[int]],
             note(tail, _admitted_blocks(scheduler_output, group))
         return execute_model(runner, scheduler_output, *args, **kwargs)
 
-    setattr(watched, _MARK, True)
+    setattr(watched, tables.MARK, True)
     return watched
 
 

@@ -12,6 +12,11 @@ BACKEND_MODULE: Final = "kvarn.vllm_backend.backend"
 # Registered beside the first attention layer, under its name and this suffix.
 TAIL_SUFFIX: Final = ".kvarn_tail"
 
+# On what stands in for a function of vLLM.
+MARK: Final = "__kvarn__"
+# What --kv-cache-dtype-skip-layers calls layers with a window.
+SKIP_WINDOWS: Final = "sliding_window"
+
 # Both of vLLM's model runners, for either of which a request's first step must be seen.
 RUNNERS: Final = ("vllm.v1.worker.gpu_model_runner", "vllm.v1.worker.gpu.model_runner")
 RUNNER_CLASS: Final = "GPUModelRunner"
@@ -42,6 +47,8 @@ SIGNATURES: Final = MappingProxyType(
             *("self", "request_id", "num_tokens", "num_tokens_main_model"),
         ),
         "vllm.v1.worker.gpu_worker.Worker.compile_or_warm_up_model": ("self",),
+        "vllm.platforms.interface.Platform.check_and_update_config": ("vllm_config",),
+        "vllm.platforms.interface.Platform.update_block_size_for_backend": ("vllm_config",),
         "vllm.v1.attention.backends.registry.register_backend": ("backend", "class_path", "is_mamba"),
     }
 )

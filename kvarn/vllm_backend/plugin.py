@@ -6,7 +6,7 @@ from typing import Any
 
 from kvarn.errors import UnsupportedConfig
 from kvarn.presets import get_preset
-from kvarn.vllm_backend import compat, compat_tables
+from kvarn.vllm_backend import compat, compat_tables, compat_windows
 
 
 def register() -> None:
@@ -17,6 +17,7 @@ def register() -> None:
     compat.add_dtypes()
     compat.add_backend()
     compat.select_backend_by(choose_backend)
+    compat_windows.keep_windows_raw()
 
 
 def choose_backend(platform: type, config: Any) -> str:

@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from kvarn.core.layers import LayerKind
+from kvarn.core.layers import LayerKind, layer_kinds
 from kvarn.core.prefill_plan import LONG_ROWS
 from kvarn.core.support import DeviceFacts, ModelFacts, unsupported_reasons
 from kvarn.presets import get_preset, is_preset_name
-from kvarn.vllm_backend.compat_tables import SELECTOR_FLAGS
+from kvarn.vllm_backend.compat_tables import SELECTOR_FLAGS, SKIP_WINDOWS
 
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 _NOT_TESTED = "no test covers it yet"
 # Methods that draft one chain of tokens, which the next step verifies in order.
 _CHAINS = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3", "mtp")
+_WITHOUT_MODEL = ("ngram", "ngram_gpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,17 +80,23 @@ def reasons_against(fields: Mapping[str, Any], config: VllmConfig, capability: t
     preset = get_preset(fields["kv_cache_dtype"])
     asked = [why for flag, why in SELECTOR_FLAGS.items() if fields.get(flag)]
     limits = (limit.reason(config) for limit in LIMITS)
+    beside = frozenset(layer_kinds(config.model_config.hf_text_config)) - {LayerKind.TILES}
     return [
-        *unsupported_reasons(_facts(fields, config), preset, _device(config, capability)),
+        *unsupported_reasons(_facts(fields, config), preset, _device(config, capability), beside),
         *(f"The model or a flag {why}; serve it with --kv-cache-dtype auto." for why in asked),
         *_block_reasons(config, preset.tile_tokens),
-        *draft_reasons(config.speculative_config, preset.tile_tokens, hybrid=config.model_config.is_hybrid),
+        *draft_reasons(
+            config.speculative_config,
+            preset.tile_tokens,
+            hybrid=config.model_config.is_hybrid,
+            windows=LayerKind.MODEL_DTYPE in beside,
+        ),
         *(reason for reason in limits if reason is not None),
     ]
 
 
 def _facts(fields: Mapping[str, Any], config: VllmConfig) -> ModelFacts:
-    """Return the facts of a layer. Recurrent layers beside it are no limit: vLLM keeps their state by itself."""
+    """Return the facts of a layer. Layers of other kinds beside it are no limit: vLLM caches them by itself."""
     model = config.model_config
     head_dim = fields["head_size"]
     return ModelFacts(
@@ -117,7 +124,7 @@ def _block_reasons(config: VllmConfig, tile: int) -> list[str]:
         reasons.append(
             f"--block-size {cache.block_size} is not a multiple of the tile of {tile} tokens; leave the flag out."
         )
-    if cache.kv_cache_dtype_skip_layers:
+    if set(cache.kv_cache_dtype_skip_layers) - {SKIP_WINDOWS}:
         reasons.append(
             "--kv-cache-dtype-skip-layers can't be used, because a cache of two dtypes has blocks that no tile fits "
             "yet; leave it out."
@@ -128,13 +135,14 @@ def _block_reasons(config: VllmConfig, tile: int) -> list[str]:
     return reasons
 
 
-def draft_reasons(speculative: SpeculativeConfig | None, tile: int, *, hybrid: bool) -> list[str]:
+def draft_reasons(speculative: SpeculativeConfig | None, tile: int, *, hybrid: bool, windows: bool = False) -> list[str]:
     """Return why drafts can't be verified, one sentence each; empty if they can.
 
     Args:
         speculative: vLLM's configuration of them; None if there are none.
         tile: tokens of a tile.
         hybrid: whether some layers keep a recurrent state.
+        windows: whether some layers have a window.
     """
     if speculative is None:
         return []
@@ -143,6 +151,11 @@ def draft_reasons(speculative: SpeculativeConfig | None, tile: int, *, hybrid: b
         reasons.append(
             "--speculative-config can't be used with a model that has linear-attention or Mamba layers, because "
             f"{_NOT_TESTED}; leave it out."
+        )
+    if windows and speculative.method in _CHAINS and speculative.method not in _WITHOUT_MODEL:
+        reasons.append(
+            f"--speculative-config with method {speculative.method!r} can't be used with a model that has "
+            f"sliding-window layers, because {_NOT_TESTED}; leave it out or use {' or '.join(_WITHOUT_MODEL)}."
         )
     if speculative.method not in _CHAINS or speculative.parallel_drafting:
         reasons.append(

@@ -125,6 +125,7 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         self.max_pages = -(-max_tokens // shape.preset.tile_tokens)
         self.kv_cache = torch.empty(0)
         self.flash: FlashAttention | None = None  # what attends long chunks, if anything does
+        self.kinds = ""  # layers by kind, for the log
         # Plain attributes: the attention layers are modules of the model, not of this one.
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "_pool", None)
@@ -155,6 +156,23 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
             blocks_per_request=self.shape.tail_blocks(tiles),
         )
 
+    def best_block_size(self, least: int) -> int:
+        """Return the tokens of a block, so many at least, with which the longest request takes few bytes."""
+        tile = self.shape.preset.tile_tokens
+        return max(least, tile * self.shape.best_tiles_per_block(self.max_pages * tile))
+
+    def window_page_bytes(self, block_size: int) -> int | None:
+        """Return the bytes of a page of a layer with a window; None where there are none.
+
+        Args:
+            block_size: tokens of a block.
+        """
+        windows = self.shape.windows
+        if windows is None:
+            return None
+        tiles = block_size // self.shape.preset.tile_tokens
+        return self.shape.window_page_tokens(tiles) * windows.token_bytes
+
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the memory of the rings; caches made over an earlier one are dropped."""
         self.kv_cache = kv_cache
@@ -181,7 +199,7 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         blocks, tiles = records[0].shape[:2]
         if not self._announced:
             # not before: vLLM settles the size of a block after the weights are loaded
-            compat.announce(self.shape, self.raw_dtype, self.shape.tail_blocks(tiles))
+            compat.announce(self.shape, self.kinds, self.raw_dtype, self.shape.tail_blocks(tiles))
             self._announced = True
         config = CacheConfig.of(self.shape, tiles)
         rings_per_block = self.shape.rings_per_block(tiles)

@@ -49,6 +49,8 @@ MODELS = (LLAMA_GROUP_3, QWEN3_GROUP_2)
 HYBRID = "qwen3-next"
 # Drafts for the second model, as SGLang reads it.
 EAGLE_HEAD = "eagle-head"
+# Every other layer has a window.
+WINDOWED, WINDOW = "gemma3", 96
 
 # Prompts, one seed each, whose answers by transformers are kept.
 REFERENCE_LENGTHS = (5, 127, 128, 300, 530)
@@ -73,6 +75,7 @@ def main(folder: Path, reference: Path) -> None:
         answers[model.name] = [_greedy_tokens(built, tokens, REFERENCE_TOKENS) for tokens in prompts]
     _build_hybrid().save_pretrained(folder / HYBRID)
     _save_eagle_head(folder / QWEN3_GROUP_2.name, folder / EAGLE_HEAD)
+    _build_windowed().save_pretrained(folder / WINDOWED)
     reference.write_text(json.dumps(answers))
 
 
@@ -125,6 +128,29 @@ def _build_hybrid() -> PreTrainedModel:
     )
     torch.manual_seed(0)
     return Qwen3NextForCausalLM(config).to(torch.bfloat16)
+
+
+def _build_windowed() -> PreTrainedModel:
+    from transformers import Gemma3ForCausalLM, Gemma3TextConfig
+
+    config = Gemma3TextConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=4 * HEAD_DIM,
+        intermediate_size=512,
+        num_hidden_layers=2 * LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        query_pre_attn_scalar=HEAD_DIM,
+        layer_types=["sliding_attention", "full_attention"] * LAYERS,
+        sliding_window=WINDOW,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=_INITIALIZER_RANGE,
+        bos_token_id=1,
+        eos_token_id=EOS_TOKEN,
+    )
+    torch.manual_seed(0)
+    return Gemma3ForCausalLM(config).to(torch.float32)
 
 
 def _save_eagle_head(model: Path, folder: Path) -> None:

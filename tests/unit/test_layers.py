@@ -126,4 +126,4 @@ def test_window_is_that_which_is_used():
 
 def test_summary_leaves_out_what_there_is_none_of():
     assert summary([TILES] * 3 + [MODEL_DTYPE] * 15) == "3 in tiles, 15 in model dtype"
-    assert summary([TILES, RECURRENT]) == "1 in tiles, 1 in recurrent state"
+    assert summary([TILES, RECURRENT]) == "1 in tiles, 1 with a recurrent state"

@@ -15,6 +15,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
+import pytest
 from plan import Answer, Request
 from tiny_models import VOCABULARY
 
@@ -178,6 +179,15 @@ class Serving:
                 preempted=tuple(self._preempted),
             )
         )
+
+
+def let_cpu_attention_read_our_layout(patch: pytest.MonkeyPatch) -> None:
+    """Let vLLM's attention on the CPU stand beside ours: it says that it reads one layout only, but reads ours, too."""
+    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
+    from vllm.v1.kv_cache_layout import KVCacheLayout
+
+    layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
+    patch.setattr(CPUAttentionBackend, "supported_kv_cache_layouts", classmethod(lambda _: layouts))
 
 
 @contextmanager

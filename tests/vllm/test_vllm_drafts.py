@@ -23,7 +23,7 @@ from compare import same_bits
 from engine_process import Models
 from plan import Answer, Request
 from row_by_row import compute_row_by_row
-from serving import Scheduled, Serving, serving
+from serving import Scheduled, Serving, let_cpu_attention_read_our_layout, serving
 from tiny_models import LAYERS, LLAMA_GROUP_3, QWEN3_GROUP_2, prompt
 
 from kvarn.errors import UnsupportedConfig
@@ -130,14 +130,6 @@ def save_eagle_head(model: Path, folder: Path) -> None:
     width = config["hidden_size"]
     head["fc.weight"] = torch.cat([torch.zeros(width, width), torch.eye(width)], dim=1)
     save_file(head, folder / "model.safetensors")
-
-
-def let_cpu_attention_read_our_layout(patch: pytest.MonkeyPatch) -> None:
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-    from vllm.v1.kv_cache_layout import KVCacheLayout
-
-    layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
-    patch.setattr(CPUAttentionBackend, "supported_kv_cache_layouts", classmethod(lambda _: layouts))
 
 
 @contextmanager
