@@ -19,10 +19,11 @@ PRESET = "kvarn_k8v4_g128"
 LENGTHS = (5, WINDOW, 130, 300, 700)
 EXACT_TAIL = 1024
 # Of the first token, nats. Measured: up to 4e-14 for exact rows, 4e-5 for records.
-MOST_EXACT, MOST = 1e-9, 1e-3
+MOST_EXACT, MOST = 1e-7, 1e-3
 # Requests of other tokens, together longer than the cache.
-OTHERS = [Request(f"other/{i}", prompt(900, seed=70 + i), 40) for i in range(6)]
-OPTIONS = {"enable_prefix_caching": True, "kv_cache_memory_bytes": 24 << 20}
+OTHERS = [Request(f"other/{i}", prompt(900, seed=70 + i), 4) for i in range(4)]
+OPTIONS = {"enable_prefix_caching": True}
+FEW_BYTES = 8 << 20
 
 
 @dataclass(slots=True)
@@ -43,7 +44,7 @@ def _requests(kind: str) -> list[Request]:
 def _turns(engine: Serving, kind: str) -> dict[str, Answer]:
     """Three turns of a conversation: each goes on from all that the one before left in the cache."""
     history, answers = [], {}
-    for turn, (appended, new_tokens) in enumerate(((200, 80), (60, 130), (90, 12)), start=1):
+    for turn, (appended, new_tokens) in enumerate(((560, 30), (60, 70), (90, 12)), start=1):
         history = history + prompt(appended, seed=900 + turn)
         answers |= engine.ask(Request(f"turn {turn}/{kind}", history, new_tokens, distribution=True))
         # The same history in all engines, whatever they answer.
@@ -62,7 +63,7 @@ def found(models: Models, patch: pytest.MonkeyPatch) -> Found:
         exact.setenv("KVARN_TAIL_TOKENS", str(EXACT_TAIL))
         with serving(folder, kv_cache_dtype=PRESET, **OPTIONS) as engine:
             found.answers |= engine.ask(*_requests("exact"))
-    with serving(folder, kv_cache_dtype=PRESET, **OPTIONS) as engine:
+    with serving(folder, kv_cache_dtype=PRESET, kv_cache_memory_bytes=FEW_BYTES, **OPTIONS) as engine:
         _note(engine, found)
         for kind in ("cold", "hit"):
             found.answers |= engine.ask(*_requests(kind))
@@ -103,7 +104,7 @@ def test_no_block_is_larger_than_records_and_rings_need(found: Found) -> None:
 
 
 def test_every_answer_is_finite(found: Found) -> None:
-    assert all(is_finite(answer) for answer in found.answers.values())
+    assert [n for n, a in found.answers.items() if not is_finite(a)] == []
     assert all(len(a.distribution) in (0, VOCABULARY) for a in found.answers.values())
 
 
