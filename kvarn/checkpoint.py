@@ -10,6 +10,7 @@ from typing import Any
 
 from kvarn.core.layers import LayerKind, count, layer_kinds, window_tokens
 from kvarn.core.support import ModelFacts
+from kvarn.core.windows import WindowShape
 from kvarn.errors import KVarNError
 
 # Their attention layers have a learned logit each, of which the configuration says nothing.
@@ -39,6 +40,11 @@ class Checkpoint:
     def tile_layers(self) -> int:
         """Layers that hold tiles."""
         return count(self.layers, LayerKind.TILES)
+
+    def windows(self, kv_heads: int) -> WindowShape | None:
+        """Return what a rank with so many kv heads keeps in layers with a window; None if there are none."""
+        layers = count(self.layers, LayerKind.MODEL_DTYPE)
+        return WindowShape(layers, self.window, kv_heads, self.facts.head_dim, self.raw_bytes) if layers else None
 
 
 def read_config(model: str) -> dict[str, Any]:

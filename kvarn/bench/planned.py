@@ -26,10 +26,10 @@ def planned_tokens(dtype: str, model: Checkpoint, facts: CacheFacts, baseline_to
         baseline_tokens: tokens that the baseline's server said to hold.
 
     Returns:
-        The tokens; None if the dtype is no preset, vLLM's longest request is not known, or nothing should fit, as where
-        a server was told tokens and not memory.
+        The tokens; None if the dtype is no preset, some layers hold no tiles, so that tokens don't tell the memory,
+        vLLM's longest request is not known, or nothing should fit, as where a server was told tokens and not memory.
     """
-    if not is_preset_name(dtype):
+    if not is_preset_name(dtype) or model.tile_layers < len(model.layers):
         return None
     head_dim, raw_bytes = model.facts.head_dim, model.raw_bytes
     shape = cache_shape(

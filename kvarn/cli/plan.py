@@ -10,12 +10,15 @@ from kvarn.errors import CapacityError, KVarNError, UnsupportedConfig
 if TYPE_CHECKING:
     from argparse import _SubParsersAction
 
+    from kvarn.checkpoint import Checkpoint
     from kvarn.core.capacity import CacheShape
 
 _GIB = 1 << 30
 _NOTE = """\
 SGLang keeps exact tails for its request limit (--max-running-requests), vLLM for the requests that run; "at once" are
 requests of {context:,} tokens. From the break-even on, a running request is smaller than in {dtype}."""
+_WINDOWS = "Layers with a window keep the newest {tokens:,} tokens of each running request in {dtype}, counted above."
+_STATES = "Recurrent states are not counted above: they take the same memory in any cache dtype."
 
 
 def add_parser(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,43 +47,69 @@ def run(args: argparse.Namespace) -> None:
     """
     from kvarn.checkpoint import describe, read_config
     from kvarn.core.capacity import cache_shape
+    from kvarn.core.layers import summary
     from kvarn.core.support import DeviceFacts, unsupported_reasons
     from kvarn.presets import PRESETS
+    from kvarn.sglang_backend.settings import BESIDE_TILES as IN_SGLANG
+    from kvarn.vllm_backend.compat_tables import BESIDE_TILES as IN_VLLM
 
     if min(args.memory, args.context, args.tensor_parallel, 1 if args.requests is None else args.requests) <= 0:
         raise KVarNError("--memory, --context, --requests and --tensor-parallel must be above 0.")
     model = describe(read_config(args.model), args.dtype)
     heads = max(1, model.kv_heads // args.tensor_parallel)
     budget = int(args.memory * _GIB)
-    found = f"{model.tile_layers} layers, {heads} kv heads a GPU, head_dim {model.facts.head_dim}, {model.facts.dtype}"
-    print(f"{args.model}: {found}; {args.memory:g} GiB for the KV cache")
+    kinds, facts = summary(model.layers), model.facts
+    print(f"{args.model}: layers: {kinds}; {heads} kv heads a GPU, head_dim {facts.head_dim}, {facts.dtype}")
+    print(f"{args.memory:g} GiB for the KV cache")
     print(f"{'':18}{'bytes a':>9} {'SGLang':>21}{'at':>8} {'vLLM':>21}{'at':>8}{'break-':>9}")
     print(f"{'':18}{'token':>9} {'tokens':>14}{'ratio':>7}{'once':>8} {'tokens':>14}{'ratio':>7}{'once':>8}{'even':>9}")
     for name, preset in PRESETS.items():
-        if reasons := unsupported_reasons(model.facts, preset, DeviceFacts("cuda")):
+        if reasons := unsupported_reasons(facts, preset, DeviceFacts("cuda"), IN_VLLM):
             raise UnsupportedConfig(reasons)
         shape = cache_shape(
-            preset, layers=model.tile_layers, kv_heads=heads, head_dim=model.facts.head_dim, raw_bytes=model.raw_bytes
+            preset,
+            layers=model.tile_layers,
+            kv_heads=heads,
+            head_dim=facts.head_dim,
+            raw_bytes=model.raw_bytes,
+            windows=model.windows(heads),
         )
-        print(_line(name, shape, budget, args.context, args.requests))
-    print(_NOTE.format(context=args.context, dtype=model.facts.dtype))
-    for command in ("python -m sglang.launch_server --model-path", "vllm serve"):
+        in_sglang = not unsupported_reasons(facts, preset, DeviceFacts("cuda"), IN_SGLANG)
+        sglang = _in_sglang(shape, budget, args.context, args.requests) if in_sglang else f"{'not served':>29}"
+        print(f"{name:18}{shape.bytes_per_token:9,} {sglang} {_in_vllm(shape, budget, args.context)}")
+    _print_notes(args, model, in_sglang=in_sglang)
+
+
+def _print_notes(args: argparse.Namespace, model: Checkpoint, *, in_sglang: bool) -> None:
+    from kvarn.core.layers import LayerKind
+
+    dtype = model.facts.dtype
+    print(_NOTE.format(context=args.context, dtype=dtype))
+    if LayerKind.MODEL_DTYPE in model.layers:
+        print(_WINDOWS.format(tokens=model.window, dtype=dtype))
+    if LayerKind.RECURRENT in model.layers:
+        print(_STATES)
+    for command in ("python -m sglang.launch_server --model-path",) * in_sglang + ("vllm serve",):
         print(f"  {command} {args.model} --kv-cache-dtype kvarn_k4v2_g128")
 
 
-def _line(name: str, shape: CacheShape, budget: int, context: int, requests: int | None) -> str:
-    from kvarn.core.capacity import plan_blocks, plan_capacity
+def _in_sglang(shape: CacheShape, budget: int, context: int, requests: int | None) -> str:
+    from kvarn.core.capacity import plan_capacity
 
     tile = shape.preset.tile_tokens
-    line = f"{name:18}{shape.bytes_per_token:9,} "
     try:
         plan = plan_capacity(shape, budget, requests)
-        at_once = min(plan.max_requests, plan.tokens // (-(-context // tile) * tile))
-        line += f"{plan.tokens:14,}{plan.ratio:7.2f}{at_once:8,} "
     except CapacityError:
-        line += f"{'too little memory':>29} "
-    at_once = plan_blocks(shape, budget, context)
-    tokens = at_once * context
-    return (
-        line + f"{tokens:14,}{tokens * shape.raw_bytes_per_token / budget:7.2f}{at_once:8,}{shape.break_even_tokens:9,}"
-    )
+        return f"{'too little memory':>29}"
+    at_once = min(plan.max_requests, plan.tokens // (-(-context // tile) * tile))
+    return f"{plan.tokens:14,}{plan.ratio:7.2f}{at_once:8,}"
+
+
+def _in_vllm(shape: CacheShape, budget: int, context: int) -> str:
+    from kvarn.core.capacity import plan_blocks
+
+    # vLLM chooses a block's tiles only where caches of two dtypes share blocks.
+    tiles = shape.best_tiles_per_block(context) if shape.windows else 1
+    at_once = plan_blocks(shape, budget, context, tiles)
+    ratio = at_once * shape.raw_request_bytes(context) / budget
+    return f"{at_once * context:14,}{ratio:7.2f}{at_once:8,}{shape.break_even_tokens:9,}"

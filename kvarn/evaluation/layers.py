@@ -9,6 +9,7 @@ from kvarn.evaluation.method_cache import MethodCache
 from kvarn.evaluation.methods import UNCHANGED, Method
 from kvarn.evaluation.run import Evaluation
 
+
 def sensitivity(evaluation: Evaluation, method: Method, layer: int, layers: int) -> float:
     """Return the mean KL of a text when the tiles of one layer alone are quantised.
 

@@ -9,12 +9,15 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvarn.core.capacity import CacheShape, CapacityPlan, plan_capacity
+from kvarn.core.layers import LayerKind
 from kvarn.errors import CapacityError
 
 if TYPE_CHECKING:
     import torch
 
 BACKEND_NAME = "kvarn"
+# Kinds of layers that are served beside those in tiles.
+BESIDE_TILES: frozenset[LayerKind] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)

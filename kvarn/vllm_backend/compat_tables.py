@@ -3,8 +3,13 @@
 from types import MappingProxyType
 from typing import Final
 
+from kvarn.core.layers import LayerKind
+
 TESTED_VERSIONS: Final = ("0.32.0", "0.33.0")
 RECOMMENDED_VERSION: Final = "0.33.0"
+
+# Kinds of layers that vLLM caches by itself beside those in tiles.
+BESIDE_TILES: Final = frozenset({LayerKind.MODEL_DTYPE, LayerKind.RECURRENT})
 
 BACKEND_NAME: Final = "KVARN"
 BACKEND_CLASS: Final = "TileAttentionBackend"

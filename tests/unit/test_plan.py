@@ -56,6 +56,8 @@ def test_what_a_configuration_says():
         ({"use_sliding_window": True}, "sliding-window"),
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear-attention"),
+        ({"layer_types": ["full_attention", "hybrid"]}, "something else"),
+        ({"model_type": "gpt_oss"}, "learned attention sinks"),
         ({"head_dim": 80}, "head_dim 80"),
         ({"v_head_dim": 64}, "V heads"),
     ],
@@ -81,6 +83,32 @@ def test_command_prints_every_preset(tmp_path, capsys):
     half = CacheShape(PRESET, layers=28, kv_heads=1, head_dim=128, raw_bytes=2, tail_tokens=128, sink_tokens=4)
     assert f"{plan_capacity(half, 50 << 30, 64).tokens:,}" in said
     assert f"{plan_blocks(half, 50 << 30, 32768):,}" in said
+
+
+GEMMA_3 = {
+    "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "num_hidden_layers": 18, "head_dim": 256,
+    "num_attention_heads": 4, "num_key_value_heads": 1, "hidden_size": 640, "sliding_window": 512, "dtype": "bfloat16",
+}  # fmt: skip
+
+
+def test_layers_with_a_window_are_priced_at_their_own_size_and_have_no_tails():
+    found = describe(GEMMA_3)
+    assert (found.tile_layers, found.window) == (3, 512)
+    windows = found.windows(1)
+    assert windows.bytes_per_request(32768) == 15 * 512 * 2 * 256 * 2
+    shape = CacheShape(PRESET, 3, 1, 256, 2, tail_tokens=128, sink_tokens=4, windows=windows)
+    without = CacheShape(PRESET, 3, 1, 256, 2, tail_tokens=128, sink_tokens=4)
+    assert shape.tail_bytes_per_request == without.tail_bytes_per_request == 3 * 256 * 2 * 256 * 2
+    assert shape.fixed_bytes(7) - without.fixed_bytes(7) == 7 * windows.bytes_per_request(512)
+    assert shape.raw_request_bytes(4096) == 3 * 4096 * 1024 + 15 * 512 * 1024
+
+
+def test_command_shows_layers_by_kind(tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(GEMMA_3))
+    assert main(["plan", str(tmp_path), "--memory", "20"]) == 0
+    said = capsys.readouterr().out
+    assert "layers: 3 in tiles, 15 in model dtype" in said
+    assert "keep the newest 512 tokens of each running request in bfloat16" in said
 
 
 @pytest.mark.parametrize("arguments", [["no-such-folder", "--memory", "1"], [".", "--memory", "0"]])

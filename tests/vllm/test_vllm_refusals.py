@@ -41,7 +41,7 @@ FLAGS: dict[str, tuple[dict[str, Any], list[str]]] = {
 CONFIGURATIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "sliding window": (
         {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64},
-        ["The model MistralForCausalLM has sliding-window layers, which can't be kept beside tiles here"],
+        ["The model MistralForCausalLM has no layer that attends to the whole context, and only those are cached in"],
     ),
     "learned sinks": (
         {
@@ -61,7 +61,6 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
             },
         },
         [
-            "The model GptOssForCausalLM has sliding-window layers",
             "The model GptOssForCausalLM adds learned attention sinks to the softmax, which the kernels don't",
         ],
     ),
@@ -156,9 +155,9 @@ def test_drafter_is_refused_beside_recurrent_layers() -> None:
     from kvarn.vllm_backend.resolution import draft_reasons
 
     drafter = SimpleNamespace(method="eagle", parallel_drafting=False, num_speculative_tokens=4, kv_cache_dtype=None)
-    (reason,) = draft_reasons(drafter, 128, hybrid=True)
+    (reason,) = draft_reasons(drafter, 128, hybrid=True, windows=False)
     assert "can't be used with a model that has linear-attention or Mamba layers" in reason
-    assert draft_reasons(None, 128, hybrid=True) == []
+    assert draft_reasons(None, 128, hybrid=True, windows=True) == []
 
 
 def test_unknown_preset_is_refused_by_vllm_which_lists_ours(models: Models, loaded: list[str]) -> None:
