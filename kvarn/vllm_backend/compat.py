@@ -225,7 +225,7 @@ def announce(shape: CacheShape, kinds: str, raw_dtype: object, blocks_per_reques
     # A child of vLLM's logger, whose handler prints it.
     logging.getLogger("vllm.kvarn").info(
         "KVarN %s in vLLM %s: %s (format %s), layers: %s; %d bytes a token (%.2fx smaller than %s); kept in %s: the "
-        "open tile and newest %d tokens of each running request, in %d blocks of it, and the first %d tokens of a prompt.",
+        "open tile and newest %d tokens of each running request, in %d blocks of it, and a prompt's first %d tokens.",
         *(kvarn.__version__, engine_version(), shape.preset.name, shape.layout.identity, kinds, shape.bytes_per_token),
         *(ratio, raw, raw, shape.tail_tokens, blocks_per_request, shape.sink_tokens),
     )

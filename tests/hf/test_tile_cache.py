@@ -19,15 +19,28 @@ def references(monkeypatch):
     monkeypatch.delenv("KVARN_FORCE_TRITON", raising=False)
 
 
-def make_model(attention=ATTENTION, **options):
-    config = transformers.LlamaConfig(
-        vocab_size=256, hidden_size=192, intermediate_size=256, num_hidden_layers=2, num_attention_heads=3,
-        num_key_value_heads=1, head_dim=64, initializer_range=0.08, **options,
-    )  # fmt: skip
-    torch.manual_seed(0)
-    model = transformers.LlamaForCausalLM(config).eval()
+SMALL = {
+    "vocab_size": 256, "hidden_size": 192, "intermediate_size": 256, "num_attention_heads": 3,
+    "num_key_value_heads": 1, "head_dim": 64, "initializer_range": 0.08,
+}  # fmt: skip
+
+
+def with_attention(model, attention=ATTENTION):
     model.set_attn_implementation(attention)
-    return model
+    return model.eval()
+
+
+def make_model(attention=ATTENTION, **options):
+    torch.manual_seed(0)
+    config = transformers.LlamaConfig(**SMALL, num_hidden_layers=2, **options)
+    return with_attention(transformers.LlamaForCausalLM(config), attention)
+
+
+def make_windowed(attention=ATTENTION):
+    torch.manual_seed(0)
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    config = transformers.Gemma3TextConfig(**SMALL, num_hidden_layers=3, layer_types=types, sliding_window=70)
+    return with_attention(transformers.Gemma3ForCausalLM(config), attention)
 
 
 def prompt(batch=1):
@@ -46,6 +59,27 @@ def test_with_an_exact_tail_longer_than_the_context_nothing_is_lost(monkeypatch)
     for chunks in (TOKENS, [200, 99, 1], 48):
         got = logits(model, prompt(2), chunks, TileCache(model, max_tokens=TOKENS, batch=2))
         torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_layers_with_a_window_are_those_of_transformers(monkeypatch):
+    monkeypatch.setenv("KVARN_TAIL_TOKENS", "512")
+    want = logits(make_windowed("sdpa"), prompt(2), TOKENS, transformers.DynamicCache())
+    model = make_windowed()
+    for chunks in (TOKENS, [200, 99, 1], 48):
+        got = logits(model, prompt(2), chunks, TileCache(model, max_tokens=TOKENS, batch=2))
+        torch.testing.assert_close(got, want, **CLOSE)
+
+
+def test_a_resumed_or_reset_cache_drops_rows_of_windows_too(monkeypatch):
+    monkeypatch.setenv("KVARN_CANONICAL", "1")
+    model, ids = make_windowed(), prompt()
+    cache = TileCache(model)
+    want = logits(model, ids, 128, cache)
+    assert cache.resume() == 256
+    torch.testing.assert_close(logits(model, ids[:, 256:], 128, cache), want[:, 256:], **CLOSE)
+    assert [layer.get_seq_length() for layer in cache.layers] == [TOKENS] * 3
+    cache.reset()
+    assert torch.equal(logits(model, ids, 128, cache), want)
 
 
 def test_canonical_results_do_not_depend_on_chunks(monkeypatch):
@@ -84,6 +118,9 @@ def test_what_cannot_be_cached_is_refused():
         TileCache(model, "kvarn_k9v9_g128")
     with pytest.raises(UnsupportedConfig, match="attention is 'sdpa'"):
         TileCache(make_model("sdpa"))
+    every_layer = transformers.MistralConfig(**SMALL, num_hidden_layers=1, sliding_window=70)
+    with pytest.raises(UnsupportedConfig, match="no layer that attends to the whole context"):
+        TileCache(with_attention(transformers.MistralForCausalLM(every_layer)))
     with pytest.raises(CapacityError, match="299 tokens, not 300"):
         logits(model, prompt(), TOKENS, TileCache(model, max_tokens=299))
     with pytest.raises(ValueError, match="1 sequences, not 2"):

@@ -114,6 +114,21 @@ def test_canonical_chunk_reads_its_own_tiles_from_records(device):
     check(make_case([100, 256], [300, 130], kv_heads=1, tail=0, sink=0, canonical=True), device)
 
 
+@pytest.mark.parametrize(
+    ("length", "new", "settings"),
+    [
+        # The first tile is a record for the later rows of a task and no part of what the earlier ones read.
+        (120, 16, {"canonical": True, "tail": 0, "sink": 0}),
+        (126, 4, {"canonical": True, "tail": 0, "sink": 0, "drafts": 3}),
+        # Raw rows, some of them after all that the first row of their task reads.
+        (0, 70, {}),
+    ],
+    ids=["chunk", "drafts", "raw"],
+)
+def test_a_row_for_which_a_whole_tile_is_masked_is_no_nan(length, new, settings, device):
+    check(make_case([length], [new], group=1, kv_heads=1, **settings), device)
+
+
 @pytest.mark.parametrize(("rows", "group"), [(2, 8), (4, 1), (4, 8), (6, 6)])
 def test_drafts_match_reference_wherever_a_tile_ends(rows, group, device):
     case = make_case([600, 383, 254, 126, 0], [rows] * 5, group=group, kv_heads=1, drafts=5)

@@ -145,8 +145,8 @@ def test_drafter_is_refused(changes: dict[str, Any], why: str) -> None:
     from kvarn.vllm_backend.resolution import draft_reasons
 
     served = {"method": "eagle", "parallel_drafting": False, "num_speculative_tokens": 4, "kv_cache_dtype": None}
-    assert draft_reasons(SimpleNamespace(**served), 128, hybrid=False) == []
-    (reason,) = draft_reasons(SimpleNamespace(**served | changes), 128, hybrid=False)
+    assert draft_reasons(SimpleNamespace(**served), 128, hybrid=False, windows=False) == []
+    (reason,) = draft_reasons(SimpleNamespace(**served | changes), 128, hybrid=False, windows=False)
     assert why in reason
     assert "; leave " in reason
 
