@@ -33,7 +33,7 @@ CHOICES = {
     "windows": {LayerKind.MODEL_DTYPE},
     "all": {LayerKind.TILES, LayerKind.MODEL_DTYPE},
 }
-METHODS = ("k4v2:", "k4v4:", "published-k4v2", "published-k4v4", "int4-per-token", "k4v4:key_order=1", "fp8-e4m3")
+METHODS = ("k4v2:", "int4-per-token", "published-k4v4")
 KEY = ("engine", "model", "method", "layers", "text", "tokens")
 
 

@@ -28,7 +28,7 @@ from kvarn.core.prefill_plan import PrefillPlan, plan_prefill
 from kvarn.core.step import Step, aligned_ints, chunk_step, verify_step
 from kvarn.errors import UnsupportedConfig
 from kvarn.presets import PRESETS, Preset
-from kvarn.vllm_backend import compat, compat_tables, compat_windows, resolution
+from kvarn.vllm_backend import compat, compat_cpu, compat_tables, compat_windows, resolution
 from kvarn.vllm_backend.tails import TailCache, TilePool, forget_rings
 
 if TYPE_CHECKING:
@@ -213,6 +213,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
         if reasons:
             raise UnsupportedConfig(reasons)
         compat.keep_drafts_raw(config)
+        compat_cpu.stand_beside_ours()
         compat.watch_admissions(forget_rings)
         compat.before_warm_up(TailCache.warm_up)
         asked = [f"{name}={value!r}" for name, value in extras.items() if value]

@@ -15,7 +15,6 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 from unittest import mock
 
-import pytest
 from plan import Answer, Request
 from tiny_models import VOCABULARY
 
@@ -179,26 +178,6 @@ class Serving:
                 preempted=tuple(self._preempted),
             )
         )
-
-
-def let_cpu_attention_read_our_layout(patch: pytest.MonkeyPatch) -> None:
-    """Let vLLM's attention on the CPU stand beside ours.
-
-    It says that it reads one layout only, but reads ours, too. And its runner, unlike that for GPUs, doesn't clear new
-    blocks of layers with a window, of which that attention reads what no token has written, weighted by 0.
-    """
-    from vllm.v1.attention.backends.cpu_attn import CPUAttentionBackend
-    from vllm.v1.kv_cache_layout import KVCacheLayout
-    from vllm.v1.worker.cpu_model_runner import CPUModelRunner
-
-    def zero_block_ids(runner: Any, block_ids: list[int]) -> None:
-        for layer in runner.compilation_config.static_forward_context.values():
-            if getattr(layer, "kv_cache", None) is not None:
-                layer.kv_cache[block_ids] = 0
-
-    layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
-    patch.setattr(CPUAttentionBackend, "supported_kv_cache_layouts", classmethod(lambda _: layouts))
-    patch.setattr(CPUModelRunner, "_zero_block_ids", zero_block_ids)
 
 
 @contextmanager

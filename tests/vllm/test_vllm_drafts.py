@@ -2,8 +2,7 @@
 
 Drafts come from vLLM's n-gram proposer as it is, from one that knows the answers and is wrong at random, from a draft
 model, and from an EAGLE head. Before each step everything past a request's accepted tokens, in rings and records, is
-overwritten with NaN. vLLM's attention on the CPU, which serves the draft model, says that it reads one layout only; it
-reads ours, too.
+overwritten with NaN.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from compare import same_bits
 from engine_process import Models
 from plan import Answer, Request
 from row_by_row import compute_row_by_row
-from serving import Scheduled, Serving, let_cpu_attention_read_our_layout, serving
+from serving import Scheduled, Serving, serving
 from tiny_models import LAYERS, LLAMA_GROUP_3, QWEN3_GROUP_2, prompt
 
 from kvarn.errors import UnsupportedConfig
@@ -156,7 +155,6 @@ def parts(models: Models) -> Iterator[dict[str, Part]]:
             parts["ngram"] = run(engine, REQUESTS[:1])
             with knowing_drafter(answers):
                 parts["knowing"] = run(engine, [*REQUESTS, second])
-        let_cpu_attention_read_our_layout(patch)
         drafter = {"method": "draft_model", "model": str(folder), "num_speculative_tokens": DRAFTS}
         with serving(folder, kv_cache_dtype=PRESET, speculative_config=drafter) as engine:
             parts["draft model"] = run(engine, [*REQUESTS, second])
@@ -195,7 +193,6 @@ def test_eagle_head_changes_no_answer(models: Models, tmp_path: Path) -> None:
     requests, answers = REQUESTS[1:], []
     with row_by_row() as patch:
         patch.setenv("KVARN_CANONICAL", "1")
-        let_cpu_attention_read_our_layout(patch)
         for options in ({}, {"speculative_config": drafter}):
             with serving(folder, kv_cache_dtype=PRESET, **options) as engine:
                 part = run(engine, requests)

@@ -1,6 +1,6 @@
 """A model of which half the layers have a sliding window: those keep vLLM's cache, the others are cached in tiles.
 
-With no flag beside the dtype. What vLLM's attention on the CPU needs is said in serving.py.
+With no flag beside the dtype.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import pytest
 from compare import divergence, is_finite, logprob_difference
 from engine_process import Models
 from plan import Answer, Request
-from serving import Serving, let_cpu_attention_read_our_layout, serving
+from serving import Serving, serving
 from tiny_models import LAYERS, VOCABULARY, WINDOW, WINDOWED, prompt
 
 PRESET = "kvarn_k8v4_g128"
@@ -53,9 +53,8 @@ def _turns(engine: Serving, kind: str) -> dict[str, Answer]:
 
 
 @pytest.fixture(scope="module")
-def found(models: Models, patch: pytest.MonkeyPatch) -> Found:
+def found(models: Models) -> Found:
     """Ask the stock cache; exact tails; then records: cold, hit, in turns, and after they were evicted."""
-    let_cpu_attention_read_our_layout(patch)
     found, folder = Found(), models.folder / WINDOWED
     with serving(folder, kv_cache_dtype="auto", **OPTIONS) as engine:
         found.answers |= engine.ask(*_requests("stock")) | _turns(engine, "stock")
