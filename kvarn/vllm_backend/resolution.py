@@ -79,8 +79,11 @@ def reasons_against(fields: Mapping[str, Any], config: VllmConfig, capability: t
     """
     preset = get_preset(fields["kv_cache_dtype"])
     asked = [why for flag, why in SELECTOR_FLAGS.items() if fields.get(flag)]
+    text = config.model_config.hf_text_config
+    # vLLM exempts layers with a window from a cache dtype, but not these.
+    asked += ["has layers with chunked attention"] * bool(getattr(text, "attention_chunk_size", None))
     limits = (limit.reason(config) for limit in LIMITS)
-    beside = frozenset(layer_kinds(config.model_config.hf_text_config)) - {LayerKind.TILES}
+    beside = frozenset(layer_kinds(text)) - {LayerKind.TILES}
     return [
         *unsupported_reasons(_facts(fields, config), preset, _device(config, capability), beside),
         *(f"The model or a flag {why}; serve it with --kv-cache-dtype auto." for why in asked),
