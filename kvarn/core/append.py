@@ -2,13 +2,14 @@
 
 import functools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from kvarn.core.cache import LayerCache, runs_triton
 from kvarn.core.hadamard import rotate, rotate_keys, sign_matrix
 from kvarn.core.launch import chained
-from kvarn.core.step import Step
+from kvarn.core.step import Step, power_of_two
 
 # Rows of one program: few in a decode step, which has few rows; 16 where they are multiplied by a matrix, whatever the
 # step, because a row must get the same bits by decode and by any chunk.
@@ -18,7 +19,8 @@ _BLOCK_MANY = 16
 _ELEMENTS_PER_WARP = 512
 # Channels whose part of the rotation matrix is in shared memory at a time.
 _CHUNK_CHANNELS = 128
-_RAW_MAX = 65280.0
+# The largest number that is finite in fp16 and exact in bf16.
+RAW_MAX = 65280.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +80,7 @@ def rotate_rows(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step,
 def rotate_rows_reference(k: torch.Tensor, v: torch.Tensor) -> RotatedRows:
     """Rotate in float32 and round to the rows' dtype."""
     rotated = (rotate_keys(k), rotate(v))
-    return RotatedRows(*(x.clamp(-_RAW_MAX, _RAW_MAX).to(k.dtype) for x in rotated))
+    return RotatedRows(*(x.clamp(-RAW_MAX, RAW_MAX).to(k.dtype) for x in rotated))
 
 
 def store_tail(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
@@ -89,22 +91,33 @@ def store_tail(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
     if not runs_triton(rotated.k):
         store_tail_reference(rotated, layer, step)
         return
+    launch_store(rotated.k, rotated.v, layer, step)
+
+
+def launch_store(first: torch.Tensor, second: torch.Tensor, layer: LayerCache[Any], step: Step) -> None:
+    """Launch the kernel that stores a chunk's rows, [tokens, kv_heads, width] of each raw row of a token."""
     from kvarn.core.kernels.rotate import store_tail_kernel
 
-    tokens, kv_heads, head_dim = rotated.k.shape
-    store_tail_kernel[(-(-tokens // _BLOCK_MANY), 2 * kv_heads)](
-        rotated.k, rotated.v, layer.tails, layer.sinks, step.token_request, step.token_position, step.rows,
+    tokens, kv_heads, width = first.shape
+    parts = layer.tails.shape[1]
+    store_tail_kernel[(-(-tokens // _BLOCK_MANY), parts * kv_heads)](
+        first, second, layer.tails, layer.sinks, step.token_request, step.token_position, step.rows,
         step.sink_slots, step.seq_lens, tokens, *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
-        KV_HEADS=kv_heads, D=head_dim, DP=layer.config.layout.padded_dim, RING=layer.config.ring_tokens,
+        KV_HEADS=kv_heads, D=width, DP=power_of_two(width), RING=layer.config.ring_tokens,
         SINK=layer.config.sink_tokens, BLOCK=_BLOCK_MANY,
     )  # fmt: skip
 
 
 def store_tail_reference(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
-    """Store rows in plain torch."""
+    """Store keys and values in plain torch."""
+    store_rows_reference(torch.stack((rotated.k, rotated.v), dim=1), layer, step)
+
+
+def store_rows_reference(rows: torch.Tensor, layer: LayerCache[Any], step: Step) -> None:
+    """Store the raw rows of a step's tokens, [tokens, parts, kv_heads, width], in plain torch."""
+    rows = rows.to(layer.tails.dtype)
     request = step.token_request.long()
     position = step.token_position.long()
-    rows = torch.stack((rotated.k, rotated.v), dim=1).to(layer.tails.dtype)  # [tokens, 2, kv_heads, head_dim]
     ring = layer.config.ring_tokens
     kept = position >= step.seq_lens[request] - ring
     layer.tails[step.rows[request[kept]].long(), :, :, position[kept] % ring] = rows[kept]

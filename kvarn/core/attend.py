@@ -1,6 +1,7 @@
 """Attend: queries over records, exact tail, sinks and the step's own rows, in one softmax."""
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from kvarn.core.combine import combine
 from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.launch import chained
 from kvarn.core.layout import TileLayout
+from kvarn.core.readable import readable_rows
 from kvarn.core.reference import decode_record, softmax_attention
 from kvarn.core.step import CHUNK_COLUMNS, DECODE_COLUMNS, Step, power_of_two, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, TASK_BLOCK, most_shares, units_per_share
@@ -24,7 +26,6 @@ _ACCUMULATORS = 1024
 _SHARED_BYTES = 228 << 10
 _SHARED_OVERHEAD = 3 << 10
 _TASK_BLOCKS = (32, 128)
-_RECORD, _SINK, _RAW = range(3)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,7 +99,7 @@ def num_programs(
     """
     if config.batch_invariant:
         return most_shares(config, tasks, pages, rows_in_ring=rows_in_ring)
-    return max(1, _sm_count(device) * shape.programs_per_sm // config.kv_heads)
+    return max(1, sm_count(device) * shape.programs_per_sm // config.kv_heads)
 
 
 def most_partial_rows(
@@ -168,21 +169,21 @@ def attend(
     programs = num_programs(config, shape, tasks, pages, step.rows_in_ring, device)
     kernel, options = _attend_kernel(layout, device)
     parts = (programs + tasks, config.kv_heads, step.columns)
-    partial = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
+    partial_out = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
     kernel[(programs, config.kv_heads)](
         q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
         step.work_end, step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
-        step.block_table, partial, partial_lse, scale, tasks, *q.stride()[:2], *layer.records.stride()[:3],
+        step.block_table, partial_out, partial_lse, scale, tasks, *q.stride()[:2], *layer.records.stride()[:3],
         *layer.tails.stride()[:3], *layer.sinks.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
         **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
-        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=_task_block(tasks),
+        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=task_block(tasks),
         SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring),
         STAGES=shape.stages, **options, **chained(device), num_warps=shape.warps, maxnreg=shape.registers,
     )  # fmt: skip
-    return out, combine(partial, partial_lse, layer, step, out)
+    return out, combine(partial_out, partial_lse, layer, step, out)
 
 
 def _attend_kernel(layout: TileLayout, device: torch.device) -> tuple[Any, dict[str, Any]]:
@@ -193,7 +194,7 @@ def _attend_kernel(layout: TileLayout, device: torch.device) -> tuple[Any, dict[
         return explicit_kernel, {}
     from kvarn.core.kernels.attend import attend_kernel
 
-    return attend_kernel, {"USE_ASM": _has_lop3(device)}
+    return attend_kernel, {"USE_ASM": has_lop3(device)}
 
 
 def attend_reference(
@@ -201,60 +202,38 @@ def attend_reference(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend in plain torch, request by request, in float32 (in float64 if q comes in that, for an oracle)."""
     rotated_q = rotate_keys(q)
+    fresh = torch.stack((rotated.k, rotated.v), dim=1)
     outs, lses = [], []
     starts = step.query_start.tolist()
     for request, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
         position = step.token_position[begin:end]
         request_of = torch.full_like(position, request, dtype=torch.int64)
         end_of_records = record_end(layer.config, step, request_of, position)
-        k, v, at, source = _readable_rows(rotated, layer, step, request, end_of_records)
-        end_at = end_of_records[:, None]
-        exact_sinks = layer.config.sink_tokens if int(step.sink_slots[request]) >= 0 else 0
-        visible = torch.where(source == _RAW, at >= end_at, (at < end_at) & ((source == _SINK) == (at < exact_sinks)))
-        visible &= at <= position[:, None]
+        found = readable_rows(fresh, layer, step, request, end_of_records, partial(_decode, layout=layer.config.layout))
+        visible = found.visible(layer.config, end_of_records, position, int(step.sink_slots[request]))
         own = rotated_q[begin:end]
-        out, lse = softmax_attention(own, k.to(own.dtype), v.to(own.dtype), visible, scale, logit_cap)
+        k, v = found.rows.to(own.dtype).unbind(1)
+        out, lse = softmax_attention(own, k, v, visible, scale, logit_cap)
         outs.append(rotate(out, inverse=True))
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses)
 
 
-def _readable_rows(
-    rotated: RotatedRows, layer: LayerCache, step: Step, request: int, end_of_records: torch.Tensor
-) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Gather every row that some query may read: K, V [rows, kv_heads, head_dim], position and source."""
-    config = layer.config
-    heads, dim = config.kv_heads, config.layout.head_dim
-    tiles = int(end_of_records.max()) // config.tile_tokens
-    records = layer.records[layer.pages_of(step.block_table[request, :tiles].long())]
-    k, v = (x.transpose(1, 2).reshape(-1, heads, dim) for x in decode_record(records, config.layout))
-    parts = [(k, v, torch.arange(tiles * config.tile_tokens), _RECORD)]
-    slot = int(step.sink_slots[request])
-    if tiles and slot >= 0:
-        parts.append((*layer.sinks[slot].transpose(1, 2), torch.arange(config.sink_tokens), _SINK))
-    prefix, length = int(step.prefix_lens[request]), int(step.seq_lens[request])
-    raw_start = int(end_of_records.min())
-    ring_end = max(raw_start, length if step.rows_in_ring else prefix)
-    ring_at = torch.arange(raw_start, ring_end)
-    ring = layer.tails[int(step.rows[request])].transpose(1, 2)[:, ring_at % config.ring_tokens]
-    parts.append((*ring, ring_at, _RAW))
-    fresh_at = torch.arange(ring_end, length)
-    fresh = fresh_at + int(step.query_start[request]) - prefix
-    parts.append((rotated.k[fresh], rotated.v[fresh], fresh_at, _RAW))
-    device = records.device
-    source = torch.cat([torch.full(at.shape, kind, device=device) for _, _, at, kind in parts])
-    at = torch.cat([at for _, _, at, _ in parts]).to(device)
-    return torch.cat([k.float() for k, *_ in parts]), torch.cat([v.float() for _, v, *_ in parts]), at, source
+def _decode(records: torch.Tensor, layout: TileLayout) -> torch.Tensor:
+    """Restore records to keys and values, [tiles, kv_heads, 2, tile_tokens, head_dim]."""
+    return torch.stack(decode_record(records, layout), dim=2)
 
 
-def _task_block(tasks: int) -> int:
+def task_block(tasks: int) -> int:
     """Return how many tasks a program looks at together: all if it can, in few sizes, as each is compiled."""
     return next((block for block in _TASK_BLOCKS if tasks <= block), TASK_BLOCK)
 
 
-def _sm_count(device: torch.device) -> int:
+def sm_count(device: torch.device) -> int:
+    """Return the multiprocessors of a GPU; 1 elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
 
 
-def _has_lop3(device: torch.device) -> bool:
+def has_lop3(device: torch.device) -> bool:
+    """Return whether kernels may use PTX."""
     return device.type == "cuda" and torch.version.hip is None

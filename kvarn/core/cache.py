@@ -2,17 +2,46 @@
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol
 
 import torch
+from typing_extensions import TypeVar
 
 from kvarn import env
 from kvarn.core.capacity import CacheShape
-from kvarn.core.layout import KEY_GROUP_TOKENS, TileLayout
+from kvarn.core.layout import KEY_GROUP_TOKENS, TileLayout, field_constants
+
+
+class RecordLayout(Protocol):
+    """What caches ask of the layout of their records, whatever these hold."""
+
+    @property
+    def tile_tokens(self) -> int:
+        """Tokens of a record."""
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of a value, which are rotated together."""
+
+    @property
+    def padded_dim(self) -> int:
+        """head_dim rounded up to a power of two: the width of a row inside a kernel."""
+
+    @property
+    def record_bytes(self) -> int:
+        """Bytes of a record."""
+
+    @property
+    def raw_shape(self) -> tuple[int, int]:
+        """Raw rows of a token and kv head, and the numbers of one."""
+
+
+# Records are tiles of keys and values unless something else is said.
+LayoutT = TypeVar("LayoutT", bound=RecordLayout, default=TileLayout)
 
 
 @dataclass(frozen=True, slots=True)
-class CacheConfig:
+class CacheConfig(Generic[LayoutT]):
     """What every layer's cache has in common.
 
     Args:
@@ -28,7 +57,7 @@ class CacheConfig:
         draft_tokens: most speculative tokens that one step writes for a request; fewer than a tile has.
     """
 
-    layout: TileLayout
+    layout: LayoutT
     kv_heads: int
     tail_tokens: int
     sink_tokens: int
@@ -50,9 +79,9 @@ class CacheConfig:
             raise ValueError("Canonical mode reads every full tile from its record: set tail and sinks to 0.")
 
     @classmethod
-    def of(cls, shape: CacheShape, tiles_per_block: int = 1) -> "CacheConfig":
+    def of(cls, shape: CacheShape, tiles_per_block: int = 1) -> "CacheConfig[TileLayout]":
         """Return the numbers of a cache of that shape. The environment says if it is canonical or batch-invariant."""
-        return cls(
+        return CacheConfig(
             layout=shape.layout,
             kv_heads=shape.kv_heads,
             tail_tokens=shape.tail_tokens,
@@ -76,17 +105,18 @@ class CacheConfig:
 
 
 @dataclass(frozen=True, slots=True)
-class LayerCache:
+class LayerCache(Generic[LayoutT]):
     """One layer's cache.
 
     Args:
         config: shared numbers.
         records: [blocks, tiles_per_block, kv_heads, record_bytes], uint8. All strides but the last are free.
-        tails: [rows, 2, kv_heads, ring_tokens, head_dim], model dtype, rotated: keys, then values.
-        sinks: [slots, 2, kv_heads, sink_tokens, head_dim], model dtype, rotated.
+        tails: [rows, 2, kv_heads, ring_tokens, head_dim], model dtype, rotated: keys, then values. Of latents,
+            [rows, 1, 1, ring_tokens, row_dim].
+        sinks: [slots, 2, kv_heads, sink_tokens, head_dim], model dtype, rotated; of latents as tails are.
     """
 
-    config: CacheConfig
+    config: CacheConfig[LayoutT]
     records: torch.Tensor
     tails: torch.Tensor
     sinks: torch.Tensor
@@ -97,15 +127,21 @@ class LayerCache:
 
 
 def allocate_layer(
-    config: CacheConfig, blocks: int, rows: int, sink_slots: int, raw_dtype: torch.dtype, device: torch.device | str
-) -> LayerCache:
+    config: CacheConfig[LayoutT],
+    blocks: int,
+    rows: int,
+    sink_slots: int,
+    raw_dtype: torch.dtype,
+    device: torch.device | str,
+) -> LayerCache[LayoutT]:
     """Allocate one layer's cache, zeroed: a record of zeros restores to zeros, never to NaN."""
-    layout, heads = config.layout, config.kv_heads
+    heads, tiles = config.kv_heads, config.tiles_per_block
+    parts, width = config.layout.raw_shape
     return LayerCache(
         config,
-        torch.zeros(blocks, config.tiles_per_block, heads, layout.record_bytes, dtype=torch.uint8, device=device),
-        torch.zeros(rows, 2, heads, config.ring_tokens, layout.head_dim, dtype=raw_dtype, device=device),
-        torch.zeros(sink_slots, 2, heads, config.sink_tokens, layout.head_dim, dtype=raw_dtype, device=device),
+        torch.zeros(blocks, tiles, heads, config.layout.record_bytes, dtype=torch.uint8, device=device),
+        torch.zeros(rows, parts, heads, config.ring_tokens, width, dtype=raw_dtype, device=device),
+        torch.zeros(sink_slots, parts, heads, config.sink_tokens, width, dtype=raw_dtype, device=device),
     )
 
 
@@ -129,7 +165,7 @@ def layout_constants(layout: TileLayout) -> dict[str, Any]:
         "DP": layout.padded_dim,
         "G": layout.tile_tokens,
         "GROUP_TOKENS": KEY_GROUP_TOKENS,
-        "K_FIELDS": tuple((f.bits, f.low_bit, f.offset_bytes, f.words) for f in layout.key_fields),
-        "V_FIELDS": tuple((f.bits, f.low_bit, f.offset_bytes, f.words) for f in layout.value_fields),
+        "K_FIELDS": field_constants(layout.key_fields),
+        "V_FIELDS": field_constants(layout.value_fields),
         "OFFSETS": (layout.k_scale_offset, layout.k_offset_offset, layout.v_scale_offset, layout.v_offset_offset),
     }

@@ -1,6 +1,7 @@
 """Merge what the programs of attention left of each row, rotate back and cast."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -33,7 +34,7 @@ _BY_MATRIX = CombineShape(16, 2, 4)
 _FEW = CombineShape(2, 4, 1)
 
 
-def combine_shape(programs: int, tasks: int, config: CacheConfig) -> CombineShape:
+def combine_shape(programs: int, tasks: int, config: CacheConfig[Any]) -> CombineShape:
     """Return the shape for so many programs of attention a kv head, and tasks that they share."""
     layout = config.layout
     if layout.padded_dim != layout.head_dim:
@@ -45,7 +46,7 @@ def combine_shape(programs: int, tasks: int, config: CacheConfig) -> CombineShap
 
 
 def combine(
-    partial: torch.Tensor, partial_lse: torch.Tensor, layer: LayerCache, step: Step, out: torch.Tensor
+    partial: torch.Tensor, partial_lse: torch.Tensor, layer: LayerCache[Any], step: Step, out: torch.Tensor
 ) -> torch.Tensor:
     """Merge the partial results of every task, rotate back and cast to the model dtype.
 

@@ -25,9 +25,10 @@ HEAD_DIMS = (64, 96, 128, 192, 256, 512)
 # Tokens that share the scale and the offset of a key channel.
 KEY_GROUP_TOKENS = 64
 
+_TILE_TOKENS = (64, 128)
 _WORD_BITS = 16
 _WORD_BYTES = 2
-_SCALE_BYTES = 2
+SCALE_BYTES = 2
 _ALIGN_BYTES = 128
 _FIELDS_OF_WIDTH = {2: (2,), 3: (2, 1), 4: (4,), 8: (8,)}
 
@@ -73,11 +74,9 @@ class TileLayout:
     def __post_init__(self) -> None:
         if self.head_dim not in HEAD_DIMS:
             raise ValueError(f"head_dim {self.head_dim} has no layout; supported are {HEAD_DIMS}.")
-        if self.tile_tokens not in (64, 128):
-            raise ValueError(f"tile_tokens {self.tile_tokens} has no layout; supported are 64 and 128.")
+        check_tile_tokens(self.tile_tokens)
         for bits in (self.key_bits, self.value_bits):
-            if bits not in _FIELDS_OF_WIDTH:
-                raise ValueError(f"{bits}-bit codes have no layout; supported are {sorted(_FIELDS_OF_WIDTH)}.")
+            check_bits(bits)
 
     @classmethod
     def of(cls, preset: Preset, head_dim: int) -> "TileLayout":
@@ -92,12 +91,12 @@ class TileLayout:
     @property
     def key_fields(self) -> tuple[Field, ...]:
         """Fields of a key code, low bits first."""
-        return self._fields(self.key_bits, self.head_dim, self.tile_tokens, 0)
+        return code_fields(self.key_bits, self.head_dim, self.tile_tokens, 0)
 
     @property
     def value_fields(self) -> tuple[Field, ...]:
         """Fields of a value code, low bits first."""
-        return self._fields(self.value_bits, self.tile_tokens, self.head_dim, self.value_codes_offset)
+        return code_fields(self.value_bits, self.tile_tokens, self.head_dim, self.value_codes_offset)
 
     @property
     def key_groups(self) -> int:
@@ -112,12 +111,12 @@ class TileLayout:
     @property
     def k_offset_offset(self) -> int:
         """Byte of the K offsets, [key_groups, head_dim] fp16."""
-        return self.k_scale_offset + self.key_groups * self.head_dim * _SCALE_BYTES
+        return self.k_scale_offset + self.key_groups * self.head_dim * SCALE_BYTES
 
     @property
     def value_codes_offset(self) -> int:
         """Byte of the first V word."""
-        return self.k_offset_offset + self.key_groups * self.head_dim * _SCALE_BYTES
+        return self.k_offset_offset + self.key_groups * self.head_dim * SCALE_BYTES
 
     @property
     def v_scale_offset(self) -> int:
@@ -127,30 +126,65 @@ class TileLayout:
     @property
     def v_offset_offset(self) -> int:
         """Byte of the V offset, one fp16 a token."""
-        return self.v_scale_offset + self.tile_tokens * _SCALE_BYTES
+        return self.v_scale_offset + self.tile_tokens * SCALE_BYTES
 
     @property
     def payload_bytes(self) -> int:
         """Bytes of a record that carry information."""
-        return self.v_offset_offset + self.tile_tokens * _SCALE_BYTES
+        return self.v_offset_offset + self.tile_tokens * SCALE_BYTES
 
     @property
     def record_bytes(self) -> int:
         """Bytes of a record, a multiple of 128."""
-        return -(-self.payload_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+        return aligned(self.payload_bytes)
+
+    @property
+    def raw_shape(self) -> tuple[int, int]:
+        """Raw rows of a token and kv head, a key's and a value's, and the numbers of one."""
+        return 2, self.head_dim
 
     @property
     def identity(self) -> str:
         """Name of format and geometry; part of every key that leaves the process."""
         return f"kvarn{FORMAT_VERSION}-k{self.key_bits}v{self.value_bits}g{self.tile_tokens}d{self.head_dim}"
 
-    @staticmethod
-    def _fields(bits: int, lanes: int, rows: int, offset_bytes: int) -> tuple[Field, ...]:
-        fields = []
-        low_bit = 0
-        for width in _FIELDS_OF_WIDTH[bits]:
-            words = lanes * width // _WORD_BITS
-            fields.append(Field(width, low_bit, offset_bytes, words))
-            offset_bytes += rows * words * _WORD_BYTES
-            low_bit += width
-        return tuple(fields)
+
+def code_fields(bits: int, lanes: int, rows: int, offset_bytes: int) -> tuple[Field, ...]:
+    """Return where the words of a matrix of codes stand: the parts of a code, low bits first.
+
+    Args:
+        bits: width of a code.
+        lanes: codes of a row.
+        rows: of the matrix.
+        offset_bytes: first byte of the words inside the record.
+    """
+    fields = []
+    low_bit = 0
+    for width in _FIELDS_OF_WIDTH[bits]:
+        words = lanes * width // _WORD_BITS
+        fields.append(Field(width, low_bit, offset_bytes, words))
+        offset_bytes += rows * words * _WORD_BYTES
+        low_bit += width
+    return tuple(fields)
+
+
+def field_constants(fields: tuple[Field, ...]) -> tuple[tuple[int, int, int, int], ...]:
+    """Return what kernels know of each field: bits, low bit, first byte and words of a row."""
+    return tuple((f.bits, f.low_bit, f.offset_bytes, f.words) for f in fields)
+
+
+def aligned(payload_bytes: int) -> int:
+    """Return the bytes of a record that carries so many."""
+    return -(-payload_bytes // _ALIGN_BYTES) * _ALIGN_BYTES
+
+
+def check_bits(bits: int) -> None:
+    """Raise ValueError unless codes of that width can be packed."""
+    if bits not in _FIELDS_OF_WIDTH:
+        raise ValueError(f"{bits}-bit codes have no layout; supported are {sorted(_FIELDS_OF_WIDTH)}.")
+
+
+def check_tile_tokens(tile_tokens: int) -> None:
+    """Raise ValueError unless tiles may have so many tokens."""
+    if tile_tokens not in _TILE_TOKENS:
+        raise ValueError(f"tile_tokens {tile_tokens} has no layout; supported are 64 and 128.")

@@ -1,12 +1,14 @@
 """The read rule: up to which position a query reads records. Later positions are read raw."""
 
+from typing import Any
+
 import torch
 
 from kvarn.core.cache import CacheConfig
 
 
 def record_end(
-    config: CacheConfig, committed: torch.Tensor, position: torch.Tensor, own_start: torch.Tensor
+    config: CacheConfig[Any], committed: torch.Tensor, position: torch.Tensor, own_start: torch.Tensor
 ) -> torch.Tensor:
     """Apply the read rule.
 

@@ -11,7 +11,7 @@ from kvarn.core.step import Step
 _TILE_ELEMENTS_PER_WARP = 4096
 # In a decode step few requests fill a tile: not many more programs than run at once, each looking at so many requests.
 _DECODE_PROGRAMS = 256
-_TASK_BLOCK = 32
+SEAL_TASK_BLOCK = 32
 
 
 def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
@@ -34,18 +34,23 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
 
     config, layout = layer.config, layer.config.layout
     constants = layout_constants(layout)
-    tasks = step.seal_tile.shape[0]
-    programs = min(tasks, -(-_DECODE_PROGRAMS // (2 * config.kv_heads))) if step.rows_in_ring else tasks
-    seal_kernel[(programs, config.kv_heads, 2)](
+    seal_kernel[(seal_programs(step, 2 * config.kv_heads), config.kv_heads, 2)](
         layer.tails, rotated.k, rotated.v, layer.records, step.seal_request, step.seal_tile, step.rows,
-        step.prefix_lens, step.seq_lens, step.query_start, step.block_table, tasks, *layer.records.stride()[:3],
+        step.prefix_lens, step.seq_lens, step.query_start, step.block_table, step.seal_tile.shape[0],
+        *layer.records.stride()[:3],
         *layer.tails.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0), **constants,
         RING=config.ring_tokens, TILES=config.tiles_per_block, KEY_BITS=layout.key_bits, VALUE_BITS=layout.value_bits,
         KEY_CLIP=key_clip(layout.key_bits), VALUE_CLIP=value_clip(layout.value_bits),
         SCALE_MAX=SCALE_MAX, ROWS_IN_RING=step.rows_in_ring,
-        BLOCK=_TASK_BLOCK if step.rows_in_ring else 1, **chained(layer.records.device),
+        BLOCK=SEAL_TASK_BLOCK if step.rows_in_ring else 1, **chained(layer.records.device),
         num_warps=min(16, max(4, layout.tile_tokens * constants["DP"] // _TILE_ELEMENTS_PER_WARP)),
     )  # fmt: skip
+
+
+def seal_programs(step: Step, parts: int) -> int:
+    """Return how many programs go through a step's tiles, for each of so many parts of a record."""
+    tasks = step.seal_tile.shape[0]
+    return min(tasks, -(-_DECODE_PROGRAMS // parts)) if step.rows_in_ring else tasks
 
 
 def seal_reference(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:

@@ -68,7 +68,12 @@ class Step:
 
 
 def decode_step(
-    state: TailState, rows: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, group: int
+    state: TailState,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    group: int,
+    widest: int = VERIFY_COLUMNS,
 ) -> Step:
     """Describe a step that adds one token to every request.
 
@@ -78,14 +83,21 @@ def decode_step(
         seq_lens: [requests], int32, the new token included; 0 for padding.
         block_table: [requests, pages], int32; padding stands on block 0.
         group: query heads of one kv head.
+        widest: as of `verify_step`.
 
     Graph-safe: yes; every shape follows from the number of requests.
     """
-    return verify_step(state, rows, seq_lens, block_table, group, 1)
+    return verify_step(state, rows, seq_lens, block_table, group, 1, widest)
 
 
 def verify_step(
-    state: TailState, rows: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, group: int, rows_each: int
+    state: TailState,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    group: int,
+    rows_each: int,
+    widest: int = VERIFY_COLUMNS,
 ) -> Step:
     """Describe a step that adds as many tokens to every request: one that is certain, and drafts to be verified.
 
@@ -98,6 +110,7 @@ def verify_step(
         block_table: [requests, pages], int32; padding stands on block 0.
         group: query heads of one kv head.
         rows_each: tokens that each request gets, at most one more than `CacheConfig.draft_tokens`.
+        widest: query columns of a program, unless the group is larger: what the kernel of attention is built for.
 
     Raises:
         ValueError: rings aren't wide enough for so many drafts.
@@ -108,11 +121,11 @@ def verify_step(
     if not 1 <= rows_each <= config.draft_tokens + 1:
         raise ValueError(f"A step of {rows_each} tokens a request needs rings for {rows_each - 1} drafts.")
     if not runs_triton(state.page_slot):
-        return verify_step_reference(state, rows, seq_lens, block_table, group, rows_each)
+        return verify_step_reference(state, rows, seq_lens, block_table, group, rows_each, widest)
     from kvarn.core.kernels.step import verify_step_kernel
 
     requests = rows.shape[0]
-    rows_per_task, _ = task_shape(group, rows_each)
+    rows_per_task, _ = task_shape(group, rows_each, widest)
     tasks_each = -(-rows_each // rows_per_task)
     several = rows_each > 1
     out = aligned_ints(11 if several else 7, max(requests + 1, requests * rows_each), rows.device)
@@ -133,14 +146,20 @@ def verify_step(
         query_start, token_request, token_position = index, index[:-1], fields["prefix_lens"]
         task_request, task_row = index[:-1], out[6, :requests]
     return _verify_step(
-        config, group, rows_each, rows=rows, block_table=block_table, query_start=query_start,
+        config, group, rows_each, widest, rows=rows, block_table=block_table, query_start=query_start,
         token_request=token_request, token_position=token_position, seal_request=index[:-1],
         task_request=task_request, task_row=task_row, **fields,
     )  # fmt: skip
 
 
 def verify_step_reference(
-    state: TailState, rows: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor, group: int, rows_each: int
+    state: TailState,
+    rows: torch.Tensor,
+    seq_lens: torch.Tensor,
+    block_table: torch.Tensor,
+    group: int,
+    rows_each: int,
+    widest: int = VERIFY_COLUMNS,
 ) -> Step:
     """Describe a verify step by operations of torch."""
     tile_tokens, device = state.config.tile_tokens, rows.device
@@ -155,7 +174,7 @@ def verify_step_reference(
     starts = tiles[1] * tile_tokens
     state.update_sinks(torch.where(starts >= prefix_lens, starts, 1).to(torch.int32), pages[1])
     index = torch.arange(rows.shape[0] + 1, dtype=torch.int32, device=device)
-    rows_per_task, _ = task_shape(group, rows_each)
+    rows_per_task, _ = task_shape(group, rows_each, widest)
     token_row, task_row = (
         torch.arange(0, rows_each, step, dtype=torch.int32, device=device) for step in (1, rows_per_task)
     )
@@ -163,6 +182,7 @@ def verify_step_reference(
         state.config,
         group,
         rows_each,
+        widest,
         rows=rows,
         block_table=block_table,
         prefix_lens=prefix_lens,
@@ -179,17 +199,17 @@ def verify_step_reference(
     )
 
 
-def _verify_step(config: CacheConfig, group: int, rows_each: int, **fields: torch.Tensor) -> Step:
+def _verify_step(config: CacheConfig[Any], group: int, rows_each: int, widest: int, **fields: torch.Tensor) -> Step:
     """Make a Step in which every request has as many rows and may fill one tile, its work counted."""
-    rows_per_task, columns = task_shape(group, rows_each)
+    rows_per_task, columns = task_shape(group, rows_each, widest)
     named = {name: fields[name] for name in Tasks._fields if name in fields}
     work_end = count_work(config, Tasks(rows_per_task=rows_per_task, rows_in_ring=True, **named))
     return Step(work_end=work_end, rows_per_task=rows_per_task, columns=columns, rows_in_ring=True, plan=None, **fields)
 
 
-def task_shape(group: int, rows_each: int) -> tuple[int, int]:
+def task_shape(group: int, rows_each: int, widest: int = VERIFY_COLUMNS) -> tuple[int, int]:
     """Return the query rows and columns of an attention task, where every request has as many rows."""
-    most = max(1, VERIFY_COLUMNS // group)
+    most = max(1, widest // group)
     rows = -(-rows_each // -(-rows_each // most))
     return rows, max(DECODE_COLUMNS, power_of_two(rows * group))
 
@@ -204,6 +224,7 @@ def chunk_step(
     group: int,
     num_tokens: int,
     plan: PrefillPlan | None = None,
+    widest: int = CHUNK_COLUMNS,
 ) -> tuple[Step, torch.Tensor]:
     """Describe a step that adds any number of tokens to every request: prefill, chunks, mixed batches.
 
@@ -217,6 +238,7 @@ def chunk_step(
         group: query heads of one kv head.
         num_tokens: tokens of the step, the sum of seq_lens - prefix_lens.
         plan: `plan_prefill` of this step; without, long chunks are cut into attention tasks like any other rows.
+        widest: query columns of a program, unless the group is larger.
 
     Returns:
         The step, and which requests continue their ring, [requests], bool.
@@ -231,7 +253,7 @@ def chunk_step(
     token_request = token_request.clamp_min(0)
     token_position = token_index + prefix_lens[token_request.long()]
     seal_request, seal_tile = _full_tiles(prefix_lens, seq_lens, tile_tokens, num_tokens // tile_tokens + requests)
-    tasks = _chunk_tasks(state.config, query_start, prefix_lens, seq_lens, own_start, group, num_tokens, plan)
+    tasks = _chunk_tasks(state.config, query_start, prefix_lens, seq_lens, own_start, group, num_tokens, plan, widest)
     step = Step(
         rows=rows,
         block_table=block_table,
@@ -252,7 +274,7 @@ def chunk_step(
 
 
 def _chunk_tasks(
-    config: CacheConfig,
+    config: CacheConfig[Any],
     query_start: torch.Tensor,
     prefix_lens: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -260,9 +282,10 @@ def _chunk_tasks(
     group: int,
     num_tokens: int,
     plan: PrefillPlan | None,
+    widest: int,
 ) -> dict[str, Any]:
     """Cut the query rows of chunks that aren't long into tasks: the fields of a Step that say which there are."""
-    columns = max(CHUNK_COLUMNS, power_of_two(group))
+    columns = max(widest, power_of_two(group))
     rows = columns // group
     query_lens, requests = query_start.diff(), query_start.shape[0] - 1
     if plan is not None:
@@ -288,7 +311,7 @@ def aligned_ints(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     return torch.empty(rows, -(-columns // 32) * 32, dtype=torch.int32, device=device)[:, :columns]
 
 
-def record_end(config: CacheConfig, step: Step, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
+def record_end(config: CacheConfig[Any], step: Step, request: torch.Tensor, position: torch.Tensor) -> torch.Tensor:
     """Return the position up to which queries of a step read records. Those of a long chunk read as its first does.
 
     Args:

@@ -16,6 +16,7 @@ record like any other.
 
 import hashlib
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
@@ -42,7 +43,7 @@ class TailState:
     """
 
     def __init__(
-        self, config: CacheConfig, rows: int, blocks: int, sink_slots: int, device: torch.device | str
+        self, config: CacheConfig[Any], rows: int, blocks: int, sink_slots: int, device: torch.device | str
     ) -> None:
         self.config = config
         # Tokens after the ring's last step, and the page of the last; the same if every draft of it was rejected.

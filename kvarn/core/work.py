@@ -8,7 +8,7 @@ In the batch-invariant mode tasks are counted in *shares* of so many units inste
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,7 @@ _INVARIANT_SHARE = 32
 _WHOLE_TASK = 1 << 30
 
 
-def units_per_share(config: CacheConfig, *, rows_in_ring: bool) -> int:
+def units_per_share(config: CacheConfig[Any], *, rows_in_ring: bool) -> int:
     """Return how many units count as one.
 
     Where results may not depend on the batch, decode tasks are split at fixed units and those of chunks, which are
@@ -34,7 +34,7 @@ def units_per_share(config: CacheConfig, *, rows_in_ring: bool) -> int:
     return _INVARIANT_SHARE if rows_in_ring else _WHOLE_TASK
 
 
-def most_shares(config: CacheConfig, tasks: int, pages: int, *, rows_in_ring: bool) -> int:
+def most_shares(config: CacheConfig[Any], tasks: int, pages: int, *, rows_in_ring: bool) -> int:
     """Return the most that `count_work` can count, for tasks of requests of at most so many pages."""
     raw_units = config.ring_tokens // RAW_BLOCK + 1 if rows_in_ring else pages * config.tile_tokens // RAW_BLOCK
     return tasks * math.ceil((pages + raw_units) / units_per_share(config, rows_in_ring=rows_in_ring))
@@ -53,7 +53,7 @@ class Tasks(NamedTuple):
     rows_in_ring: bool
 
 
-def count_work(config: CacheConfig, tasks: Tasks) -> torch.Tensor:
+def count_work(config: CacheConfig[Any], tasks: Tasks) -> torch.Tensor:
     """Return the running sum of all tasks' shares, [tasks], int32; tasks of no request have none. Graph-safe: yes."""
     if not runs_triton(tasks.task_request):
         return count_work_reference(config, tasks)
@@ -69,7 +69,7 @@ def count_work(config: CacheConfig, tasks: Tasks) -> torch.Tensor:
     return work_end
 
 
-def count_work_reference(config: CacheConfig, tasks: Tasks) -> torch.Tensor:
+def count_work_reference(config: CacheConfig[Any], tasks: Tasks) -> torch.Tensor:
     """Count in plain torch."""
     request = tasks.task_request.clamp_min(0).long()
     prefix, length, own = tasks.prefix_lens[request], tasks.seq_lens[request], tasks.own_start[request]

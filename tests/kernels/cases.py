@@ -2,6 +2,7 @@
 
 import functools
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -11,7 +12,7 @@ from kvarn.core.flash import flash_for
 from kvarn.core.layout import TileLayout
 from kvarn.core.prefill_plan import PrefillPlan, plan_prefill
 from kvarn.core.seal import seal_reference
-from kvarn.core.step import Step, chunk_step, verify_step
+from kvarn.core.step import VERIFY_COLUMNS, Step, chunk_step, verify_step
 from kvarn.core.tail import TailState, owner_tags
 from kvarn.core.work import Tasks, count_work_reference
 from kvarn.presets import get_preset
@@ -33,14 +34,15 @@ class Case:
 
 
 def poisoned_layer(
-    config: CacheConfig, blocks: int, rows: int, slots: int, dtype: torch.dtype, device: str, pad: int
-) -> LayerCache:
+    config: CacheConfig[Any], blocks: int, rows: int, slots: int, dtype: torch.dtype, device: str, pad: int
+) -> LayerCache[Any]:
     """Allocate a cache full of NaN, with padding between records, tiles, heads and ring rows of requests."""
     layout, heads, tiles = config.layout, config.kv_heads, config.tiles_per_block
+    parts, width = layout.raw_shape
     shape = (blocks, tiles + pad, heads + pad, layout.record_bytes + 128 * pad)
     records = torch.full(shape, 0xFF, dtype=torch.uint8, device=device)
-    tails = torch.full((rows, 2, heads + pad, config.ring_tokens, layout.head_dim), NAN, dtype=dtype, device=device)
-    sinks = torch.full((slots, 2, heads + pad, config.sink_tokens, layout.head_dim), NAN, dtype=dtype, device=device)
+    tails = torch.full((rows, parts, heads + pad, config.ring_tokens, width), NAN, dtype=dtype, device=device)
+    sinks = torch.full((slots, parts, heads + pad, config.sink_tokens, width), NAN, dtype=dtype, device=device)
     return LayerCache(
         config, records[:, :tiles, :heads, : layout.record_bytes], tails[:, :, :heads], sinks[:, :, :heads]
     )
@@ -93,27 +95,28 @@ def make_case(
     for begin, end, names in (([0] * len(hits), hits, tags.flip(0)), (hits, lengths, tags)):
         if begin == end:
             continue
-        past, _ = chunk_step(state, request_rows, _ints(begin), _ints(end), names, table, group, sum(end) - sum(begin))
+        past, _ = chunk_step(state, request_rows, ints(begin), ints(end), names, table, group, sum(end) - sum(begin))
         count = sum(end) - sum(begin)
         rotated = rotate_rows_reference(rows(count, kv_heads), rows(count, kv_heads))
         seal_reference(rotated, layer, past)
         store_tail_reference(rotated, layer, past)
     plan = _plan(config, dtype, lengths, new, "cpu") if planned else None
-    step = _step(state, request_rows, lengths, new, tags, table, group, plan)
+    step = next_step(state, request_rows, lengths, new, tags, table, group, plan)
     assert int(state.faults) == 0
     q, k, v = rows(sum(new), kv_heads * group), rows(sum(new), kv_heads), rows(sum(new), kv_heads)
     case = Case(layer, state, step, rotate_rows_reference(k, v), q, k, v)
     return case if device == "cpu" else to_device(case, device)
 
 
-def _step(
+def next_step(
     state: TailState, rows: torch.Tensor, lengths: list[int], new: list[int], tags: torch.Tensor, table: torch.Tensor,
-    group: int, plan: PrefillPlan | None,
+    group: int, plan: PrefillPlan | None = None, widest: int = VERIFY_COLUMNS,
 ) -> Step:  # fmt: skip
+    """Describe a step of new rows: a verify step if every request has as many and no more than drafts, else a chunk."""
     ends = [a + b for a, b in zip(lengths, new, strict=True)]
     if len(set(new)) == 1 and new[0] <= state.config.draft_tokens + 1:
-        return verify_step(state, rows, _ints(ends), table, group, new[0])
-    return chunk_step(state, rows, _ints(lengths), _ints(ends), tags, table, group, sum(new), plan)[0]
+        return verify_step(state, rows, ints(ends), table, group, new[0], widest)
+    return chunk_step(state, rows, ints(lengths), ints(ends), tags, table, group, sum(new), plan, widest)[0]
 
 
 def _plan(
@@ -172,9 +175,7 @@ def to_device(case: Case, device: str) -> Case:
     def move(x: object) -> object:
         return x.to(device) if isinstance(x, torch.Tensor) else x
 
-    layer = LayerCache(
-        case.layer.config, *(_padded_to(x, device) for x in (case.layer.records, case.layer.tails, case.layer.sinks))
-    )
+    layer = layer_to(case.layer, device)
     step = Step(**{name: move(getattr(case.step, name)) for name in Step.__dataclass_fields__})
     if step.plan is not None:
         lens = (case.step.prefix_lens.tolist(), case.step.query_start.diff().tolist())
@@ -183,11 +184,17 @@ def to_device(case: Case, device: str) -> Case:
     return Case(layer, case.state, step, rotated, case.q.to(device), case.k.to(device), case.v.to(device))
 
 
+def layer_to(layer: LayerCache[Any], device: str) -> LayerCache[Any]:
+    """Copy a cache to another device, strides kept."""
+    return LayerCache(layer.config, *(_padded_to(x, device) for x in (layer.records, layer.tails, layer.sinks)))
+
+
 def _padded_to(x: torch.Tensor, device: str) -> torch.Tensor:
     whole = torch.empty_strided((x.untyped_storage().nbytes() // x.element_size(),), (1,), dtype=x.dtype, device=device)
     whole.copy_(torch.as_strided(x, whole.shape, (1,), 0))
     return torch.as_strided(whole, x.shape, x.stride(), x.storage_offset())
 
 
-def _ints(values: list[int]) -> torch.Tensor:
+def ints(values: list[int]) -> torch.Tensor:
+    """Return an int32 tensor on the CPU."""
     return torch.tensor(values, dtype=torch.int32)

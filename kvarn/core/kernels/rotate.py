@@ -7,7 +7,7 @@ from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import hadamard, load_in_fours
 
 # The largest number that is finite in fp16 and exact in bf16: rotated rows are clamped to it.
-_RAW_MAX = tl.constexpr(65280.0)
+RAW_MAX = tl.constexpr(65280.0)
 
 
 @triton.jit
@@ -63,7 +63,7 @@ def rotate_kernel(
         else:
             y = _rotate_by_matrix(in_ptrs, signs_ptr, token_ok, D, DP, BLOCK, CHUNK) * NORM
         out_ptrs = v_out_ptr + (wide * KV_HEADS + head) * D
-    raw = tl.minimum(tl.maximum(y, -_RAW_MAX), _RAW_MAX).to(k_out_ptr.dtype.element_ty)
+    raw = tl.minimum(tl.maximum(y, -RAW_MAX), RAW_MAX).to(k_out_ptr.dtype.element_ty)
     tl.store(out_ptrs[:, None] + channels[None, :], raw, mask=mask)
     if STORE:
         store_rows(

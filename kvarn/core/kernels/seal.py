@@ -11,7 +11,7 @@ _FP16_MAX = tl.constexpr(65504.0)
 
 
 @triton.jit
-def _quantise(x, ok, AXIS: tl.constexpr, BITS: tl.constexpr, CLIP: tl.constexpr, SCALE_MAX: tl.constexpr):
+def quantise(x, ok, AXIS: tl.constexpr, BITS: tl.constexpr, CLIP: tl.constexpr, SCALE_MAX: tl.constexpr):
     """Quantise along an axis. Return int32 codes, and the fp16 scale and offset, which keep the axis as one of one."""
     low = tl.min(tl.where(ok, x, float("inf")), axis=AXIS, keep_dims=True)
     high = tl.max(tl.where(ok, x, float("-inf")), axis=AXIS, keep_dims=True)
@@ -28,7 +28,7 @@ def _quantise(x, ok, AXIS: tl.constexpr, BITS: tl.constexpr, CLIP: tl.constexpr,
 
 
 @triton.jit
-def _store_key_words(
+def store_key_words(
     codes, record, LOW_BIT: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, WORDS: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
@@ -114,15 +114,15 @@ def _seal_tile(
     if which == 0:
         GROUPS: tl.constexpr = G // GROUP_TOKENS
         grouped = tl.reshape(x, (GROUPS, GROUP_TOKENS, DP))
-        k_codes, k_scale, k_offset = _quantise(grouped, channel_ok[None, None, :], 1, KEY_BITS, KEY_CLIP, SCALE_MAX)
+        k_codes, k_scale, k_offset = quantise(grouped, channel_ok[None, None, :], 1, KEY_BITS, KEY_CLIP, SCALE_MAX)
         k_codes = tl.reshape(k_codes, (G, DP))
         for f in tl.static_range(len(K_FIELDS)):
-            _store_key_words(k_codes, record, K_FIELDS[f][1], K_FIELDS[f][0], K_FIELDS[f][2], K_FIELDS[f][3], D)
+            store_key_words(k_codes, record, K_FIELDS[f][1], K_FIELDS[f][0], K_FIELDS[f][2], K_FIELDS[f][3], D)
         channel_at = tl.arange(0, GROUPS)[:, None, None] * D + channels[None, None, :]
         tl.store(halfs + OFFSETS[0] // 2 + channel_at, k_scale, mask=channel_ok[None, None, :])
         tl.store(halfs + OFFSETS[1] // 2 + channel_at, k_offset, mask=channel_ok[None, None, :])
     else:
-        v_codes, v_scale, v_offset = _quantise(x, channel_ok[None, :], 1, VALUE_BITS, VALUE_CLIP, SCALE_MAX)
+        v_codes, v_scale, v_offset = quantise(x, channel_ok[None, :], 1, VALUE_BITS, VALUE_CLIP, SCALE_MAX)
         for f in tl.static_range(len(V_FIELDS)):
             _store_value_words(v_codes, record, V_FIELDS[f][1], V_FIELDS[f][0], V_FIELDS[f][2], V_FIELDS[f][3], D)
         token_at = tl.arange(0, G)[:, None]

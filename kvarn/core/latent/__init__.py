@@ -1,0 +1,1 @@
+"""MLA: caches of latents, which are keys and values at once."""

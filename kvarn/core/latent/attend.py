@@ -1,0 +1,151 @@
+"""Attend: absorbed queries over latent records, exact tail, sinks and the step's own rows, in one softmax."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from kvarn.core.attend import has_lop3, sm_count, task_block
+from kvarn.core.cache import CacheConfig, LayerCache, runs_triton
+from kvarn.core.combine import combine
+from kvarn.core.hadamard import rotate
+from kvarn.core.latent.append import rotate_queries
+from kvarn.core.latent.layout import LatentLayout, latent_constants
+from kvarn.core.latent.reference import decode_latents
+from kvarn.core.launch import chained
+from kvarn.core.readable import readable_rows
+from kvarn.core.reference import softmax_attention
+from kvarn.core.step import Step, record_end
+from kvarn.core.work import RAW_BLOCK, most_shares, units_per_share
+
+# Query columns of a program: they fill the rows of the MMA of a warp group. Pass this to the functions that make steps.
+LATENT_COLUMNS = 64
+_FEWEST_COLUMNS = 16
+
+
+@dataclass(frozen=True, slots=True)
+class LatentShape:
+    """How the kernel is launched.
+
+    Args:
+        warps: of a program.
+        stages: of the pipeline that loads records, of which the page table takes one.
+        tokens: of a record that are restored at a time.
+        programs_per_sm: programs a multiprocessor, those of all blocks of heads together.
+    """
+
+    warps: int
+    stages: int
+    tokens: int
+    programs_per_sm: int
+
+
+def heads_together(q_heads: int) -> int:
+    """Return how many query heads share the restoring of a record: the `group` of a step of latents."""
+    return max(heads for heads in range(1, min(q_heads, LATENT_COLUMNS) + 1) if q_heads % heads == 0)
+
+
+def latent_shape(columns: int) -> LatentShape:
+    """Return the shape for the query columns of a program."""
+    if columns <= _FEWEST_COLUMNS:
+        return LatentShape(warps=4, stages=3, tokens=32, programs_per_sm=2)
+    return LatentShape(warps=8, stages=3, tokens=32 if columns < LATENT_COLUMNS else 64, programs_per_sm=1)
+
+
+def num_latent_programs(
+    config: CacheConfig[LatentLayout], shape: LatentShape, head_blocks: int, step: Step, device: torch.device
+) -> int:
+    """Return how many programs share the work of one block of heads. It follows from shapes alone."""
+    if config.batch_invariant:
+        tasks, pages = step.task_request.shape[0], step.block_table.shape[1]
+        return most_shares(config, tasks, pages, rows_in_ring=step.rows_in_ring)
+    return max(1, sm_count(device) * shape.programs_per_sm // head_blocks)
+
+
+def attend_latents(
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    raw: torch.Tensor,
+    layer: LayerCache[LatentLayout],
+    step: Step,
+    scale: float,
+    out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend every query row of a step to what the read rule lets it see (`step.record_end`).
+
+    Args:
+        q_latent: [tokens, heads, latent_dim], model dtype: queries with the keys' up-projection absorbed, not rotated;
+            token and head strides are free.
+        q_rope: [tokens, heads, rope_dim], model dtype.
+        raw: the step's rows, `rotate_latents`.
+        layer: the layer's cache, sealed for this step.
+        step: the forward pass, made for groups of `heads_together(heads)`.
+        scale: factor on q . k.
+        out: [tokens, heads, latent_dim], model dtype, contiguous: where to write the output; made here if None.
+
+    Returns:
+        Output [tokens, heads, latent_dim], model dtype: mixed latents, un-rotated, for the values' up-projection; and
+        natural log-sum-exp [tokens, heads], float32.
+
+    Determinism: bitwise for equal inputs, lengths and batch shape; with `CacheConfig.batch_invariant` a row's bits
+    depend on that row's request alone. Graph-safe: yes.
+    """
+    if not runs_triton(layer.records):
+        result, lse = attend_latents_reference(q_latent, q_rope, raw, layer, step, scale)
+        return (result.to(layer.tails.dtype) if out is None else out.copy_(result)), lse
+    from kvarn.core.kernels.latent.attend import attend_latents_kernel
+
+    config, layout, device = layer.config, layer.config.layout, q_latent.device
+    heads = q_latent.shape[1]
+    if out is None:
+        out = torch.empty(q_latent.shape, dtype=layer.tails.dtype, device=device)
+    q, unit = rotate_queries(q_latent, q_rope, layout)
+    group, columns = heads_together(heads), max(step.columns, _FEWEST_COLUMNS)
+    shape, tasks = latent_shape(columns), step.task_request.shape[0]
+    programs = num_latent_programs(config, shape, heads // group, step, device)
+    parts = (programs + tasks, heads // group, columns)
+    partial_out = torch.empty(*parts, layout.latent_dim, dtype=torch.float32, device=device)
+    partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
+    attend_latents_kernel[(programs, heads // group)](
+        q, unit, layer.records, layer.tails, layer.sinks, raw, step.task_request, step.task_row, step.work_end,
+        step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
+        step.block_table, partial_out, partial_lse, scale, tasks, heads, *layer.records.stride()[:2],
+        layer.tails.stride(0), layer.sinks.stride(0), raw.stride(0), step.block_table.stride(0),
+        **latent_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=columns, TOKENS=shape.tokens,
+        RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
+        ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical, RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=task_block(tasks),
+        SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring), STAGES=shape.stages,
+        USE_ASM=has_lop3(device), **chained(device), num_warps=shape.warps,
+    )  # fmt: skip
+    return out, combine(partial_out, partial_lse, layer, step, out)
+
+
+def attend_latents_reference(
+    q_latent: torch.Tensor,
+    q_rope: torch.Tensor,
+    raw: torch.Tensor,
+    layer: LayerCache[LatentLayout],
+    step: Step,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attend in plain torch, request by request, in float32 (in float64 if queries come in that, for an oracle)."""
+    config, layout = layer.config, layer.config.layout
+    rotated_q = rotate(q_latent)
+    q = torch.cat((rotated_q, q_rope.to(rotated_q.dtype)), dim=-1)
+    outs, lses = [], []
+    starts = step.query_start.tolist()
+    for request, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        position = step.token_position[begin:end]
+        end_of_records = record_end(config, step, torch.full_like(position, request, dtype=torch.int64), position)
+        found = readable_rows(raw[:, None], layer, step, request, end_of_records, partial(_decode, layout=layout))
+        visible = found.visible(config, end_of_records, position, int(step.sink_slots[request]))
+        rows = found.rows[:, 0].to(q.dtype)  # [positions, 1, row_dim]
+        out, lse = softmax_attention(q[begin:end], rows, rows, visible, scale)
+        outs.append(rotate(out[..., : layout.latent_dim], inverse=True))
+        lses.append(lse)
+    return torch.cat(outs), torch.cat(lses)
+
+
+def _decode(records: torch.Tensor, layout: LatentLayout) -> torch.Tensor:
+    """Restore records to raw rows, [tiles, 1, 1, tile_tokens, row_dim]."""
+    return torch.cat(decode_latents(records, layout), dim=-1)[:, :, None]

@@ -1,0 +1,88 @@
+"""Attention over latents against the float64 reference over the same records, in poisoned memory, on odd shapes."""
+
+import pytest
+import torch
+from latent_cases import LatentCase, make_latent_case
+from tolerance import ATTEND_MAX, ATTEND_RMS, LSE, LSE_RELATIVE, relative_max, relative_rms
+
+from kvarn.core.latent import attend as attend_module
+from kvarn.core.latent.attend import attend_latents, attend_latents_reference, heads_together
+
+
+def check(case: LatentCase, device: str) -> None:
+    case.store_and_seal()
+    scale = case.layer.config.layout.row_dim**-0.5
+    queries = (case.q_latent.double(), case.q_rope.double())
+    want, want_lse = attend_latents_reference(*queries, case.raw, case.layer, case.step, scale)
+    moved = case.to(device)
+    got, lse = attend_latents(moved.q_latent, moved.q_rope, moved.raw, moved.layer, moved.step, scale)
+    assert torch.isfinite(got).all()
+    assert relative_rms(got, want) < ATTEND_RMS[got.dtype]
+    assert relative_max(got, want) < ATTEND_MAX
+    assert torch.allclose(lse.cpu().double(), want_lse, atol=LSE, rtol=LSE_RELATIVE)
+
+
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 200, 513])
+def test_decode_matches_reference_at_every_kind_of_length(length, device, dtype):
+    check(make_latent_case([length], [1], dtype=dtype), device)
+
+
+@pytest.mark.parametrize("heads", [1, 5, 16, 20, 40, 128])
+def test_decode_matches_reference_for_any_number_of_heads(heads, device):
+    check(make_latent_case([200, 5], [1, 1], heads=heads), device)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize(("tile", "rope_bits"), [(64, 16), (128, 8)])
+def test_decode_matches_reference_for_every_width_of_code(bits, tile, rope_bits, device):
+    check(make_latent_case([400, 131], [1, 1], bits=bits, tile=tile, rope_bits=rope_bits), device)
+
+
+@pytest.mark.parametrize(("latent_dim", "rope_dim"), [(512, 64), (256, 32), (128, 16)])
+def test_decode_and_chunk_match_reference_for_every_latent(latent_dim, rope_dim, device):
+    for new in ([1, 1], [70, 1]):
+        check(make_latent_case([300, 64], new, latent_dim=latent_dim, rope_dim=rope_dim, heads=16, rope_bits=8), device)
+
+
+@pytest.mark.parametrize("programs", [1, 3, 50])
+@pytest.mark.parametrize("new", [[1, 1, 1], [70, 1, 20]])
+def test_result_does_not_depend_on_how_work_is_shared(programs, new, device, monkeypatch):
+    monkeypatch.setattr(attend_module, "num_latent_programs", lambda *args: programs)
+    check(make_latent_case([400, 3, 128], new), device)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new"), [([0], [300]), ([64, 0], [65, 64]), ([191], [100]), ([300, 127, 0], [1, 150, 33])]
+)
+def test_chunk_matches_reference_with_any_prefix(lengths, new, device, dtype):
+    check(make_latent_case(lengths, new, dtype=dtype), device)
+
+
+@pytest.mark.parametrize(("rows", "heads"), [(2, 16), (4, 4), (6, 20)])
+def test_drafts_match_reference_wherever_a_tile_ends(rows, heads, device):
+    case = make_latent_case([300, 191, 126, 62, 0], [rows] * 5, heads=heads, drafts=5)
+    assert case.step.rows_in_ring
+    check(case, device)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"tail": 3},
+        {"tail": 0, "sink": 0},
+        {"canonical": True, "tail": 0, "sink": 0},
+        {"batch_invariant": True},
+        {"sink": 16, "slots": 1},
+        {"tiles_per_block": 3},
+        {"hits": [128, 64]},
+        {"outliers": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("new", [[1, 1], [70, 3]])
+def test_every_mode_matches_reference(settings, new, device):
+    check(make_latent_case([256, 129], new, **settings), device)
+
+
+def test_heads_are_split_evenly():
+    assert [heads_together(heads) for heads in (1, 16, 20, 64, 96, 128)] == [1, 16, 20, 64, 48, 64]
