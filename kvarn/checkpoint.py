@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from kvarn.core.capacity import CacheShape, cache_shape, latent_shape
 from kvarn.core.layers import LayerKind, count, layer_kinds, window_tokens
 from kvarn.core.support import ModelFacts
 from kvarn.core.windows import WindowShape
 from kvarn.errors import KVarNError
+from kvarn.presets import Preset
 
 # Their attention layers have a learned logit each, of which the configuration says nothing.
 _WITH_LEARNED_SINKS = ("gpt_oss",)
@@ -35,6 +37,27 @@ class Checkpoint:
     window: int
     kv_heads: int
     raw_bytes: int
+
+    def heads_of_rank(self, ranks: int) -> int:
+        """Return the kv heads that each of so many ranks caches; a latent is cached by all."""
+        return 1 if self.facts.latent_dims else max(1, self.kv_heads // ranks)
+
+    def shape(self, preset: Preset, ranks: int) -> CacheShape:
+        """Return what each of so many ranks caches."""
+        if self.facts.latent_dims:
+            latent_dim, rope_dim = self.facts.latent_dims
+            return latent_shape(
+                preset, layers=self.tile_layers, latent_dim=latent_dim, rope_dim=rope_dim, raw_bytes=self.raw_bytes
+            )
+        heads = self.heads_of_rank(ranks)
+        return cache_shape(
+            preset,
+            layers=self.tile_layers,
+            kv_heads=heads,
+            head_dim=self.facts.head_dim,
+            raw_bytes=self.raw_bytes,
+            windows=self.windows(heads),
+        )
 
     @property
     def tile_layers(self) -> int:
@@ -91,6 +114,7 @@ def describe(config: Mapping[str, Any], dtype: str | None = None) -> Checkpoint:
         head_dim = int(text.get("head_dim") or text["hidden_size"] // heads)
     except KeyError as error:
         raise KVarNError(f"The configuration has no {error.args[0]}: it is not that of a transformer.") from error
+    latent = text.get("kv_lora_rank")
     dtype = dtype or text.get("dtype") or text.get("torch_dtype") or "bfloat16"
     if dtype not in _RAW_BYTES:
         raise KVarNError(f"dtype {dtype!r} is not one of {', '.join(_RAW_BYTES)}; name one with --dtype.")
@@ -99,9 +123,11 @@ def describe(config: Mapping[str, Any], dtype: str | None = None) -> Checkpoint:
         dtype=dtype,
         head_dim=head_dim,
         v_head_dim=int(text.get("v_head_dim") or head_dim),
-        latent_attention=text.get("kv_lora_rank") is not None,
+        latent_attention=latent is not None,
         encoder_decoder=bool(config.get("is_encoder_decoder")),
+        latent_dims=(int(latent), int(text.get("qk_rope_head_dim") or 0)) if latent is not None else None,
         kinds=frozenset(layers),
+        sparse_index=text.get("index_topk") is not None,
         learned_sinks=text.get("model_type") in _WITH_LEARNED_SINKS,
     )
     kv_heads = int(text.get("num_key_value_heads") or heads)

@@ -45,6 +45,14 @@ def tail_tokens() -> int | None:
     return _optional_count("KVARN_TAIL_TOKENS")
 
 
+def rope_bits() -> int:
+    """KVARN_ROPE_BITS (16): bits of the rope part in records of latents (MLA), 16 or 8."""
+    value = os.environ.get("KVARN_ROPE_BITS", "").strip() or "16"
+    if value not in ("16", "8"):
+        raise KVarNError(f"KVARN_ROPE_BITS={value!r} is no width of the rope part; set it to 16 or 8.")
+    return int(value)
+
+
 def scrub() -> bool:
     """KVARN_SCRUB (0): overwrite a request's raw tail rows with zeros when the next request takes its slot."""
     return _flag("KVARN_SCRUB")

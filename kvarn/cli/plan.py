@@ -19,6 +19,7 @@ SGLang keeps exact tails for its request limit (--max-running-requests), vLLM fo
 requests of {context:,} tokens. From the break-even on, a running request is smaller than in {dtype}."""
 _WINDOWS = "Layers with a window keep the newest {tokens:,} tokens of each running request in {dtype}, counted above."
 _STATES = "Recurrent states are not counted above: they take the same memory in any cache dtype."
+_LATENTS = "Latents take the bits of the preset's keys; KVARN_ROPE_BITS=8 makes their rope parts smaller."
 
 
 def add_parser(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -46,7 +47,6 @@ def run(args: argparse.Namespace) -> None:
         KVarNError: the model is not found, can't be served, or an argument makes no sense.
     """
     from kvarn.checkpoint import describe, read_config
-    from kvarn.core.capacity import cache_shape
     from kvarn.core.layers import summary
     from kvarn.core.support import DeviceFacts, unsupported_reasons
     from kvarn.presets import PRESETS
@@ -56,24 +56,19 @@ def run(args: argparse.Namespace) -> None:
     if min(args.memory, args.context, args.tensor_parallel, 1 if args.requests is None else args.requests) <= 0:
         raise KVarNError("--memory, --context, --requests and --tensor-parallel must be above 0.")
     model = describe(read_config(args.model), args.dtype)
-    heads = max(1, model.kv_heads // args.tensor_parallel)
     budget = int(args.memory * _GIB)
     kinds, facts = summary(model.layers), model.facts
-    print(f"{args.model}: layers: {kinds}; {heads} kv heads a GPU, head_dim {facts.head_dim}, {facts.dtype}")
+    heads = f"{model.heads_of_rank(args.tensor_parallel)} kv heads a GPU, head_dim {facts.head_dim}"
+    if facts.latent_dims:
+        heads = "latents of {} + {} channels".format(*facts.latent_dims)
+    print(f"{args.model}: layers: {kinds}; {heads}, {facts.dtype}")
     print(f"{args.memory:g} GiB for the KV cache")
     print(f"{'':18}{'bytes a':>9} {'SGLang':>21}{'at':>8} {'vLLM':>21}{'at':>8}{'break-':>9}")
     print(f"{'':18}{'token':>9} {'tokens':>14}{'ratio':>7}{'once':>8} {'tokens':>14}{'ratio':>7}{'once':>8}{'even':>9}")
     for name, preset in PRESETS.items():
-        if reasons := unsupported_reasons(facts, preset, DeviceFacts("cuda"), IN_VLLM):
+        if reasons := unsupported_reasons(facts, preset, DeviceFacts("cuda"), IN_VLLM, latents=True):
             raise UnsupportedConfig(reasons)
-        shape = cache_shape(
-            preset,
-            layers=model.tile_layers,
-            kv_heads=heads,
-            head_dim=facts.head_dim,
-            raw_bytes=model.raw_bytes,
-            windows=model.windows(heads),
-        )
+        shape = model.shape(preset, args.tensor_parallel)
         in_sglang = not unsupported_reasons(facts, preset, DeviceFacts("cuda"), IN_SGLANG)
         sglang = _in_sglang(shape, budget, args.context, args.requests) if in_sglang else f"{'not served':>29}"
         print(f"{name:18}{shape.bytes_per_token:9,} {sglang} {_in_vllm(shape, budget, args.context)}")
@@ -85,6 +80,8 @@ def _print_notes(args: argparse.Namespace, model: Checkpoint, *, in_sglang: bool
 
     dtype = model.facts.dtype
     print(_NOTE.format(context=args.context, dtype=dtype))
+    if model.facts.latent_dims:
+        print(_LATENTS)
     if LayerKind.MODEL_DTYPE in model.layers:
         print(_WINDOWS.format(tokens=model.window, dtype=dtype))
     if LayerKind.RECURRENT in model.layers:

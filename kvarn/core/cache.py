@@ -79,7 +79,7 @@ class CacheConfig(Generic[LayoutT]):
             raise ValueError("Canonical mode reads every full tile from its record: set tail and sinks to 0.")
 
     @classmethod
-    def of(cls, shape: CacheShape, tiles_per_block: int = 1) -> "CacheConfig[TileLayout]":
+    def of(cls, shape: CacheShape, tiles_per_block: int = 1) -> "CacheConfig[Any]":
         """Return the numbers of a cache of that shape. The environment says if it is canonical or batch-invariant."""
         return CacheConfig(
             layout=shape.layout,

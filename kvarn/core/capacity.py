@@ -6,6 +6,7 @@ Both adapters size their memory with it, so what is announced, what is planned a
 from dataclasses import dataclass
 
 from kvarn import env
+from kvarn.core.latent.layout import LatentLayout
 from kvarn.core.layout import TileLayout
 from kvarn.core.windows import WindowShape
 from kvarn.errors import CapacityError
@@ -59,7 +60,7 @@ class CacheShape:
     windows: WindowShape | None = None
 
     @property
-    def layout(self) -> TileLayout:
+    def layout(self) -> TileLayout | LatentLayout:
         """Layout of a record."""
         return TileLayout.of(self.preset, self.head_dim)
 
@@ -75,14 +76,9 @@ class CacheShape:
 
     @property
     def raw_bytes_per_token(self) -> int:
-        """Bytes of one raw token (K and V) over all heads and layers: what the model dtype costs."""
-        return raw_token_bytes(
-            layers=self.layers,
-            kv_heads=self.kv_heads,
-            head_dim=self.head_dim,
-            v_head_dim=self.head_dim,
-            raw_bytes=self.raw_bytes,
-        )
+        """Bytes of one raw token over all heads and layers: what the model dtype costs."""
+        rows, width = self.layout.raw_shape
+        return rows * width * self.raw_bytes * self.kv_heads * self.layers
 
     @property
     def ring_tokens(self) -> int:
@@ -178,6 +174,24 @@ class CacheShape:
         return -(-self.tail_bytes_per_request // saved)
 
 
+@dataclass(frozen=True, slots=True)
+class LatentShape(CacheShape):
+    """What one rank caches of a model with multi-head latent attention: one latent, of head_dim channels, a token.
+
+    Args:
+        rope_dim: channels of the rope part.
+        rope_bits: of the rope part in records, 16 or 8.
+    """
+
+    rope_dim: int = 64
+    rope_bits: int = 16
+
+    @property
+    def layout(self) -> LatentLayout:
+        """Layout of a record."""
+        return LatentLayout.of(self.preset, self.head_dim, self.rope_dim, self.rope_bits)
+
+
 def exact_tokens(preset: Preset) -> tuple[int, int]:
     """Return how many newest and how many first tokens stay exact: the preset's, unless the environment says else."""
     if env.canonical():
@@ -199,6 +213,23 @@ def cache_shape(
     """Return what one rank caches, exact tokens taken from preset and environment."""
     tail_tokens, sink_tokens = exact_tokens(preset)
     return CacheShape(preset, layers, kv_heads, head_dim, raw_bytes, tail_tokens, sink_tokens, draft_tokens, windows)
+
+
+def latent_shape(
+    preset: Preset, *, layers: int, latent_dim: int, rope_dim: int, raw_bytes: int, draft_tokens: int = 0
+) -> LatentShape:
+    """Return what every rank caches of a model with latents, exact tokens and rope bits as the environment says."""
+    return LatentShape(
+        preset,
+        layers,
+        1,
+        latent_dim,
+        raw_bytes,
+        *exact_tokens(preset),
+        draft_tokens,
+        rope_dim=rope_dim,
+        rope_bits=env.rope_bits(),
+    )
 
 
 @dataclass(frozen=True, slots=True)

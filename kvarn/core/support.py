@@ -7,6 +7,7 @@ own flags stand in that engine's adapter.
 from collections.abc import Collection
 from dataclasses import dataclass
 
+from kvarn.core.latent.layout import LATENT_DIMS, ROPE_DIMS
 from kvarn.core.layers import LayerKind
 from kvarn.core.layout import HEAD_DIMS
 from kvarn.presets import Preset
@@ -27,6 +28,7 @@ class ModelFacts:
         head_dim: channels of a K head.
         v_head_dim: channels of a V head.
         latent_attention: K and V are one compressed latent (MLA).
+        latent_dims: channels of the latent and of its rope part; None if there is none or they aren't known.
         encoder_decoder: some layers attend to an encoder's output.
         kinds: of its layers.
         sparse_index: layers choose their tokens through an index cache of their own.
@@ -40,6 +42,7 @@ class ModelFacts:
     head_dim: int
     v_head_dim: int
     latent_attention: bool = False
+    latent_dims: tuple[int, int] | None = None
     encoder_decoder: bool = False
     kinds: frozenset[LayerKind] = frozenset({LayerKind.TILES})
     sparse_index: bool = False
@@ -62,7 +65,12 @@ class DeviceFacts:
 
 
 def unsupported_reasons(
-    facts: ModelFacts, preset: Preset, device: DeviceFacts, beside: Collection[LayerKind] = ()
+    facts: ModelFacts,
+    preset: Preset,
+    device: DeviceFacts,
+    beside: Collection[LayerKind] = (),
+    *,
+    latents: bool = False,
 ) -> list[str]:
     """Return every reason why the model can't be served on the device, one sentence each; empty if it can.
 
@@ -71,18 +79,24 @@ def unsupported_reasons(
         preset: the preset asked for.
         device: where the cache stands.
         beside: kinds of layers that the engine keeps beside those in tiles.
+        latents: whether the engine keeps latents (MLA) in tiles.
     """
     return [
-        *_architecture_reasons(facts, preset, beside),
+        *_architecture_reasons(facts, preset, beside, latents=latents),
         *_head_reasons(facts, preset),
         *_device_reasons(facts, device),
     ]
 
 
-def _architecture_reasons(facts: ModelFacts, preset: Preset, beside: Collection[LayerKind]) -> list[str]:
+def _architecture_reasons(
+    facts: ModelFacts, preset: Preset, beside: Collection[LayerKind], *, latents: bool
+) -> list[str]:
     left = facts.kinds - {LayerKind.TILES, LayerKind.NO_CACHE, *beside}
     why_not = (
-        (facts.latent_attention, "keeps a compressed latent in place of K and V (MLA), which has no tile layout yet"),
+        (
+            facts.latent_attention and not latents,
+            "keeps a compressed latent in place of K and V (MLA), which is not cached in tiles here",
+        ),
         (facts.encoder_decoder, "attends to an encoder's output, which is not cached in tiles"),
         (LayerKind.MODEL_DTYPE in left, "has sliding-window layers, which can't be kept beside tiles here"),
         (LayerKind.RECURRENT in left, "has linear-attention or Mamba layers, which can't be kept beside tiles here"),
@@ -105,8 +119,8 @@ def _architecture_reasons(facts: ModelFacts, preset: Preset, beside: Collection[
 
 def _head_reasons(facts: ModelFacts, preset: Preset) -> list[str]:
     if facts.latent_attention:
-        # Its head widths say nothing about the cache, and it is refused already.
-        return []
+        # Its head widths say nothing about the cache.
+        return _latent_reasons(facts, preset)
     reasons = []
     if facts.head_dim not in HEAD_DIMS:
         widths = ", ".join(str(width) for width in HEAD_DIMS)
@@ -120,6 +134,17 @@ def _head_reasons(facts: ModelFacts, preset: Preset) -> list[str]:
             f"at one width; serve it with --kv-cache-dtype auto instead of {preset.name}."
         )
     return reasons
+
+
+def _latent_reasons(facts: ModelFacts, preset: Preset) -> list[str]:
+    if facts.latent_dims is None or (facts.latent_dims[0] in LATENT_DIMS and facts.latent_dims[1] in ROPE_DIMS):
+        return []
+    latents, ropes = (" or ".join(str(width) for width in widths) for widths in (LATENT_DIMS, ROPE_DIMS))
+    latent, rope = facts.latent_dims
+    return [
+        f"The model's latents of {latent} channels with rope parts of {rope} have no tile layout (there is one for "
+        f"{latents} with {ropes}); serve it with --kv-cache-dtype auto instead of {preset.name}."
+    ]
 
 
 def _device_reasons(facts: ModelFacts, device: DeviceFacts) -> list[str]:

@@ -1,7 +1,8 @@
 """Compile kernels for sm_90, with no GPU: `python compile_for_gpu.py CASE ...`.
 
 A case is PRESET/HEAD_DIM/GROUP: the attention kernel with explicit layouts; with /ROWS for several query rows, and
-after that /verify where they are in the ring, or /canonical. Or KERNEL/PRESET/HEAD_DIM, with KERNEL one of KERNELS.
+after that /verify where they are in the ring, or /canonical. Or KERNEL/PRESET/HEAD_DIM, with KERNEL one of KERNELS. Or
+latent/KERNEL/COLUMNS/ROPE_BITS, with KERNEL one of LATENT_KERNELS.
 Prints a JSON object a case: registers of a thread, bytes of stack, and, of the attention kernel, programs that a
 multiprocessor is asked to run and can. Needs an interpreter in which TRITON_INTERPRET is not set: Triton's own accepts
 code that its compiler refuses.
@@ -26,12 +27,18 @@ from kvarn.core.cache import layout_constants
 from kvarn.core.kernels.attend import attend_kernel as plain_attend_kernel
 from kvarn.core.kernels.combine import combine_kernel
 from kvarn.core.kernels.gluon.attend import attend_kernel
+from kvarn.core.kernels.latent.attend import attend_latents_kernel
+from kvarn.core.kernels.latent.restore import restore_latents_kernel
+from kvarn.core.kernels.latent.rotate import rotate_latents_kernel, rotate_queries_kernel
+from kvarn.core.kernels.latent.seal import seal_latents_kernel
 from kvarn.core.kernels.merge import merge_kernel
 from kvarn.core.kernels.restore import restore_kernel
 from kvarn.core.kernels.rotate import rotate_kernel, store_tail_kernel
 from kvarn.core.kernels.seal import seal_kernel
 from kvarn.core.kernels.step import verify_step_kernel
 from kvarn.core.kernels.work import count_work_kernel
+from kvarn.core.latent.attend import latent_launch
+from kvarn.core.latent.layout import LatentLayout, latent_constants
 from kvarn.core.layout import TileLayout
 from kvarn.core.reference import SCALE_MAX
 from kvarn.core.step import CHUNK_COLUMNS, DECODE_COLUMNS, power_of_two
@@ -50,11 +57,18 @@ KERNELS = {
     "store": store_tail_kernel,
     "verify": verify_step_kernel,
 }
+LATENT_KERNELS = {
+    "attend": attend_latents_kernel,
+    "queries": rotate_queries_kernel,
+    "restore": restore_latents_kernel,
+    "rotate": rotate_latents_kernel,
+    "seal": seal_latents_kernel,
+}
 _VERIFIED = {"ROWS": 4, "DRAFTS": 4, "TASKS": 2, "TASK_ROWS": 2}
 _POINTERS = {
     "fp16": ("q_ptr", "k_ptr", "v_ptr", "k_out_ptr", "v_out_ptr", "chunk_k_ptr", "chunk_v_ptr", "tails_ptr")
-    + ("sinks_ptr", "signs_ptr", "out_ptr", "part_ptr"),
-    "fp32": ("partial_ptr", "partial_lse_ptr", "lse_ptr", "part_lse_ptr"),
+    + ("sinks_ptr", "signs_ptr", "out_ptr", "part_ptr", "latent_ptr", "rope_ptr", "raw_ptr", "chunk_ptr"),
+    "fp32": ("partial_ptr", "partial_lse_ptr", "lse_ptr", "part_lse_ptr", "unit_ptr"),
     "u8": ("records_ptr",),
 }
 _TARGET = GPUTarget("cuda", 90, 32)
@@ -65,7 +79,9 @@ def main() -> None:
     """Compile every case of the command line."""
     for case in sys.argv[1:]:
         first, second, third, *more = case.split("/")
-        if first in KERNELS:
+        if first == "latent":
+            found = latent_resources(second, int(third), int(more[0]))
+        elif first in KERNELS:
             found = plain_resources(first, second, int(third))
         else:
             found = resources(first, int(second), int(third), int(more[0]) if more else 1, more[1:])
@@ -100,6 +116,21 @@ def plain_resources(kernel: str, preset: str, head_dim: int) -> dict[str, int]:
     source = ASTSource(KERNELS[kernel], **_arguments(KERNELS[kernel], constants))
     made = triton.compile(source, target=_TARGET, options={"num_warps": 4, "launch_pdl": True})
     return _usage(made.asm["cubin"])
+
+
+def latent_resources(kernel: str, columns: int, rope_bits: int) -> dict[str, int]:
+    """Return what a kernel over latents of DeepSeek's widths takes, in a decode step of 4-bit latents."""
+    layout = LatentLayout.of(get_preset("kvarn_k4v2_g128"), 512, 64, rope_bits)
+    shape = latent_launch(columns)
+    constants = _constants(TileLayout.of(get_preset("kvarn_k4v2_g128"), 128), **latent_constants(layout))
+    tokens = 16 if kernel == "restore" else shape.tokens
+    constants |= {"COLUMNS": columns, "GROUP": columns, "TOKENS": tokens, "STAGES": shape.stages}
+    constants |= {"BLOCK": 32 if kernel == "seal" else 4, "CHANNELS": 128, "LATENT_CLIP": 1.0}
+    constants |= {"LATENT_BITS": layout.latent_bits, "ROPE_BITS": rope_bits}
+    warps = {"attend": shape.warps, "seal": 8}.get(kernel, 4)
+    source = ASTSource(LATENT_KERNELS[kernel], **_arguments(LATENT_KERNELS[kernel], constants))
+    made = triton.compile(source, target=_TARGET, options={"num_warps": warps, "launch_pdl": True})
+    return {**_usage(made.asm["cubin"]), "shared": made.metadata.shared}
 
 
 def _constants(layout: TileLayout, **changes: object) -> dict[str, Any]:

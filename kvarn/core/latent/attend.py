@@ -24,7 +24,7 @@ _FEWEST_COLUMNS = 16
 
 
 @dataclass(frozen=True, slots=True)
-class LatentShape:
+class LatentLaunch:
     """How the kernel is launched.
 
     Args:
@@ -45,15 +45,15 @@ def heads_together(q_heads: int) -> int:
     return max(heads for heads in range(1, min(q_heads, LATENT_COLUMNS) + 1) if q_heads % heads == 0)
 
 
-def latent_shape(columns: int) -> LatentShape:
+def latent_launch(columns: int) -> LatentLaunch:
     """Return the shape for the query columns of a program."""
     if columns <= _FEWEST_COLUMNS:
-        return LatentShape(warps=4, stages=3, tokens=32, programs_per_sm=2)
-    return LatentShape(warps=8, stages=3, tokens=32 if columns < LATENT_COLUMNS else 64, programs_per_sm=1)
+        return LatentLaunch(warps=4, stages=3, tokens=32, programs_per_sm=2)
+    return LatentLaunch(warps=8, stages=3, tokens=32 if columns < LATENT_COLUMNS else 64, programs_per_sm=1)
 
 
 def num_latent_programs(
-    config: CacheConfig[LatentLayout], shape: LatentShape, head_blocks: int, step: Step, device: torch.device
+    config: CacheConfig[LatentLayout], shape: LatentLaunch, head_blocks: int, step: Step, device: torch.device
 ) -> int:
     """Return how many programs share the work of one block of heads. It follows from shapes alone."""
     if config.batch_invariant:
@@ -101,7 +101,7 @@ def attend_latents(
         out = torch.empty(q_latent.shape, dtype=layer.tails.dtype, device=device)
     q, unit = rotate_queries(q_latent, q_rope, layout)
     group, columns = heads_together(heads), max(step.columns, _FEWEST_COLUMNS)
-    shape, tasks = latent_shape(columns), step.task_request.shape[0]
+    shape, tasks = latent_launch(columns), step.task_request.shape[0]
     programs = num_latent_programs(config, shape, heads // group, step, device)
     parts = (programs + tasks, heads // group, columns)
     partial_out = torch.empty(*parts, layout.latent_dim, dtype=torch.float32, device=device)
