@@ -78,6 +78,18 @@ def test_superscript_digit_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -
         env.tail_tokens()
 
 
+@pytest.mark.parametrize(("value", "bits"), [("", 16), ("16", 16), (" 8 ", 8)])
+def test_rope_bits(value, bits, monkeypatch):
+    monkeypatch.setenv("KVARN_ROPE_BITS", value)
+    assert env.rope_bits() == bits
+
+
+def test_other_rope_bits_are_an_error(monkeypatch):
+    monkeypatch.setenv("KVARN_ROPE_BITS", "4")
+    with pytest.raises(KVarNError, match="KVARN_ROPE_BITS='4' is no width of the rope part; set it to 16 or 8"):
+        env.rope_bits()
+
+
 def test_requested_hooks_are_seen_by_this_process(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KVARN_SGLANG_HOOKS", "0")
     env.request_sglang_hooks()

@@ -7,7 +7,7 @@ import pytest
 
 from kvarn.checkpoint import describe
 from kvarn.cli.main import main
-from kvarn.core.capacity import CacheShape, plan_blocks, plan_capacity
+from kvarn.core.capacity import CacheShape, latent_shape, plan_blocks, plan_capacity
 from kvarn.core.support import DeviceFacts, unsupported_reasons
 from kvarn.errors import KVarNError
 from kvarn.presets import get_preset
@@ -109,6 +109,25 @@ def test_command_shows_layers_by_kind(tmp_path, capsys):
     said = capsys.readouterr().out
     assert "layers: 3 in tiles, 15 in model dtype" in said
     assert "keep the newest 512 tokens of each running request in bfloat16" in said
+
+
+def test_command_plans_latents_where_they_are_served(tmp_path, capsys):
+    config = QWEN2 | {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "v_head_dim": 128}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert main(["plan", str(tmp_path), "--memory", "40", "--requests", "64", "--tensor-parallel", "2"]) == 0
+    said = capsys.readouterr().out
+    assert "latents of 512 + 64" in said
+    shape = latent_shape(PRESET, layers=28, latent_dim=512, rope_dim=64, raw_bytes=2)
+    assert f"{plan_blocks(shape, 40 << 30, 32768) * 32768:,}" in said
+    assert "not served" in said
+    (tmp_path / "config.json").write_text(json.dumps(config | {"kv_lora_rank": 300}))
+    assert main(["plan", str(tmp_path), "--memory", "40"]) == 1
+    assert "latents of 300" in capsys.readouterr().err
+
+
+def test_a_sparse_index_is_seen_in_the_configuration():
+    facts = describe(QWEN2 | {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "index_topk": 2048}).facts
+    assert any("sparse index" in reason for reason in unsupported_reasons(facts, PRESET, DeviceFacts("cuda")))
 
 
 @pytest.mark.parametrize("arguments", [["no-such-folder", "--memory", "1"], [".", "--memory", "0"]])
