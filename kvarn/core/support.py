@@ -83,7 +83,7 @@ def unsupported_reasons(
     """
     return [
         *_architecture_reasons(facts, preset, beside, latents=latents),
-        *_head_reasons(facts, preset),
+        *(_latent_reasons(facts, preset) if facts.latent_attention and latents else _head_reasons(facts, preset)),
         *_device_reasons(facts, device),
     ]
 
@@ -119,8 +119,8 @@ def _architecture_reasons(
 
 def _head_reasons(facts: ModelFacts, preset: Preset) -> list[str]:
     if facts.latent_attention:
-        # Its head widths say nothing about the cache.
-        return _latent_reasons(facts, preset)
+        # Its head widths say nothing about the cache, and it is refused already.
+        return []
     reasons = []
     if facts.head_dim not in HEAD_DIMS:
         widths = ", ".join(str(width) for width in HEAD_DIMS)
