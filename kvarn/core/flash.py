@@ -52,8 +52,8 @@ class FlashAttention(Protocol):
 
 
 def flash_for(
-    config: CacheConfig, dtype: torch.dtype, device: torch.device, *, caps_logits: bool,
-    engine: FlashAttention | None = None,
+    config: CacheConfig[Any], dtype: torch.dtype, device: torch.device, *, caps_logits: bool,
+    engine: FlashAttention | None = None, head_dim: int | None = None,
 ) -> FlashAttention | None:  # fmt: skip
     """Return what attends long chunks, or None if the kernels over tiles are to.
 
@@ -66,12 +66,13 @@ def flash_for(
         device: where it runs.
         caps_logits: some layer has a soft cap, which torch's own doesn't know.
         engine: the engine's own flash attention, if it has one that runs here; it must know soft caps.
+        head_dim: channels of a head, if they are not those of the layout.
     """
     if config.canonical or config.batch_invariant:
         return None
     if device.type != "cuda":
         return flash_reference
-    if dtype == torch.float32 or config.layout.head_dim > _WIDEST_HEAD:
+    if dtype == torch.float32 or (head_dim or config.layout.head_dim) > _WIDEST_HEAD:
         return None
     if engine is not None:
         return engine
@@ -95,6 +96,20 @@ def flash_from(varlen: Callable[..., Any], **options: Any) -> FlashAttention:
             return_softmax_lse=True, **options,
         )  # fmt: skip
         return out, lse
+
+    return attend
+
+
+def widened(flash: FlashAttention) -> FlashAttention:
+    """Return flash attention for values narrower than keys, by one whose keys and values are of one width."""
+
+    def attend(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float, logit_cap: float, *, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        width = v.shape[-1]
+        wide = torch.nn.functional.pad(v, (0, k.shape[-1] - width))
+        out, lse = flash(q, k, wide, spans, scale, logit_cap, causal=causal)
+        return out[..., :width].contiguous(), lse
 
     return attend
 

@@ -1,10 +1,12 @@
 """Prefill: long chunks attend by flash attention, to their own rows and to cached ones restored to the model dtype."""
 
+from collections.abc import Callable
+
 import torch
 
 from kvarn.core.cache import LayerCache
 from kvarn.core.merge import merge
-from kvarn.core.prefill_plan import PrefillPlan
+from kvarn.core.prefill_plan import PrefillPlan, Segment
 from kvarn.core.restore import restore
 from kvarn.core.step import Step
 
@@ -18,8 +20,6 @@ def prefill(
 ) -> None:  # fmt: skip
     """Attend the long chunks of a step, before its rows are stored.
 
-    Queries read their chunk's own rows as they come, and what was cached before as the chunk's first query does.
-
     Args:
         q: [tokens, q_heads, head_dim], model dtype; token and head strides are free.
         k: [tokens, kv_heads, head_dim]; v: the same. Not rotated.
@@ -32,19 +32,64 @@ def prefill(
 
     Determinism: that of the flash attention. Graph-safe: no.
     """
+    room = (2, most_keys(plan), *k.shape[1:])
+    workspace = torch.empty(room, dtype=k.dtype, device=k.device)
+    attend_long_chunks(
+        q,
+        lambda tokens: (k[tokens], v[tokens]),
+        lambda segment: restore(layer, step, segment, workspace),
+        plan,
+        scale,
+        logit_cap,
+        out,
+    )
+
+
+def most_keys(plan: PrefillPlan) -> int:
+    """Return the most cached tokens that are restored together."""
+    return max((segment.keys for segment in plan.segments), default=0)
+
+
+def attend_long_chunks(
+    q: torch.Tensor,
+    own: Callable[[slice], tuple[torch.Tensor, torch.Tensor]],
+    cached: Callable[[Segment], tuple[torch.Tensor, torch.Tensor]],
+    plan: PrefillPlan,
+    scale: float,
+    logit_cap: float,
+    out: torch.Tensor,
+    first_row: int = 0,
+) -> None:
+    """Attend long chunks to rows in the model dtype, wherever they come from.
+
+    Queries read their chunk's own rows as they come, and what was cached before as the chunk's first query does.
+
+    Args:
+        q: [tokens, q_heads, key width], model dtype, of the step's rows from first_row on; token and head strides are
+            free.
+        own: returns keys and values of some tokens of the step, [tokens, kv_heads, width].
+        cached: returns those of a segment of cached tokens.
+        plan: the long chunks.
+        scale: factor on q . k.
+        logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
+        out: [tokens, q_heads, value width], model dtype, contiguous, of the same rows: long chunks' are written.
+        first_row: before it, the step has no rows of long chunks.
+    """
     dtype = out.dtype if len(plan.segments) <= _FEW_MERGES else torch.float32
     total = out if dtype == out.dtype else torch.empty_like(out, dtype=dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    for own in plan.own:
-        at = own.tokens
-        total[at], lse[:, at] = plan.flash(q[at], k[at], v[at], own.spans, scale, logit_cap, causal=True)
-    room = (2, max((segment.keys for segment in plan.segments), default=0), *k.shape[1:])
-    workspace = torch.empty(room, dtype=k.dtype, device=k.device)
+    for chunk in plan.own:
+        at = _from(first_row, chunk.tokens)
+        total[at], lse[:, at] = plan.flash(q[at], *own(chunk.tokens), chunk.spans, scale, logit_cap, causal=True)
     for segment in plan.segments:
-        at = segment.tokens
-        keys, values = restore(layer, step, segment, workspace)
-        part, part_lse = plan.flash(q[at], keys, values, segment.spans, scale, logit_cap, causal=False)
+        at = _from(first_row, segment.tokens)
+        part, part_lse = plan.flash(q[at], *cached(segment), segment.spans, scale, logit_cap, causal=False)
         merge(total[at], lse[:, at], part, part_lse)
     if total is not out:
-        for own in plan.own:
-            out[own.tokens] = total[own.tokens]
+        for chunk in plan.own:
+            at = _from(first_row, chunk.tokens)
+            out[at] = total[at]
+
+
+def _from(first_row: int, tokens: slice) -> slice:
+    return slice(tokens.start - first_row, tokens.stop - first_row)

@@ -6,6 +6,7 @@ to the model dtype in a workspace of fixed size: so its memory doesn't grow with
 
 import itertools
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -59,6 +60,7 @@ class PrefillPlan:
         segments: their cached context.
         short_tokens: rows of the step that are in no long chunk.
         short_requests: requests that have these.
+        long_last: whether they come first.
     """
 
     flash: FlashAttention
@@ -66,21 +68,30 @@ class PrefillPlan:
     segments: list[Segment]
     short_tokens: int
     short_requests: int
+    long_last: bool
 
 
-def workspace_tokens(config: CacheConfig, dtype: torch.dtype) -> int:
-    """Return how many tokens are restored at a time: whole tiles, at least one."""
-    row = 2 * config.kv_heads * config.layout.head_dim * dtype.itemsize
+def workspace_tokens(config: CacheConfig[Any], dtype: torch.dtype, token_numbers: int | None = None) -> int:
+    """Return how many tokens are restored at a time: whole tiles, at least one.
+
+    Args:
+        config: shared numbers of the cache.
+        dtype: of the model.
+        token_numbers: what a restored token takes, if it is not a raw row.
+    """
+    rows, width = config.layout.raw_shape
+    row = (token_numbers or rows * config.kv_heads * width) * dtype.itemsize
     return max(1, _WORKSPACE_BYTES // (row * config.tile_tokens)) * config.tile_tokens
 
 
 def plan_prefill(
-    config: CacheConfig,
+    config: CacheConfig[Any],
     flash: FlashAttention | None,
     dtype: torch.dtype,
     prefix_lens: list[int],
     query_lens: list[int],
     device: torch.device,
+    token_numbers: int | None = None,
 ) -> PrefillPlan | None:
     """Plan a step's long chunks; None if it has none, or nothing that attends them.
 
@@ -91,6 +102,7 @@ def plan_prefill(
         prefix_lens: tokens of each request before the step; right for long chunks, any number for others.
         query_lens: rows of each request in the step.
         device: where the step runs.
+        token_numbers: as for `workspace_tokens`.
     """
     longs = [i for i, rows in enumerate(query_lens) if rows > LONG_ROWS]
     if flash is None or not longs:
@@ -104,7 +116,7 @@ def plan_prefill(
     cut = [
         (piece, numbers.ints([begin for _, begin, _ in piece]), numbers.spans(
             [query_lens[i] for i, _, _ in piece], [end - begin for _, begin, end in piece]))
-        for piece in _pieces(longs, prefix_lens, workspace_tokens(config, dtype), config.tile_tokens)
+        for piece in _pieces(longs, prefix_lens, workspace_tokens(config, dtype, token_numbers), config.tile_tokens)
     ]  # fmt: skip
     numbers.send()
     long_tokens = sum(query_lens[i] for i in longs)
@@ -123,6 +135,7 @@ def plan_prefill(
         ],
         short_tokens=starts[-1] - long_tokens,
         short_requests=len(query_lens) - len(longs),
+        long_last=longs[0] + len(longs) == len(query_lens),
     )
 
 

@@ -119,8 +119,7 @@ def _architecture_reasons(
 
 def _head_reasons(facts: ModelFacts, preset: Preset) -> list[str]:
     if facts.latent_attention:
-        # Its head widths say nothing about the cache, and it is refused already.
-        return []
+        return _latent_reasons(facts, preset)
     reasons = []
     if facts.head_dim not in HEAD_DIMS:
         widths = ", ".join(str(width) for width in HEAD_DIMS)

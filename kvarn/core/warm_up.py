@@ -1,5 +1,8 @@
 """Warm-up: compile every kernel that a server's steps launch, before it serves."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 
 from kvarn.core.attention import attention
@@ -16,6 +19,33 @@ _LONG_CHUNK = 520
 
 
 def warm_up(layer: LayerCache, q_heads: int, flash: FlashAttention | None) -> None:
+    """Run steps of every kind that has kernels of its own, as `warm_up_steps` says.
+
+    Args:
+        layer: any of the model's layers, in the memory that the engine gave it.
+        q_heads: query heads of a layer on this rank.
+        flash: what attends long chunks, if anything does.
+    """
+    config = layer.config
+
+    def run(step: Step, tokens: int) -> None:
+        q, k, v = (
+            torch.zeros(tokens, n, config.layout.head_dim, dtype=layer.tails.dtype, device=layer.tails.device)
+            for n in (q_heads, config.kv_heads, config.kv_heads)
+        )
+        attention(q, k, v, layer, step, scale=1.0)
+
+    warm_up_steps(layer, q_heads // config.kv_heads, flash, run)
+
+
+def warm_up_steps(
+    layer: LayerCache[Any],
+    group: int,
+    flash: FlashAttention | None,
+    run: Callable[[Step, int], None],
+    widest: int = CHUNK_COLUMNS,
+    token_numbers: int | None = None,
+) -> None:
     """Run decode and verify steps, chunks and long chunks of every kind that has kernels of its own.
 
     They write to block 0 and to ring 0 of the layer, which are the engine's for padding or not in use yet, and nowhere
@@ -23,48 +53,36 @@ def warm_up(layer: LayerCache, q_heads: int, flash: FlashAttention | None) -> No
 
     Args:
         layer: any of the model's layers, in the memory that the engine gave it.
-        q_heads: query heads of a layer on this rank.
+        group: query heads that read a record together.
         flash: what attends long chunks, if anything does.
+        run: serves a step of so many rows.
+        widest: as for `chunk_step`.
+        token_numbers: as for `plan_prefill`.
     """
     if not runs_triton(layer.records):
         return
-    group = q_heads // layer.config.kv_heads
-    device = layer.records.device
+    config, device = layer.config, layer.records.device
+
+    def run_chunk(flash: FlashAttention | None, prefix: int, tokens: int) -> None:
+        plan = plan_prefill(config, flash, layer.tails.dtype, [prefix], [tokens], device, token_numbers)
+        table = torch.zeros(1, -(-(prefix + tokens) // config.tile_tokens), dtype=torch.int32, device=device)
+        ends = _ints(device, 1, prefix), _ints(device, 1, prefix + tokens)
+        row = _ints(device, 1, 0)
+        step, _ = chunk_step(_scratch_state(layer), row, *ends, None, table, group, tokens, plan, widest)
+        run(step, tokens)
+
     for tasks in _TASKS:
         rows, ones, table = _ints(device, tasks, 0), _ints(device, tasks, 1), _ints(device, tasks, 0)[:, None]
-        for each in sorted({1, layer.config.draft_tokens + 1}):
-            step = verify_step(_scratch_state(layer), rows, ones, table, group, each)
-            _run(layer, q_heads, step, tasks * each)
-        _run_chunk(layer, q_heads, None, 0, tasks * max(1, CHUNK_COLUMNS // group))
-    for prefix in (0, layer.config.tile_tokens):
-        _run_chunk(layer, q_heads, flash, prefix, _LONG_CHUNK)
+        for each in sorted({1, config.draft_tokens + 1}):
+            run(verify_step(_scratch_state(layer), rows, ones, table, group, each, widest), tasks * each)
+        run_chunk(None, 0, tasks * max(1, widest // group))
+    for prefix in (0, config.tile_tokens):
+        run_chunk(flash, prefix, _LONG_CHUNK)
     if layer.records.is_cuda:
         torch.cuda.synchronize(device)
 
 
-def _run_chunk(layer: LayerCache, q_heads: int, flash: FlashAttention | None, prefix: int, tokens: int) -> None:
-    """Run a chunk of rows of zeros of one request."""
-    config, device = layer.config, layer.records.device
-    plan = plan_prefill(config, flash, layer.tails.dtype, [prefix], [tokens], device)
-    table = torch.zeros(1, -(-(prefix + tokens) // config.tile_tokens), dtype=torch.int32, device=device)
-    step, _ = chunk_step(
-        _scratch_state(layer), _ints(device, 1, 0), _ints(device, 1, prefix), _ints(device, 1, prefix + tokens), None,
-        table, q_heads // config.kv_heads, tokens, plan,
-    )  # fmt: skip
-    _run(layer, q_heads, step, tokens)
-
-
-def _run(layer: LayerCache, q_heads: int, step: Step, tokens: int) -> None:
-    """Attend rows of zeros."""
-    heads = layer.config.kv_heads
-    q, k, v = (
-        torch.zeros(tokens, n, layer.config.layout.head_dim, dtype=layer.tails.dtype, device=layer.tails.device)
-        for n in (q_heads, heads, heads)
-    )
-    attention(q, k, v, layer, step, scale=1.0)
-
-
-def _scratch_state(layer: LayerCache) -> TailState:
+def _scratch_state(layer: LayerCache[Any]) -> TailState:
     """Return a state of one ring and the padding block, so that a step leaves the server's alone."""
     return TailState(layer.config, rows=1, blocks=1, sink_slots=1, device=layer.records.device)
 

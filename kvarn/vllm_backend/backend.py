@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import (
     AttentionBackend,
-    AttentionCGSupport,
     AttentionImpl,
-    AttentionMetadata,
-    AttentionMetadataBuilder,
     MultipleOf,
 )
 from vllm.v1.kv_cache_layout import KVCacheLayout
@@ -22,18 +19,16 @@ from kvarn.core.attention import attention, reserve_scratch
 from kvarn.core.cache import CacheConfig
 from kvarn.core.capacity import cache_shape
 from kvarn.core.flash import flash_for
-from kvarn.core.layers import layer_kinds, summary
 from kvarn.core.layout import HEAD_DIMS, TileLayout
-from kvarn.core.prefill_plan import PrefillPlan, plan_prefill
-from kvarn.core.step import Step, aligned_ints, chunk_step, verify_step
+from kvarn.core.warm_up import warm_up
 from kvarn.errors import UnsupportedConfig
 from kvarn.presets import PRESETS, Preset
 from kvarn.vllm_backend import compat, compat_cpu, compat_tables, compat_windows, resolution
-from kvarn.vllm_backend.tails import TailCache, TilePool, forget_rings
+from kvarn.vllm_backend.metadata import TileMetadata, TileMetadataBuilder, describe
+from kvarn.vllm_backend.tails import TailCache, add_tail, forget_rings, second_model_reasons
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-    from vllm.v1.attention.backend import CommonAttentionMetadata
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 
@@ -99,78 +94,6 @@ class TileAttentionBackend(AttentionBackend):
         return resolution.reasons_against(fields, get_current_vllm_config(), device_capability)
 
 
-@dataclass
-class TileMetadata(AttentionMetadata):
-    """A step as vLLM tells it; the first layer makes the core's description of it, inside the graph if there is one.
-
-    Args:
-        seq_lens: [requests], int32, tokens after the step; 0 for padding.
-        query_start: [requests + 1], int32.
-        block_table: [requests, blocks], int32.
-        num_tokens: rows of the step that hold tokens, padding of a graph included.
-        rows_each: rows of every request in a decode or verify step; 0 in any other.
-        plan: of the step's long chunks.
-        steps: the step for every column of the tail's block table.
-    """
-
-    seq_lens: torch.Tensor
-    query_start: torch.Tensor
-    block_table: torch.Tensor
-    num_tokens: int
-    rows_each: int
-    plan: PrefillPlan | None = None
-    steps: list[Step] | None = None
-
-
-class TileMetadataBuilder(AttentionMetadataBuilder[TileMetadata]):
-    """Describes steps. No host sync."""
-
-    _cudagraph_support = AttentionCGSupport.UNIFORM_BATCH
-
-    def __init__(
-        self, kv_cache_spec: AttentionSpec, layer_names: list[str], vllm_config: VllmConfig, device: torch.device
-    ) -> None:
-        super().__init__(kv_cache_spec, layer_names, vllm_config, device)
-        compat.require_watched()
-        self._tail = compat.tail_of(vllm_config)
-
-    def build(
-        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
-    ) -> TileMetadata:
-        """Note what a step is.
-
-        Raises:
-            RuntimeError: an earlier step found that a request had lost its open tile.
-        """
-        del common_prefix_len, fast_build
-        common = common_attn_metadata
-        state = self._tail.pool.state
-        state.check_faults()
-        state.watch_faults()
-        rows_each = _rows_each(common, self._tail.shape.draft_tokens + 1)
-        table = common.block_table_tensor
-        if rows_each:
-            return TileMetadata(common.seq_lens, common.query_start_loc, table, common.num_reqs * rows_each, rows_each)
-        blocks = -(-common.max_seq_len // self.kv_cache_spec.block_size)
-        table, tokens = table[:, :blocks], int(common.query_start_loc_cpu[-1])
-        return TileMetadata(common.seq_lens, common.query_start_loc, table, tokens, 0, self._plan(common))
-
-    def _plan(self, common: CommonAttentionMetadata) -> PrefillPlan | None:
-        """Plan the step's long chunks. vLLM's lengths on the host are true for requests that are being prefilled."""
-        if common.seq_lens_cpu_upper_bound is None:
-            return None
-        query_lens = common.query_start_loc_cpu.diff()
-        prefix_lens = common.seq_lens_cpu_upper_bound - query_lens
-        return plan_prefill(
-            self._tail.pool.config,
-            self._tail.flash,
-            self._tail.raw_dtype,
-            prefix_lens.tolist(),
-            query_lens.tolist(),
-            common.seq_lens.device,
-        )
-
-
 class TileAttention(AttentionImpl[TileMetadata]):
     """Attention of one layer over records, exact tails and sinks. The arguments are vLLM's.
 
@@ -204,12 +127,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
             "has_sink": extras.pop("sinks", None) is not None,
         }
         config = get_current_vllm_config()
-        reasons = resolution.reasons_against(fields, config, None)
-        if compat.tail_of(config) is not None:
-            reasons.append(
-                "A draft model's layers can't be cached in tiles, whose tails belong to the model's own layers; pass "
-                "kv_cache_dtype auto in --speculative-config, or another draft model."
-            )
+        reasons = [*resolution.reasons_against(fields, config, None), *second_model_reasons(config)]
         if reasons:
             raise UnsupportedConfig(reasons)
         compat.keep_drafts_raw(config)
@@ -244,6 +162,10 @@ class TileAttention(AttentionImpl[TileMetadata]):
         self._index = next(i for i, layer in enumerate(layers.values()) if layer.impl is self)
         self._tail = compat.tail_of(config) or _add_tail(config, layers, act_dtype)
 
+    def warm_up(self, tail: TailCache) -> None:
+        """Compile what steps launch; the caches are bound."""
+        warm_up(tail.pool.layers[0], self.num_heads, tail.flash)
+
     def forward(
         self,
         layer: torch.nn.Module,
@@ -265,7 +187,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
         pool = tail.pool
         if self._index == 0:
             tail_blocks = compat.metadata_of(tail.layer_name).block_table
-            attn_metadata.steps = _describe(pool, attn_metadata, tail_blocks, self.num_heads // self.num_kv_heads)
+            attn_metadata.steps = describe(pool, attn_metadata, tail_blocks, self.num_heads // self.num_kv_heads)
         step = attn_metadata.steps[self._index // pool.rings_per_block]
         rows = slice(0, attn_metadata.num_tokens)
         attention(
@@ -304,7 +226,7 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
                 "which one pool of tiles can't hold; serve it with --kv-cache-dtype auto."
             ]
         )
-    first, layer = next(iter(layers.items()))
+    layer = next(iter(layers.values()))
     shape = cache_shape(
         layer.attn_backend.preset,
         layers=len(layers),
@@ -314,15 +236,7 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
         draft_tokens=compat.draft_tokens(config),
         windows=compat_windows.window_shape(config),
     )
-    tail = TailCache(
-        first + compat_tables.TAIL_SUFFIX,
-        list(layers.values()),
-        shape,
-        raw_dtype,
-        config.scheduler_config.max_num_seqs,
-        config.model_config.max_model_len,
-        config.device_config.device,
-    )
+    tail = add_tail(config, layers, shape, raw_dtype)
     tail.flash = flash_for(
         CacheConfig.of(shape),
         raw_dtype,
@@ -330,51 +244,4 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
         caps_logits=any(layer.impl.caps_logits for layer in layers.values()),
         engine=compat.flash_attention(tail.sinks.device, shape.head_dim),
     )
-    tail.kinds = summary(layer_kinds(config.model_config.hf_text_config))
-    compat.add_layer(config, tail.layer_name, tail)
     return tail
-
-
-def _rows_each(common: CommonAttentionMetadata, most: int) -> int:
-    """Return the rows of every request if all have as many, and no more than a verified one; else 0.
-
-    Requests that pad a graph have none here, come last, and get as many.
-    """
-    rows = common.max_query_len
-    if rows == 1:
-        return 1
-    starts = common.query_start_loc_cpu
-    if rows > most or common.num_actual_tokens != common.num_reqs * rows or int(starts[-1]) % rows:
-        return 0
-    equal = torch.arange(0, starts.shape[0] * rows, rows, dtype=starts.dtype).clamp_max(starts[-1])
-    return rows if torch.equal(starts, equal) else 0
-
-
-def _describe(pool: TilePool, metadata: TileMetadata, tail_blocks: torch.Tensor, group: int) -> list[Step]:
-    """Return the core's description of a step for every column of the tail's block table. Graph-safe but for chunks."""
-    rows = aligned_ints(*tail_blocks.shape[::-1], tail_blocks.device).copy_(tail_blocks.t())
-    table = metadata.block_table
-    tiles = pool.config.tiles_per_block
-    if tiles > 1:
-        table = (table[:, :, None] * tiles + torch.arange(tiles, dtype=torch.int32, device=table.device)).flatten(1)
-    if metadata.rows_each:
-        step = verify_step(pool.state, rows[0], metadata.seq_lens, table, group, metadata.rows_each)
-    else:
-        if table.is_cuda and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "vLLM captures a step whose requests have different numbers of rows, which KVarN can't replay. "
-                'Pass --compilation-config \'{"cudagraph_mode": "PIECEWISE"}\', and please report the flags.'
-            )
-        prefix_lens = metadata.seq_lens - metadata.query_start.diff()
-        step, _ = chunk_step(
-            pool.state,
-            rows[0],
-            prefix_lens,
-            metadata.seq_lens,
-            None,
-            table,
-            group,
-            metadata.num_tokens,
-            metadata.plan,
-        )
-    return [replace(step, rows=column) for column in rows]

@@ -180,6 +180,22 @@ def draft_tokens(vllm_config: VllmConfig) -> int:
     return 0 if speculative is None else int(speculative.num_speculative_tokens)
 
 
+def latent_dims(vllm_config: VllmConfig) -> tuple[int, int]:
+    """Return the channels of a model's latents (MLA) and of their rope parts."""
+    text = vllm_config.model_config.hf_text_config
+    return int(text.kv_lora_rank), int(text.qk_rope_head_dim)
+
+
+def reserve_in_profile(layer: Any, needed_bytes: int, dtype: torch.dtype) -> None:
+    """Let an MLA layer take so much memory in vLLM's profiling run, in which it attends to nothing.
+
+    There it takes what keys and values of some tokens take in the model's dtype, as many as vLLM would make from
+    cached latents at a time.
+    """
+    token_bytes = layer.num_heads * (layer.qk_nope_head_dim + layer.v_head_dim) * dtype.itemsize
+    layer._chunked_prefill_workspace_size = -(-needed_bytes // token_bytes)
+
+
 def keep_drafts_raw(vllm_config: VllmConfig) -> None:
     """Keep the cache of a draft model in its own dtype, unless the user names another.
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from kvarn.errors import UnsupportedConfig
 from kvarn.presets import get_preset
-from kvarn.vllm_backend import compat, compat_tables, compat_windows
+from kvarn.vllm_backend import compat, compat_windows
 
 
 def register() -> None:
@@ -27,14 +27,15 @@ def choose_backend(platform: type, config: Any) -> str:
         EngineIncompatible: this vLLM is not one that KVarN was tested with.
         UnsupportedConfig: lists every reason why the layer can't be served.
     """
-    from kvarn.vllm_backend.backend import backend_of
+    from kvarn.vllm_backend import backend, latent_backend
 
     compat.require_compatible()
     preset = get_preset(config.kv_cache_dtype)
-    reasons = backend_of(preset).validate_configuration(
+    module = latent_backend if config.use_mla else backend
+    reasons = module.backend_of(preset).validate_configuration(
         device_capability=platform.get_device_capability(),
         **config._asdict(),
     )
     if reasons:
         raise UnsupportedConfig(reasons)
-    return f"{compat_tables.BACKEND_MODULE}.{preset.name}"
+    return f"{module.__name__}.{preset.name}"

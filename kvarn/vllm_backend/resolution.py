@@ -10,6 +10,7 @@ from kvarn.core.layers import LayerKind, layer_kinds
 from kvarn.core.prefill_plan import LONG_ROWS
 from kvarn.core.support import DeviceFacts, ModelFacts, unsupported_reasons
 from kvarn.presets import get_preset, is_preset_name
+from kvarn.vllm_backend import compat
 from kvarn.vllm_backend.compat_tables import SELECTOR_FLAGS, SKIP_WINDOWS
 
 if TYPE_CHECKING:
@@ -85,7 +86,7 @@ def reasons_against(fields: Mapping[str, Any], config: VllmConfig, capability: t
     limits = (limit.reason(config) for limit in LIMITS)
     beside = frozenset(layer_kinds(text)) - {LayerKind.TILES}
     return [
-        *unsupported_reasons(_facts(fields, config), preset, _device(config, capability), beside),
+        *unsupported_reasons(_facts(fields, config), preset, _device(config, capability), beside, latents=True),
         *(f"The model or a flag {why}; serve it with --kv-cache-dtype auto." for why in asked),
         *_block_reasons(config, preset.tile_tokens),
         *draft_reasons(
@@ -108,6 +109,7 @@ def _facts(fields: Mapping[str, Any], config: VllmConfig) -> ModelFacts:
         head_dim=head_dim,
         v_head_dim=head_dim,
         latent_attention=fields["use_mla"],
+        latent_dims=compat.latent_dims(config) if fields["use_mla"] else None,
         encoder_decoder=fields["attn_type"] in ("encoder_decoder", "encoder", "encoder_only"),
         kinds=frozenset({LayerKind.MODEL_DTYPE if fields["has_sliding_window"] else LayerKind.TILES}),
         learned_sinks=fields["has_sink"],

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
@@ -11,9 +11,9 @@ from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, Atte
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.capacity import CacheShape
 from kvarn.core.flash import FlashAttention
+from kvarn.core.layers import layer_kinds, summary
 from kvarn.core.tail import TailState
-from kvarn.core.warm_up import warm_up
-from kvarn.vllm_backend import compat
+from kvarn.vllm_backend import compat, compat_tables
 from kvarn.vllm_backend.spec import TailSpec
 
 if TYPE_CHECKING:
@@ -126,13 +126,15 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         self.kv_cache = torch.empty(0)
         self.flash: FlashAttention | None = None  # what attends long chunks, if anything does
         self.kinds = ""  # layers by kind, for the log
+        self.token_numbers: int | None = None  # what a cached token takes when it is restored, if not a raw row
         # Plain attributes: the attention layers are modules of the model, not of this one.
         object.__setattr__(self, "layers", layers)
         object.__setattr__(self, "_pool", None)
         self._announced = False
         slots = shape.sink_slots(min(max_requests, _REQUESTS_WITH_SINKS))
         # Taken before vLLM measures what is left for the cache, so that it is charged.
-        rows = (shape.layers, slots, 2, shape.kv_heads, shape.sink_tokens, shape.head_dim)
+        parts, width = shape.layout.raw_shape
+        rows = (shape.layers, slots, parts, shape.kv_heads, shape.sink_tokens, width)
         self.sinks = torch.zeros(rows, dtype=raw_dtype, device=device)
 
     def get_attn_backend(self) -> type[TailBackend]:
@@ -192,7 +194,7 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
 
     def warm_up(self) -> None:
         """Compile what steps launch; the caches are bound."""
-        warm_up(self.pool.layers[0], self.layers[0].num_heads, self.flash)
+        self.layers[0].impl.warm_up(self)
 
     def _make_pool(self) -> TilePool:
         records = [_records(layer.kv_cache, self.shape) for layer in self.layers]
@@ -211,16 +213,45 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         return TilePool(config, layers, state, rings_per_block)
 
     def _rings(self, place: int) -> torch.Tensor:
-        """View one place of every block as a ring, [blocks, 2, kv_heads, ring_tokens, head_dim]."""
+        """View one place of every block as a ring, [blocks, raw rows of a token, kv_heads, ring_tokens, width]."""
         shape = self.shape
         blocks, _, tokens, content = self.kv_cache.shape
         memory = self.kv_cache.as_strided((blocks, tokens * content), (self.kv_cache.stride(0), 1))
         ring = memory[:, place * shape.ring_bytes : (place + 1) * shape.ring_bytes].view(self.raw_dtype)
-        return ring.unflatten(1, (2, shape.kv_heads, shape.ring_tokens, shape.head_dim))
+        parts, width = shape.layout.raw_shape
+        return ring.unflatten(1, (parts, shape.kv_heads, shape.ring_tokens, width))
+
+
+def add_tail(config: VllmConfig, layers: dict[str, Any], shape: CacheShape, raw_dtype: torch.dtype) -> TailCache:
+    """Make the companion of a model's attention layers and let vLLM allocate its cache."""
+    tail = TailCache(
+        next(iter(layers)) + compat_tables.TAIL_SUFFIX,
+        list(layers.values()),
+        shape,
+        raw_dtype,
+        config.scheduler_config.max_num_seqs,
+        config.model_config.max_model_len,
+        config.device_config.device,
+    )
+    tail.kinds = summary(layer_kinds(config.model_config.hf_text_config))
+    compat.add_layer(config, tail.layer_name, tail)
+    return tail
+
+
+def second_model_reasons(config: VllmConfig) -> list[str]:
+    """Return why a layer can't be cached in tiles if those of another model are, one sentence; empty if none are."""
+    if compat.tail_of(config) is None:
+        return []
+    return [
+        "A draft model's layers can't be cached in tiles, whose tails belong to the model's own layers; pass "
+        "kv_cache_dtype auto in --speculative-config, or another draft model."
+    ]
 
 
 def _records(kv_cache: torch.Tensor, shape: CacheShape) -> torch.Tensor:
     """View a layer's blocks, [blocks, kv_heads, tokens, bytes a token], as [blocks, tiles, kv_heads, record_bytes]."""
+    if kv_cache.dim() == 3:  # of latents, without heads
+        kv_cache = kv_cache[:, None]
     blocks, heads, tokens, content = kv_cache.shape
     tile = shape.preset.tile_tokens
     if content * tile != shape.layout.record_bytes or kv_cache.stride()[2:] != (content, 1):

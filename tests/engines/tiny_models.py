@@ -51,6 +51,9 @@ HYBRID = "qwen3-next"
 EAGLE_HEAD = "eagle-head"
 # Every other layer has a window.
 WINDOWED, WINDOW = "gemma3", 96
+# Multi-head latent attention, of the only widths that vLLM attends to on a CPU.
+LATENT = "deepseek-v2"
+LATENT_DIM, ROPE_DIM = 512, 64
 
 # Prompts, one seed each, whose answers by transformers are kept.
 REFERENCE_LENGTHS = (5, 127, 128, 300, 530)
@@ -76,6 +79,7 @@ def main(folder: Path, reference: Path) -> None:
     _build_hybrid().save_pretrained(folder / HYBRID)
     _save_eagle_head(folder / QWEN3_GROUP_2.name, folder / EAGLE_HEAD)
     _build_windowed().save_pretrained(folder / WINDOWED)
+    _build_latent().save_pretrained(folder / LATENT)
     reference.write_text(json.dumps(answers))
 
 
@@ -169,6 +173,31 @@ def _save_eagle_head(model: Path, folder: Path) -> None:
     head["fc.weight"] = torch.cat([torch.zeros(width, width), torch.eye(width)], dim=1)
     head["fc.bias"] = torch.zeros(width)
     save_file(head, folder / "model.safetensors")
+
+
+def _build_latent() -> PreTrainedModel:
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    config = DeepseekV2Config(
+        vocab_size=VOCABULARY,
+        hidden_size=128,
+        intermediate_size=256,
+        num_hidden_layers=LAYERS,
+        first_k_dense_replace=LAYERS,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+        q_lora_rank=None,
+        kv_lora_rank=LATENT_DIM,
+        qk_rope_head_dim=ROPE_DIM,
+        qk_nope_head_dim=32,
+        v_head_dim=32,
+        max_position_embeddings=MAX_POSITIONS,
+        initializer_range=_INITIALIZER_RANGE,
+        bos_token_id=1,
+        eos_token_id=EOS_TOKEN,
+    )
+    torch.manual_seed(0)
+    return DeepseekV2ForCausalLM(config).to(torch.float32)
 
 
 def _greedy_tokens(model: PreTrainedModel, tokens: list[int], new_tokens: int) -> list[int]:

@@ -56,7 +56,7 @@ def watched(part: Part) -> Iterator[None]:
     """Count steps by kind and most rows of a request, and poison what no step may read."""
     from kvarn.vllm_backend import backend
 
-    describe = backend._describe
+    describe = backend.describe
 
     def watch(pool: Any, metadata: Any, tail_blocks: torch.Tensor, group: int) -> Any:
         counts = metadata.query_start.diff()
@@ -74,7 +74,7 @@ def watched(part: Part) -> Iterator[None]:
         return describe(pool, metadata, tail_blocks, group)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(backend, "_describe", watch)
+        patch.setattr(backend, "describe", watch)
         yield
 
 

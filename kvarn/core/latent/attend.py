@@ -15,7 +15,7 @@ from kvarn.core.latent.reference import decode_latents
 from kvarn.core.launch import chained
 from kvarn.core.readable import readable_rows
 from kvarn.core.reference import softmax_attention
-from kvarn.core.step import Step, record_end
+from kvarn.core.step import Step, power_of_two, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, most_shares, units_per_share
 
 # Query columns of a program: they fill the rows of the MMA of a warp group. Pass this to the functions that make steps.
@@ -53,13 +53,44 @@ def latent_launch(columns: int) -> LatentLaunch:
 
 
 def num_latent_programs(
-    config: CacheConfig[LatentLayout], shape: LatentLaunch, head_blocks: int, step: Step, device: torch.device
+    config: CacheConfig[LatentLayout],
+    shape: LatentLaunch,
+    head_blocks: int,
+    tasks: int,
+    pages: int,
+    rows_in_ring: bool,
+    device: torch.device,
 ) -> int:
     """Return how many programs share the work of one block of heads. It follows from shapes alone."""
     if config.batch_invariant:
-        tasks, pages = step.task_request.shape[0], step.block_table.shape[1]
-        return most_shares(config, tasks, pages, rows_in_ring=step.rows_in_ring)
+        return most_shares(config, tasks, pages, rows_in_ring=rows_in_ring)
     return max(1, sm_count(device) * shape.programs_per_sm // head_blocks)
+
+
+def most_latent_partial_bytes(
+    config: CacheConfig[LatentLayout], tokens: int, requests: int, pages: int, heads: int, device: torch.device
+) -> int:
+    """Return the bytes of the most partial results that any step leaves before it merges them.
+
+    Args:
+        config: shared numbers.
+        tokens: most rows of a step that are attended to with absorbed queries.
+        requests: most requests of a step.
+        pages: most pages of a request.
+        heads: query heads of a layer on this rank.
+        device: where the step runs.
+    """
+    group = heads_together(heads)
+    columns = max(LATENT_COLUMNS, power_of_two(group))
+    kinds = [(columns, tokens // (columns // group) + requests, False)]
+    for rows_each in range(1, config.draft_tokens + 2):
+        rows_per_task, columns = task_shape(group, rows_each, LATENT_COLUMNS)
+        kinds.append((max(columns, _FEWEST_COLUMNS), requests * -(-rows_each // rows_per_task), True))
+    blocks, rows = heads // group, []
+    for columns, tasks, rows_in_ring in kinds:
+        programs = num_latent_programs(config, latent_launch(columns), blocks, tasks, pages, rows_in_ring, device)
+        rows.append((programs + tasks) * blocks * columns)
+    return max(rows) * (config.layout.latent_dim + 1) * torch.float32.itemsize
 
 
 def attend_latents(
@@ -102,7 +133,8 @@ def attend_latents(
     q, unit = rotate_queries(q_latent, q_rope, layout)
     group, columns = heads_together(heads), max(step.columns, _FEWEST_COLUMNS)
     shape, tasks = latent_launch(columns), step.task_request.shape[0]
-    programs = num_latent_programs(config, shape, heads // group, step, device)
+    pages = step.block_table.shape[1]
+    programs = num_latent_programs(config, shape, heads // group, tasks, pages, step.rows_in_ring, device)
     parts = (programs + tasks, heads // group, columns)
     partial_out = torch.empty(*parts, layout.latent_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
@@ -135,6 +167,8 @@ def attend_latents_reference(
     outs, lses = [], []
     starts = step.query_start.tolist()
     for request, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        if begin >= q.shape[0]:
+            break
         position = step.token_position[begin:end]
         end_of_records = record_end(config, step, torch.full_like(position, request, dtype=torch.int64), position)
         found = readable_rows(raw[:, None], layer, step, request, end_of_records, partial(_decode, layout=layout))

@@ -65,6 +65,18 @@ class LatentLayout:
         """Return the layout of a preset. A latent is a key to the logits, so it gets the bits of keys."""
         return cls(latent_dim, rope_dim, preset.tile_tokens, preset.key_bits, rope_bits)
 
+    @classmethod
+    def of_row(cls, preset: Preset, row_dim: int, rope_bits: int = _RAW_ROPE_BITS) -> "LatentLayout":
+        """Return the layout of a preset, given the width of latent and rope part together: no two layouts share it.
+
+        Raises:
+            ValueError: no layout has rows of this width.
+        """
+        for latent_dim in LATENT_DIMS:
+            if row_dim - latent_dim in ROPE_DIMS:
+                return cls.of(preset, latent_dim, row_dim - latent_dim, rope_bits)
+        raise ValueError(f"Latents of {row_dim} channels, rope part included, have no layout.")
+
     @property
     def head_dim(self) -> int:
         """Channels of a value: those of the latent."""

@@ -1,0 +1,350 @@
+"""LatentTileBackend: vLLM's multi-head latent attention (MLA) over the tile cache.
+
+vLLM stores a step's latents in one call and attends in others, so the rows of the first are kept for those.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from vllm.config import get_current_vllm_config
+from vllm.v1.attention.backend import AttentionBackend, MLAAttentionImpl, MultipleOf
+from vllm.v1.kv_cache_layout import KVCacheLayout
+
+from kvarn import env
+from kvarn.core.cache import CacheConfig, LayerCache
+from kvarn.core.capacity import latent_shape
+from kvarn.core.flash import flash_for, widened
+from kvarn.core.latent.attend import LATENT_COLUMNS, heads_together
+from kvarn.core.latent.attention import append_latents, latent_attention, latent_scratch_bytes
+from kvarn.core.latent.layout import LATENT_DIMS, ROPE_DIMS, LatentLayout
+from kvarn.core.latent.prefill import prefill_latents
+from kvarn.core.latent.rows import LatentRows
+from kvarn.core.latent.warm_up import warm_up_latents
+from kvarn.core.prefill_plan import LONG_ROWS
+from kvarn.core.step import Step
+from kvarn.errors import UnsupportedConfig
+from kvarn.presets import PRESETS, Preset
+from kvarn.vllm_backend import compat, compat_tables, resolution
+from kvarn.vllm_backend.metadata import TileMetadata, TileMetadataBuilder, describe
+from kvarn.vllm_backend.tails import TailCache, add_tail, forget_rings, second_model_reasons
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import CommonAttentionMetadata
+    from vllm.v1.kv_cache_interface import AttentionSpec
+
+
+class LatentTileBackend(AttentionBackend):
+    """What vLLM asks a backend before it makes layers and caches. There is a subclass for every preset."""
+
+    preset: ClassVar[Preset]
+    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
+    supported_kv_cache_dtypes = list(PRESETS)
+
+    @staticmethod
+    def get_name() -> str:
+        """Return the name under which the backend is registered."""
+        return compat_tables.BACKEND_NAME
+
+    @staticmethod
+    def get_impl_cls() -> type[LatentTileAttention]:
+        """Return the attention of one layer."""
+        return LatentTileAttention
+
+    @staticmethod
+    def get_builder_cls() -> type[LatentMetadataBuilder]:
+        """Return what describes a step."""
+        return LatentMetadataBuilder
+
+    @classmethod
+    def is_mla(cls) -> bool:
+        """Return that rows are latents."""
+        return True
+
+    @classmethod
+    def get_supported_head_sizes(cls) -> list[int]:
+        """Return the widths of rows, latent and rope part together, that have a layout."""
+        return sorted({latent + rope for latent in LATENT_DIMS for rope in ROPE_DIMS})
+
+    @classmethod
+    def get_supported_kernel_block_sizes(cls, kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
+        """Return that a block holds any number of tiles."""
+        del kv_cache_spec
+        return [MultipleOf(cls.preset.tile_tokens)]
+
+    @classmethod
+    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
+        """Return the layout in which a record is in one piece and groups of other page sizes share a pool."""
+        return (KVCacheLayout.BLHNC,)
+
+    @classmethod
+    def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
+        """Return the spec with a record's share as the bytes of a token."""
+        if spec.state_content_bytes is not None:  # vLLM may ask twice
+            return spec
+        layout = LatentLayout.of_row(cls.preset, spec.head_size, env.rope_bits())
+        return replace(spec, state_content_bytes=layout.record_bytes // layout.tile_tokens)
+
+    @classmethod
+    def supports_kv_connector(cls) -> bool:
+        """Return that records can't be moved without their tails."""
+        return False
+
+    @classmethod
+    def validate_configuration(cls, device_capability: Any, **fields: Any) -> list[str]:
+        """Return every reason why a layer can't be served, one sentence each."""
+        return resolution.reasons_against(fields, get_current_vllm_config(), device_capability)
+
+
+@dataclass
+class LatentMetadata(TileMetadata):
+    """A step, with what vLLM's own part of MLA asks.
+
+    Requests of few rows come first and are attended to with absorbed weights. For those of long chunks, which come
+    last, keys and values are made from latents.
+
+    Args:
+        num_decodes: requests of few rows.
+        num_prefills: requests of many.
+    """
+
+    num_decodes: int = 0
+    num_prefills: int = 0
+    prefill: None = None
+
+    @property
+    def num_actual_tokens(self) -> int:
+        """Rows of the step."""
+        return self.num_tokens
+
+    @property
+    def num_decode_tokens(self) -> int:
+        """Rows that are attended to with absorbed weights."""
+        return self.num_tokens if self.plan is None else self.plan.short_tokens
+
+    @property
+    def decode(self) -> LatentMetadata:
+        """The metadata of these rows."""
+        return self
+
+
+class LatentMetadataBuilder(TileMetadataBuilder):
+    """Describes steps. No host sync."""
+
+    # vLLM puts requests of no more rows first
+    reorder_batch_threshold = LONG_ROWS
+
+    def build(
+        self, common_prefix_len: int, common_attn_metadata: CommonAttentionMetadata, fast_build: bool = False
+    ) -> LatentMetadata:
+        """Note what a step is."""
+        step = LatentMetadata(**vars(super().build(common_prefix_len, common_attn_metadata, fast_build)))
+        plan, requests = step.plan, common_attn_metadata.num_reqs
+        if plan is not None and not plan.long_last:
+            plan = step.plan = None
+        step.num_decodes = requests if plan is None else plan.short_requests
+        step.num_prefills = requests - step.num_decodes
+        return step
+
+
+class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
+    """Attention of one layer over latent records, exact tails and sinks. The arguments are vLLM's.
+
+    Raises:
+        UnsupportedConfig: the configuration can't be served; lists every reason.
+    """
+
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int,
+        alibi_slopes: list[float] | None,
+        sliding_window: int | None,
+        kv_cache_dtype: str,
+        logits_soft_cap: float | None,
+        attn_type: str,
+        kv_sharing_target_layer_name: str | None,
+        **mla: Any,
+    ) -> None:
+        del num_kv_heads, alibi_slopes, logits_soft_cap, kv_sharing_target_layer_name
+        fields = {
+            "kv_cache_dtype": kv_cache_dtype,
+            "head_size": head_size,
+            "dtype": torch.get_default_dtype(),
+            "use_mla": True,
+            "use_sparse": mla.get("indexer") is not None,
+            "attn_type": attn_type,
+            "has_sliding_window": sliding_window is not None,
+            "has_sink": False,
+        }
+        config = get_current_vllm_config()
+        reasons = [*resolution.reasons_against(fields, config, None), *second_model_reasons(config)]
+        if reasons:
+            raise UnsupportedConfig(reasons)
+        compat.keep_drafts_raw(config)
+        compat.watch_admissions(forget_rings)
+        compat.before_warm_up(TailCache.warm_up)
+        self.num_heads = num_heads
+        self.head_size = head_size
+        self.scale = scale
+        self.kv_cache_dtype = kv_cache_dtype
+        self.key_width, self.value_width = mla["qk_head_dim"], mla["v_head_dim"]
+        self._nope_width, self._up_projection = mla["qk_nope_head_dim"], mla["kv_b_proj"]
+        self._index = 0
+        self._rows: LatentRows | None = None
+
+    def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
+        """Find the layer's place in the model; the first layer also makes the companion of all. May be called again."""
+        config = get_current_vllm_config()
+        layers = compat.layers_with(config, LatentTileBackend)
+        self._index = next(i for i, layer in enumerate(layers.values()) if layer.impl is self)
+        self._tail = compat.tail_of(config) or _add_tail(config, layers, act_dtype)
+
+    def warm_up(self, tail: TailCache) -> None:
+        """Compile what steps launch; the caches are bound."""
+        widths = (self.key_width, self.value_width)
+        warm_up_latents(tail.pool.layers[0], self.num_heads, widths, tail.flash, tail.token_numbers)
+
+    def do_kv_cache_update(
+        self,
+        kv_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        kv_cache_dtype: str,
+        k_scale: torch.Tensor,
+    ) -> None:
+        """Keep a step's rows for the attention of the same layer, which follows and stores them."""
+        del kv_cache, slot_mapping, kv_cache_dtype, k_scale
+        self._rows = LatentRows(kv_c_normed, k_pe.flatten(1))
+
+    def forward_mha(
+        self,
+        q: torch.Tensor,
+        kv_c_normed: torch.Tensor,
+        k_pe: torch.Tensor,
+        kv_cache: torch.Tensor,
+        attn_metadata: LatentMetadata,
+        k_scale: torch.Tensor,
+        output: torch.Tensor,
+        output_scale: torch.Tensor | None = None,
+    ) -> None:
+        """Attend the rows of long chunks. `forward_mqa` follows, if the step has others.
+
+        Args:
+            q: [tokens, heads, key width].
+            kv_c_normed: their latents, which `do_kv_cache_update` has seen.
+            k_pe: their rope parts.
+            kv_cache: the layer's blocks.
+            attn_metadata: the step.
+            k_scale: of vLLM's fp8.
+            output: [tokens, heads * value width]; written.
+            output_scale: of vLLM's fp8.
+        """
+        del kv_c_normed, k_pe, kv_cache, k_scale, output_scale
+        layer, step = self._begin(attn_metadata)
+        rows = self._rows_of(attn_metadata)
+        out = output.unflatten(1, (self.num_heads, self.value_width))
+        prefill_latents(q, rows, layer, step, step.plan, self._keys_and_values, self.scale, out)
+        if not attn_metadata.num_decode_tokens:
+            append_latents(rows, layer, step)
+
+    def forward_mqa(
+        self,
+        q: tuple[torch.Tensor, torch.Tensor],
+        kv_cache: torch.Tensor,
+        attn_metadata: LatentMetadata,
+        layer: torch.nn.Module,
+    ) -> tuple[torch.Tensor, None]:
+        """Append and seal all rows, and attend those of few rows. Graph-safe: yes for decode and verify steps.
+
+        Args:
+            q: absorbed queries [tokens, heads, latent_dim] and their rope parts [tokens, heads, rope_dim].
+            kv_cache: the layer's blocks.
+            attn_metadata: the step.
+            layer: vLLM's layer.
+
+        Returns:
+            Mixed latents, [tokens, heads, latent_dim].
+        """
+        del kv_cache, layer
+        tiles, step = self._begin(attn_metadata)
+        return latent_attention(*q, self._rows_of(attn_metadata), tiles, step, self.scale), None
+
+    def _begin(self, attn_metadata: LatentMetadata) -> tuple[LayerCache[LatentLayout], Step]:
+        """Return the layer's cache and the core's description of a step, which the first layer makes."""
+        tail: TailCache = self._tail
+        pool = tail.pool
+        if attn_metadata.steps is None:
+            tail_blocks = compat.metadata_of(tail.layer_name).block_table
+            group = heads_together(self.num_heads)
+            attn_metadata.steps = describe(pool, attn_metadata, tail_blocks, group, LATENT_COLUMNS)
+        return pool.layers[self._index], attn_metadata.steps[self._index // pool.rings_per_block]
+
+    def _rows_of(self, attn_metadata: LatentMetadata) -> LatentRows:
+        """Return the step's rows without what pads a graph."""
+        return LatentRows(*(part[: attn_metadata.num_tokens] for part in self._rows))
+
+    def _keys_and_values(self, rows: LatentRows) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return keys and values of rows by the model's up-projection, [rows, heads, width]."""
+        widths = (self._nope_width, self.value_width)
+        made = self._up_projection(rows.latent)[0].unflatten(1, (self.num_heads, sum(widths)))
+        nope, values = made.split(widths, dim=-1)
+        return torch.cat((nope, rows.rope[:, None].expand(-1, self.num_heads, -1)), dim=-1), values
+
+
+@functools.cache
+def backend_of(preset: Preset) -> type[LatentTileBackend]:
+    """Return the backend of layers that are cached with a preset."""
+    return type(LatentTileBackend.__name__, (LatentTileBackend,), {"preset": preset})
+
+
+def __getattr__(name: str) -> type[LatentTileBackend]:
+    """Return a preset's backend: vLLM finds backends by module and attribute."""
+    if name in PRESETS:
+        return backend_of(PRESETS[name])
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype) -> TailCache:
+    """Make the companion of a model's attention layers and let vLLM allocate its cache."""
+    layer = next(iter(layers.values()))
+    layout = LatentLayout.of_row(layer.attn_backend.preset, layer.head_size)
+    shape = latent_shape(
+        layer.attn_backend.preset,
+        layers=len(layers),
+        latent_dim=layout.latent_dim,
+        rope_dim=layout.rope_dim,
+        raw_bytes=raw_dtype.itemsize,
+        draft_tokens=compat.draft_tokens(config),
+    )
+    tail = add_tail(config, layers, shape, raw_dtype)
+    impl = layer.impl
+    flash = flash_for(
+        CacheConfig.of(shape),
+        raw_dtype,
+        tail.sinks.device,
+        caps_logits=False,
+        engine=compat.flash_attention(tail.sinks.device, impl.key_width),
+        head_dim=impl.key_width,
+    )
+    tail.flash = None if flash is None else widened(flash)
+    numbers = layout.row_dim + impl.num_heads * 2 * impl.key_width
+    tail.token_numbers = None if flash is None else numbers
+    needed = latent_scratch_bytes(
+        CacheConfig.of(shape),
+        config.scheduler_config.max_num_batched_tokens,
+        tail.max_requests,
+        tail.max_pages,
+        impl.num_heads,
+        tail.sinks,
+        tail.token_numbers,
+    )
+    compat.reserve_in_profile(layer, needed, raw_dtype)
+    return tail
