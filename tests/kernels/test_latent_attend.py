@@ -22,14 +22,14 @@ def check(case: LatentCase, device: str) -> None:
     assert torch.allclose(lse.cpu().double(), want_lse, atol=LSE, rtol=LSE_RELATIVE)
 
 
-@pytest.mark.parametrize("length", [1, 63, 64, 65, 128, 200, 513])
+@pytest.mark.parametrize("length", [1, 63, 64, 65, 513])
 def test_decode_matches_reference_at_every_kind_of_length(length, device, dtype):
     check(make_latent_case([length], [1], dtype=dtype), device)
 
 
-@pytest.mark.parametrize("heads", [1, 5, 16, 20, 40, 128])
+@pytest.mark.parametrize("heads", [1, 5, 20, 72])
 def test_decode_matches_reference_for_any_number_of_heads(heads, device):
-    check(make_latent_case([200, 5], [1, 1], heads=heads), device)
+    check(make_latent_case([200], [1], heads=heads), device)
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 8])
@@ -40,27 +40,27 @@ def test_decode_matches_reference_for_every_width_of_code(bits, tile, rope_bits,
 
 @pytest.mark.parametrize(("latent_dim", "rope_dim"), [(512, 64), (256, 32), (128, 16)])
 def test_decode_and_chunk_match_reference_for_every_latent(latent_dim, rope_dim, device):
-    for new in ([1, 1], [70, 1]):
-        check(make_latent_case([300, 64], new, latent_dim=latent_dim, rope_dim=rope_dim, heads=16, rope_bits=8), device)
+    for new in ([1, 1], [3, 1]):
+        check(make_latent_case([200, 64], new, latent_dim=latent_dim, rope_dim=rope_dim, heads=8, rope_bits=8), device)
 
 
 @pytest.mark.parametrize("programs", [1, 3, 50])
-@pytest.mark.parametrize("new", [[1, 1, 1], [70, 1, 20]])
+@pytest.mark.parametrize("new", [[1, 1, 1], [20, 1, 3]])
 def test_result_does_not_depend_on_how_work_is_shared(programs, new, device, monkeypatch):
     monkeypatch.setattr(attend_module, "num_latent_programs", lambda *args: programs)
-    check(make_latent_case([400, 3, 128], new), device)
+    check(make_latent_case([300, 3, 128], new, heads=2), device)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "new"), [([0], [300]), ([64, 0], [65, 64]), ([191], [100]), ([300, 127, 0], [1, 150, 33])]
+    ("lengths", "new"), [([0], [150]), ([64, 0], [65, 3]), ([191], [40]), ([200, 127, 0], [1, 70, 9])]
 )
 def test_chunk_matches_reference_with_any_prefix(lengths, new, device, dtype):
-    check(make_latent_case(lengths, new, dtype=dtype), device)
+    check(make_latent_case(lengths, new, dtype=dtype, heads=2), device)
 
 
-@pytest.mark.parametrize(("rows", "heads"), [(2, 16), (4, 4), (6, 20)])
+@pytest.mark.parametrize(("rows", "heads"), [(2, 5), (6, 12)])
 def test_drafts_match_reference_wherever_a_tile_ends(rows, heads, device):
-    case = make_latent_case([300, 191, 126, 62, 0], [rows] * 5, heads=heads, drafts=5)
+    case = make_latent_case([191, 126, 0], [rows] * 3, heads=heads, drafts=5)
     assert case.step.rows_in_ring
     check(case, device)
 
@@ -79,9 +79,9 @@ def test_drafts_match_reference_wherever_a_tile_ends(rows, heads, device):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("new", [[1, 1], [70, 3]])
+@pytest.mark.parametrize("new", [[1, 1], [9, 2]])
 def test_every_mode_matches_reference(settings, new, device):
-    check(make_latent_case([256, 129], new, **settings), device)
+    check(make_latent_case([256, 129], new, heads=2, **settings), device)
 
 
 def test_heads_are_split_evenly():

@@ -14,7 +14,7 @@ def same_bits(got: torch.Tensor, want: torch.Tensor) -> bool:
     return torch.equal(got.cpu().contiguous().view(torch.uint8), want.contiguous().view(torch.uint8))
 
 
-@pytest.mark.parametrize(("lengths", "new"), [([200, 63, 0], [1, 1, 1]), ([100, 0], [77, 300])])
+@pytest.mark.parametrize(("lengths", "new"), [([200, 63, 0], [1, 1, 1]), ([100, 0], [7, 140])])
 def test_rows_are_rotated_and_stored_where_the_reference_stores_them(lengths, new, device, dtype):
     case = make_latent_case(lengths, new, dtype=dtype, latent_dim=256)
     moved = case.to(device)

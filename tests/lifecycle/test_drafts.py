@@ -14,9 +14,14 @@ import pytest
 import torch
 
 from kvarn.core import step as step_module
-from kvarn.core.append import rotate_rows, store_tail
+from kvarn.core.append import RotatedRows, rotate_rows, store_tail
 from kvarn.core.attend import attend_reference
-from kvarn.core.cache import CacheConfig, allocate_layer
+from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
+from kvarn.core.latent.append import rotate_latents, store_latents
+from kvarn.core.latent.attend import attend_latents_reference
+from kvarn.core.latent.layout import LatentLayout
+from kvarn.core.latent.rows import split_rows
+from kvarn.core.latent.seal import seal_latents
 from kvarn.core.layout import TileLayout
 from kvarn.core.seal import seal
 from kvarn.core.step import Step, chunk_step, decode_step, verify_step
@@ -29,6 +34,38 @@ FOLLOWING_STEPS = 3
 PATTERNS = [(drafts, accepted) for drafts in range(1, DRAFTS + 1) for accepted in range(drafts + 1)]
 
 
+class Tiles:
+    """What a step does where keys and values are cached."""
+
+    rows = 2
+    seal = staticmethod(seal)
+    store = staticmethod(store_tail)
+
+    @staticmethod
+    def rotate(rows: Sequence[torch.Tensor], layer: LayerCache, step: Step) -> RotatedRows:
+        return rotate_rows(*rows, layer, step, store=step.rows_in_ring)
+
+    @staticmethod
+    def attend(q: torch.Tensor, rotated: RotatedRows, layer: LayerCache, step: Step) -> torch.Tensor:
+        return attend_reference(q, rotated, layer, step, SCALE)[0]
+
+
+class Latents:
+    """What a step does where latents are cached."""
+
+    rows = 1
+    seal = staticmethod(seal_latents)
+    store = staticmethod(store_latents)
+
+    @staticmethod
+    def rotate(rows: Sequence[torch.Tensor], layer: LayerCache[LatentLayout], step: Step) -> torch.Tensor:
+        return rotate_latents(split_rows(rows[0][:, 0], layer.config.layout), layer, step, store=step.rows_in_ring)
+
+    @staticmethod
+    def attend(q: torch.Tensor, raw: torch.Tensor, layer: LayerCache[LatentLayout], step: Step) -> torch.Tensor:
+        return attend_latents_reference(*split_rows(q, layer.config.layout), raw, layer, step, SCALE)[0]
+
+
 @dataclass(frozen=True)
 class Case:
     """A cache and the places in a tile at which drafts are tried."""
@@ -39,10 +76,13 @@ class Case:
     sink: int
     places: Sequence[int]
     canonical: bool = False
+    rope_dim: int = 0
 
     @property
     def config(self) -> CacheConfig:
         layout = TileLayout.of(get_preset(self.preset), self.head_dim)
+        if self.rope_dim:
+            layout = LatentLayout.of(get_preset(self.preset), self.head_dim, self.rope_dim, rope_bits=8)
         ring = layout.tile_tokens + self.tail + DRAFTS
         return CacheConfig(layout, 1, self.tail, self.sink, ring, self.canonical, draft_tokens=DRAFTS)
 
@@ -54,6 +94,8 @@ CASES = {
     "tail-of-drafts": Case("kvarn_k4v2_g64", 64, DRAFTS, 0, EDGES),
     "canonical": Case("kvarn_k4v2_g64", 64, 0, 0, EDGES, canonical=True),
     "tiles-of-128": Case("kvarn_k4v2_g128", 64, 128, 4, [0, 1, 63, 64, 123, 124, 125, 126, 127]),
+    "latents": Case("kvarn_k4v2_g64", 128, 37, 5, [0, 1, 31, 58, 59, 60, 62, 63], rope_dim=16),
+    "canonical-latents": Case("kvarn_k4v2_g64", 128, 0, 0, [0, 59, 62, 63], canonical=True, rope_dim=16),
 }
 
 
@@ -68,9 +110,10 @@ class Sequences:
 
     def __init__(self, config: CacheConfig, begins: Sequence[int], length: int) -> None:
         self.config = config
+        self.operations = Latents if isinstance(config.layout, LatentLayout) else Tiles
         generator = torch.Generator().manual_seed(0)
-        heads = (GROUP, 1, 1)
-        self.true = [torch.randn(length, n, config.layout.head_dim, generator=generator).half() for n in heads]
+        heads, (_, width) = (GROUP, *[1] * self.operations.rows), config.layout.raw_shape
+        self.true = [torch.randn(length, n, width, generator=generator).half() for n in heads]
         self.true[1][..., :2] += torch.tensor([30.0, -8.0]).half()
         tiles = -(-length // config.tile_tokens)
         pages = 1 + torch.randperm(len(begins) * tiles, generator=generator).to(torch.int32)
@@ -90,7 +133,7 @@ class Sequences:
 
         Counts are equal unless a chunk is asked for. What was rejected is NaN afterwards.
         """
-        q, k, v = self._tokens(counts, accepted)
+        q, *rows = self._tokens(counts, accepted)
         ends = self._ints([done + count for done, count in zip(self.done, counts, strict=True)])
         if chunk:
             begins = self._ints(self.done)
@@ -99,14 +142,14 @@ class Sequences:
             step = decode_step(self.state, self.rows, ends, self.table, GROUP)
         else:
             step = verify_step(self.state, self.rows, ends, self.table, GROUP, counts[0])
-        rotated = rotate_rows(k, v, self.layer, step, store=step.rows_in_ring)
-        seal(rotated, self.layer, step)
+        rotated = self.operations.rotate(rows, self.layer, step)
+        self.operations.seal(rotated, self.layer, step)
         outs: list[torch.Tensor] = []
         if attend:
-            out, _ = attend_reference(q.double(), rotated, self.layer, step, SCALE)
+            out = self.operations.attend(q.double(), rotated, self.layer, step)
             outs = [part[:n] for part, n in zip(out.split(list(counts)), accepted, strict=True)]
         if not step.rows_in_ring:
-            store_tail(rotated, self.layer, step)
+            self.operations.store(rotated, self.layer, step)
         self._accept(counts, accepted)
         assert int(self.state.faults) == 0
         self.state.check_integrity()
@@ -125,8 +168,8 @@ class Sequences:
             self.layer.records[self.layer.pages_of(provisional)] = 0xFF
 
     def _tokens(self, counts: Sequence[int], accepted: Sequence[int]) -> list[torch.Tensor]:
-        """Return queries, keys and values: the sequence's, and far larger ones for drafts that will be rejected."""
-        rows: list[list[torch.Tensor]] = [[], [], []]
+        """Return queries and rows: the sequence's, and far larger ones for drafts that will be rejected."""
+        rows: list[list[torch.Tensor]] = [[] for _ in self.true]
         for done, count, kept in zip(self.done, counts, accepted, strict=True):
             for into, true in zip(rows, self.true, strict=True):
                 into += [true[done : done + kept], true[: count - kept] * 50]
