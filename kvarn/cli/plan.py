@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from kvarn.errors import CapacityError, KVarNError, UnsupportedConfig
@@ -92,14 +93,25 @@ def _print_notes(args: argparse.Namespace, model: Checkpoint, *, in_sglang: bool
 
 def _in_sglang(shape: CacheShape, budget: int, context: int, requests: int | None) -> str:
     from kvarn.core.capacity import plan_capacity
+    from kvarn.core.window_pool import WindowPool, scaled_ratio
+    from kvarn.sglang_backend.settings import WINDOW_RATIO
 
-    tile = shape.preset.tile_tokens
+    tile, windows = shape.preset.tile_tokens, shape.windows
+    shape = replace(shape, windows=None)
     try:
-        plan = plan_capacity(shape, budget, requests)
+        if windows is None:
+            plan = plan_capacity(shape, budget, requests)
+            tokens, ratio, most = plan.tokens, plan.ratio, plan.max_requests
+        else:
+            pool = WindowPool(shape, windows, scaled_ratio(shape, WINDOW_RATIO))
+            fitting = pool.most_requests(budget)
+            limit = min(fitting, shape.default_max_requests(budget)) if requests is None else requests
+            tokens, most = pool.tokens(plan_capacity(shape, budget, limit)), min(fitting, limit)
+            ratio = tokens * (shape.raw_bytes_per_token + WINDOW_RATIO * pool.bytes_per_token) / budget
     except CapacityError:
         return f"{'too little memory':>29}"
-    at_once = min(plan.max_requests, plan.tokens // (-(-context // tile) * tile))
-    return f"{plan.tokens:14,}{plan.ratio:7.2f}{at_once:8,}"
+    at_once = min(most, tokens // (-(-context // tile) * tile))
+    return f"{tokens:14,}{ratio:7.2f}{at_once:8,}"
 
 
 def _in_vllm(shape: CacheShape, budget: int, context: int) -> str:

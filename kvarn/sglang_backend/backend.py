@@ -11,7 +11,7 @@ from kvarn.core.attention import attention
 from kvarn.core.flash import flash_for
 from kvarn.core.step import Step
 from kvarn.core.warm_up import warm_up
-from kvarn.sglang_backend import compat
+from kvarn.sglang_backend import compat, compat_layers
 from kvarn.sglang_backend.metadata import StepBuilder
 from kvarn.sglang_backend.pool import TilePool
 
@@ -37,9 +37,10 @@ class TileAttentionBackend(AttentionBackend):
         super().__init__()
         compat.verify_active(runner)
         self.req_to_token_pool = runner.req_to_token_pool
-        self.token_to_kv_pool: TilePool = runner.token_to_kv_pool
+        self.token_to_kv_pool = runner.token_to_kv_pool
         self.max_context_len = runner.model_config.context_len
-        pool = self.token_to_kv_pool
+        pool: TilePool = compat_layers.tile_pool_of(runner.token_to_kv_pool)
+        self._layers = dict(zip(compat_layers.layer_ids(runner.kv_cache_configurator), pool.layers, strict=True))
         q_heads = compat.query_heads(runner)
         tails = pool.layers[0].tails
         flash = flash_for(
@@ -130,7 +131,7 @@ class TileAttentionBackend(AttentionBackend):
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_v_head_num, layer.head_dim),
-            self.token_to_kv_pool.layer(layer.layer_id),
+            self._layers[layer.layer_id],
             self.forward_metadata,
             layer.scaling,
             layer.logit_cap,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import kvarn
 from kvarn import env
+from kvarn.core.layers import LayerKind, count, layer_kinds, summary
 from kvarn.errors import EngineIncompatible
 from kvarn.presets import is_preset_name
 from kvarn.sglang_backend import compat_tables as tables
@@ -23,6 +24,7 @@ from kvarn.sglang_backend.compat_facts import (
     drafts_ngrams,
     shape_of,
 )
+from kvarn.sglang_backend.compat_layers import tile_pool_of, window_pool
 from kvarn.sglang_backend.settings import BACKEND_NAME, PoolSettings, pool_settings
 from kvarn.signatures import signature_difference
 
@@ -133,10 +135,12 @@ def banner(runner: Runner) -> str:
     raw = str(runner.kv_cache_configurator.model_dtype).removeprefix("torch.")
     ratio = shape.raw_bytes_per_token / shape.bytes_per_token
     verified = f" Up to {shape.draft_tokens} drafts are verified at once." if shape.draft_tokens else ""
+    kinds = layer_kinds(runner.model_config.hf_text_config)
+    layers = "" if count(kinds, LayerKind.TILES) == len(kinds) else f"layers: {summary(kinds)}; "
     return (
         f"KVarN {kvarn.__version__} in SGLang {engine_version()}: {shape.preset.name} "
         f"(format {shape.layout.identity}), {shape.bytes_per_token} bytes a token ({ratio:.2f}x smaller than {raw}), "
-        f"{runner.max_total_num_tokens} tokens, at most {runner.max_running_requests} requests; kept in {raw}: "
+        f"{runner.max_total_num_tokens} tokens, at most {runner.max_running_requests} requests; {layers}kept in {raw}: "
         f"the open tile and newest {shape.tail_tokens} tokens of each running request, "
         f"the first {shape.sink_tokens} tokens of a prompt.{verified}"
     )
@@ -244,12 +248,14 @@ def _mismatches(runner: Runner) -> list[str]:
     if not is_preset_name(configurator.kv_cache_dtype_str):
         return [f"the cache dtype is {configurator.kv_cache_dtype_str!r}"]
     shape = shape_of(configurator)
-    pool = runner.token_to_kv_pool
+    pool = tile_pool_of(runner.token_to_kv_pool)
     rows = runner.req_to_token_pool.req_to_token.shape[0]
     settings = getattr(type(pool), "settings", None)
     expected = pool_settings(shape, rows, configurator.model_dtype)
     tile = shape.preset.tile_tokens
     charged = charged_request_limit() or 0
+    windows = window_pool(configurator, shape)
+    sizes = create_memory_pool_configurator(configurator)
     facts = (
         ("attention backend", BACKEND_NAME, get_exec().kernel.attention_backend),
         ("pool settings", expected, settings if isinstance(settings, PoolSettings) else type(pool).__name__),
@@ -257,9 +263,10 @@ def _mismatches(runner: Runner) -> list[str]:
         ("storage dtype", "torch.uint8", str(runner.kv_cache_dtype)),
         (
             "bytes a token",
-            shape.bytes_per_token + draft_bytes(configurator),
-            create_memory_pool_configurator(configurator)._cell_size,
+            shape.bytes_per_token + draft_bytes(configurator) if windows is None else windows.bytes_of_both,
+            sizes._cell_size,
         ),
+        ("layers", shape.layers, len(pool.layers)),
         ("tokens", runner.max_total_num_tokens, pool.size),
         ("rows of req_to_token", runner.max_running_requests + 1, rows),
         (f"tails charged for {runner.max_running_requests} requests", True, charged >= runner.max_running_requests),

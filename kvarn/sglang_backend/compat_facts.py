@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Protocol
 
 from kvarn.core.capacity import CacheShape, cache_shape, raw_token_bytes
-from kvarn.core.layers import LayerKind, layer_kinds
 from kvarn.core.support import DeviceFacts, ModelFacts
 from kvarn.presets import get_preset, is_preset_name
+from kvarn.sglang_backend.compat_layers import kinds_of, layer_ids
 from kvarn.sglang_backend.compat_tables import UNSUPPORTED_ENVIRONMENT
 from kvarn.sglang_backend.settings import BACKEND_NAME
 
@@ -44,13 +44,19 @@ class ModelConfig(Protocol):
     dtype: torch.dtype
     head_dim: int
     v_head_dim: int
+    swa_head_dim: int
+    swa_v_head_dim: int
     is_encoder_decoder: bool
     is_hybrid_swa: bool
     is_local_attention_model: bool
+    is_multimodal: bool
     is_generation: bool
 
     def get_num_kv_heads(self, tensor_parallel_size: int) -> int:
         """Return the kv heads of one rank."""
+
+    def get_swa_num_kv_heads(self, tensor_parallel_size: int) -> int:
+        """Return the kv heads of one rank in layers with a window."""
 
 
 class SpecAlgorithm(Protocol):
@@ -94,7 +100,7 @@ def shape_of(configurator: Configurator) -> CacheShape:
     config = configurator.model_config
     return cache_shape(
         get_preset(str(configurator.kv_cache_dtype_str)),
-        layers=configurator.layer_info.num_effective_layers,
+        layers=len(layer_ids(configurator)),
         kv_heads=config.get_num_kv_heads(get_parallel().attn_tp_size),
         head_dim=config.head_dim,
         raw_bytes=configurator.model_dtype.itemsize,
@@ -162,23 +168,23 @@ def charged_request_limit() -> int | None:
     return next((fields["max_running_requests"] for fields in ours), None)
 
 
-def model_facts(server_args: object) -> ModelFacts:
-    """Return what decides whether the model that was asked for can be served."""
-    return facts_of_config(_model_config(server_args))
+def model_config(server_args: object) -> ModelConfig:
+    """Return SGLang's description of the model that was asked for."""
+    if hasattr(server_args, "get_model_config"):
+        config: ModelConfig = server_args.get_model_config()
+        return config
+    from sglang.srt.arg_groups.overrides import model_config_of
+
+    found: ModelConfig = model_config_of(server_args)
+    return found
 
 
 def facts_of_config(config: ModelConfig) -> ModelFacts:
     """Return the facts that a model config tells."""
-    from sglang.srt.configs.hybrid_arch import mambaish_config
     from sglang.srt.configs.model_config import is_deepseek_dsa, is_deepseek_v4, is_minimax_sparse
 
     hf_config = config.hf_config
     attention = config.attention_arch.name
-    kinds = set(layer_kinds(config.hf_text_config))
-    if config.is_hybrid_swa or config.is_local_attention_model:
-        kinds.add(LayerKind.MODEL_DTYPE)
-    if attention == "SSM" or mambaish_config(config) is not None:
-        kinds.add(LayerKind.RECURRENT)
     return ModelFacts(
         architecture=(hf_config.architectures or ["of unknown class"])[0],
         dtype=str(config.dtype).removeprefix("torch."),
@@ -186,8 +192,11 @@ def facts_of_config(config: ModelConfig) -> ModelFacts:
         v_head_dim=config.v_head_dim,
         latent_attention=attention == "MLA",
         encoder_decoder=config.is_encoder_decoder,
-        kinds=frozenset(kinds),
-        sparse_index=any(check(hf_config) for check in (is_deepseek_dsa, is_deepseek_v4, is_minimax_sparse)),
+        kinds=kinds_of(config),
+        sparse_index=(
+            any(check(hf_config) for check in (is_deepseek_dsa, is_deepseek_v4, is_minimax_sparse))
+            or getattr(config.hf_text_config, "indexer_n_heads", None) is not None
+        ),
         learned_sinks=bool(getattr(config, "has_attention_sinks", False)),
         alibi=bool(getattr(config, "use_alibi", False)),
         generates=config.is_generation,
@@ -222,13 +231,3 @@ def environment_reasons() -> list[str]:
         for name, why in UNSUPPORTED_ENVIRONMENT.items()
         if getattr(envs, name, None) is not None and getattr(envs, name).get()
     ]
-
-
-def _model_config(server_args: object) -> ModelConfig:
-    if hasattr(server_args, "get_model_config"):
-        config: ModelConfig = server_args.get_model_config()
-        return config
-    from sglang.srt.arg_groups.overrides import model_config_of
-
-    found: ModelConfig = model_config_of(server_args)
-    return found

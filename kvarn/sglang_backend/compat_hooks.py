@@ -136,11 +136,6 @@ def publish_request_limit(requests: int) -> None:
     get_context().override(BACKEND_NAME, max_running_requests=requests)
 
 
-def build_tile_pool(configurator: Any, pool_class: type, tokens: int) -> Any:
-    """Build the pool through SGLang's own constructor call, our class in place of its own."""
-    return configurator._build_mha_kv_pool(max_total_num_tokens=tokens, mha_pool_class=pool_class)
-
-
 def _is_registered(target: str, hook: Hook) -> bool:
     from sglang.srt.plugins.hook_registry import HookRegistry
 

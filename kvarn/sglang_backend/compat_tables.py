@@ -29,7 +29,9 @@ PROFILE_BYTES: Final = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfig
 BUILD_POOL: Final = "sglang.srt.mem_cache.kv_cache_configurator.KVCacheConfigurator._build_token_to_kv_pool"
 CELL_SIZE: Final = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator._compute_cell_size"
 PRICE_TOKEN: Final = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator.__init__"
-ENGINE_TARGETS: Final = (CONFIGURE_DTYPE, PROFILE_BYTES, BUILD_POOL, CELL_SIZE, PRICE_TOKEN)
+WINDOW_SIZES: Final = "sglang.srt.model_executor.pool_configurator.HybridSWAPoolConfigurator.__init__"
+LAYER_SPLIT: Final = "sglang.srt.configs.model_config.ModelConfig.from_server_args"
+ENGINE_TARGETS: Final = (CONFIGURE_DTYPE, PROFILE_BYTES, BUILD_POOL, CELL_SIZE, PRICE_TOKEN, WINDOW_SIZES, LAYER_SPLIT)
 # --- hooked only where drafts come from n-grams
 NGRAM_DRAFTS: Final = "sglang.srt.speculative.cpp_ngram.ngram_corpus.NgramCorpus.batch_get"
 
@@ -54,7 +56,13 @@ SIGNATURES: Final = MappingProxyType(
         BUILD_POOL: ("self", "sizes", "is_dsa_model", "is_dsv4_model", "req_to_token_pool"),
         CELL_SIZE: ("self", "kvc", "num_layers"),
         PRICE_TOKEN: ("self", "kvc"),
+        WINDOW_SIZES: ("self", "kvc"),
+        LAYER_SPLIT: ("server_args", "is_draft_model"),
         f"{_CONFIGURATOR}._build_mha_kv_pool": ("self", "max_total_num_tokens", "mha_pool_class", "quant_method"),
+        f"{_CONFIGURATOR}._build_hybrid_swa_kv_pool": (
+            *("self", "full_max_total_num_tokens", "swa_max_total_num_tokens", "mha_pool_class"),
+        ),
+        f"{_CONFIGURATOR}._calculate_mamba_ratio": ("self",),
         f"{_CONFIGURATOR}._resolve_memory_pool_config": ("self", "pre_model_load_memory"),
         f"{_CONFIGURATOR}.resolve_max_num_reqs": ("self", "token_capacity"),
         "sglang.srt.model_executor.pool_configurator.create_memory_pool_configurator": ("kvc",),
@@ -99,6 +107,16 @@ CONFIGURATOR_FIELDS: Final = (
     *("is_draft_worker", "is_hybrid_swa", "use_mla_backend", "sliding_window_size", "layer_info", "mambaish_config"),
     *("spec_algorithm", "spec_aux_config"),
 )
+
+# Models whose windows SGLang keeps among all tokens, for want of a test; here they get a pool of their own.
+SPLIT_BY_US: Final = ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")
+# Models that SGLang serves with attention backends of a list of its own, whatever plugins bring.
+OWN_BACKENDS_ONLY: Final = (
+    *("Gemma4ForCausalLM", "Gemma4ForConditionalGeneration", "Gemma4UnifiedForConditionalGeneration"),
+    *("DiffusionGemmaForBlockDiffusion", "EmbeddingGemma2Model", "Llama4ForConditionalGeneration"),
+)
+# What SGLang calls the pool of windows when it makes it.
+WINDOW_POOL_LABEL: Final = "SWA"
 
 # Switches of SGLang's own environment that change how a pool is laid out or sized.
 UNSUPPORTED_ENVIRONMENT: Final = MappingProxyType(

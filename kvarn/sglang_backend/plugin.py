@@ -7,16 +7,16 @@ the schedulers, which inherit it, install the hooks on memory pools.
 
 import argparse
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import replace
 from typing import Any
 
 from kvarn import env
 from kvarn.core.layers import LayerKind
-from kvarn.core.support import unsupported_reasons
+from kvarn.core.support import DeviceFacts, unsupported_reasons
 from kvarn.errors import EngineIncompatible, UnsupportedConfig
 from kvarn.presets import PRESETS, Preset, get_preset, is_preset_name
-from kvarn.sglang_backend import compat, compat_facts, compat_hooks, resolution
+from kvarn.sglang_backend import compat, compat_facts, compat_hooks, compat_layers, resolution
 from kvarn.sglang_backend import compat_tables as tables
 from kvarn.sglang_backend.drafts import declared_draft_flags, drafts_with_model
 from kvarn.sglang_backend.settings import BACKEND_NAME, PoolSettings, divide_budget, pool_settings
@@ -52,6 +52,8 @@ def add_engine_hooks() -> None:
     compat_hooks.add_hook(tables.CELL_SIZE, record_bytes, "after")
     compat_hooks.add_hook(tables.PRICE_TOKEN, price_token, "after")
     compat_hooks.add_hook(tables.BUILD_POOL, build_pool, "around")
+    compat_hooks.add_hook(tables.LAYER_SPLIT, compat_layers.split_windows, "after")
+    compat_hooks.add_hook(tables.WINDOW_SIZES, size_windows, "after")
 
 
 # --- command line and flags, in the process that launches SGLang
@@ -112,11 +114,13 @@ def decide_flags(server_args: object) -> None:
         return
     view = compat_hooks.flags_of(server_args)
     drafts = view.speculative_algorithm is not None
+    config = compat_facts.model_config(server_args)
     reasons = [
         *resolution.flag_reasons(view, preset),
         *(compat.draft_version_reasons() if drafts else []),
+        *compat_layers.layer_reasons(view, config, preset),
         *compat_facts.environment_reasons(),
-        *unsupported_reasons(compat_facts.model_facts(server_args), preset, compat_facts.device_facts(view)),
+        *_model_reasons(config, preset, compat_facts.device_facts(view)),
     ]
     if reasons:
         raise UnsupportedConfig(reasons)
@@ -178,8 +182,14 @@ def charge_exact_rows(budget_bytes: int, configurator: Any, *_args: Any, **_kwar
     shape = compat_facts.shape_of(configurator)
     requested, token_cap = compat_facts.limits_of_schedule()
     draft_bytes = compat_facts.draft_bytes(configurator)
-    plan = divide_budget(shape, budget_bytes, requested, token_cap, draft_bytes)
+    most = compat_layers.state_limit(configurator)
+    windows = compat_layers.window_pool(configurator, shape)
+    if windows is not None and requested is None:
+        most = windows.most_requests(budget_bytes)
+    plan = divide_budget(shape, budget_bytes, requested, token_cap, most, draft_bytes)
     compat_hooks.publish_request_limit(plan.max_requests)
+    if windows is not None:
+        return windows.bytes_left(plan)
     return plan.tokens * (shape.bytes_per_token + draft_bytes)
 
 
@@ -197,19 +207,28 @@ def price_token(_result: None, sizes: Any, configurator: Any) -> None:
         sizes._cell_size = compat_facts.shape_of(configurator).bytes_per_token + draft_bytes
 
 
+def size_windows(_result: None, sizes: Any, configurator: Any, *_args: Any, **_kwargs: Any) -> None:
+    """After ``HybridSWAPoolConfigurator.__init__``: price tiles and windows each at their own bytes."""
+    if not compat_facts.holds_tiles(configurator):
+        return
+    windows = compat_layers.window_pool(configurator, compat_facts.shape_of(configurator))
+    if windows is not None:
+        compat_layers.price_windows(sizes, windows)
+
+
 def build_pool(original: Callable[..., Any], configurator: Any, **arguments: Any) -> Any:
     """Around ``_build_token_to_kv_pool``: build a TilePool for the rows that ``req_to_token`` really has."""
     if not compat_facts.holds_tiles(configurator):
         return original(configurator, **arguments)
-    rows = arguments["req_to_token_pool"].req_to_token.shape[0]
-    sizes = arguments["sizes"]
+    sizes, table = arguments["sizes"], arguments["req_to_token_pool"]
+    rows = table.req_to_token.shape[0]
     if rows != sizes.max_running_requests + 1:
         raise EngineIncompatible(
             f"SGLang made {rows} request rows for {sizes.max_running_requests} requests, but tails were charged for "
             "one spare row only. Leave out the flags that reserve request rows."
         )
     settings = pool_settings(compat_facts.shape_of(configurator), rows, configurator.model_dtype)
-    return compat_hooks.build_tile_pool(configurator, _pool_class(settings), sizes.max_total_num_tokens)
+    return compat_layers.build_pools(configurator, _pool_class(settings), sizes, table)
 
 
 def keep_chains(trees: tuple[Any, Any], *_args: Any, **_kwargs: Any) -> tuple[Any, Any]:
@@ -222,14 +241,16 @@ def keep_chains(trees: tuple[Any, Any], *_args: Any, **_kwargs: Any) -> tuple[An
 def create_backend(runner: Any) -> Any:
     """Create the attention backend of a model runner, and say once what is being served."""
     from kvarn.sglang_backend.backend import TileAttentionBackend
+    from kvarn.sglang_backend.layered import LayeredAttentionBackend
 
     if compat_facts.drafts_ngrams():
         compat_hooks.add_hook(tables.NGRAM_DRAFTS, keep_chains, "after")
         compat_hooks.apply_hooks()
-    backend = TileAttentionBackend(runner)
+    tiles = TileAttentionBackend(runner)
+    windows = compat_layers.window_backend(runner)
     if compat.is_first_rank():
         logger.info("%s", compat.banner(runner))
-    return backend
+    return tiles if windows is None else LayeredAttentionBackend(tiles, windows)
 
 
 def _asked_preset(name: object) -> Preset | None:
@@ -241,13 +262,17 @@ def _asked_preset(name: object) -> Preset | None:
 
 
 def _check_loaded_model(configurator: Any) -> None:
-    facts = compat_facts.facts_of_config(configurator.model_config)
+    device, preset = DeviceFacts(configurator.device), get_preset(configurator.kv_cache_dtype_str)
     windows = {LayerKind.MODEL_DTYPE} if (configurator.sliding_window_size or -1) > 0 else set()
-    device = compat_facts.DeviceFacts(configurator.device)
-    preset = get_preset(configurator.kv_cache_dtype_str)
-    reasons = unsupported_reasons(replace(facts, kinds=facts.kinds | windows), preset, device)
+    reasons = _model_reasons(configurator.model_config, preset, device, windows)
     if reasons:
         raise UnsupportedConfig(reasons)
+
+
+def _model_reasons(config: Any, preset: Preset, device: DeviceFacts, loaded: Collection[LayerKind] = ()) -> list[str]:
+    facts = compat_facts.facts_of_config(config)
+    facts = replace(facts, kinds=facts.kinds.union(loaded))
+    return unsupported_reasons(facts, preset, device, compat_layers.kept_beside(config))
 
 
 def _pool_class(settings: PoolSettings) -> type:

@@ -37,10 +37,6 @@ class TilePool(MHATokenToKVPool):
         self.k_buffer: list[torch.Tensor] = []
         self.v_buffer: list[torch.Tensor] = []
 
-    def layer(self, layer_id: int) -> LayerCache:
-        """Return the cache of a layer of the model."""
-        return self.layers[layer_id - self.start_layer]
-
     def get_kv_size_bytes(self) -> tuple[int, int]:
         """Return the bytes that keys and values take, tails and sinks included."""
         sizes = [layer_bytes(layer) for layer in self.layers]

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     import torch
 
 BACKEND_NAME = "kvarn"
-# Kinds of layers that are served beside those in tiles.
-BESIDE_TILES: frozenset[LayerKind] = frozenset()
+# Kinds of layers that are served beside those in tiles, though not both in one model.
+BESIDE_TILES = frozenset({LayerKind.MODEL_DTYPE, LayerKind.RECURRENT})
+# SGLang's tokens of windows for one token of the other layers, if --swa-full-tokens-ratio is not typed.
+WINDOW_RATIO = 0.8
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +50,12 @@ def pool_settings(shape: CacheShape, num_rows: int, raw_dtype: torch.dtype) -> P
 
 
 def divide_budget(
-    shape: CacheShape, budget_bytes: int, requested: int | None, token_cap: int | None, draft_bytes: int = 0
+    shape: CacheShape,
+    budget_bytes: int,
+    requested: int | None,
+    token_cap: int | None,
+    most_requests: int | None = None,
+    draft_bytes: int = 0,
 ) -> CapacityPlan:
     """Divide the bytes that SGLang gives the cache into tails, sinks and tiles.
 
@@ -57,19 +64,21 @@ def divide_budget(
         budget_bytes: bytes that SGLang profiled for the cache.
         requested: ``--max-running-requests``; None derives the limit from the budget.
         token_cap: ``--max-total-tokens``, which SGLang applies afterwards; None if there is none.
+        most_requests: requests that can run at once for another reason; None if there is none.
         draft_bytes: what a draft model caches of each token.
 
     Raises:
         CapacityError: tails and sinks leave no room for a page.
     """
     try:
-        plan = plan_capacity(shape, budget_bytes, requested, draft_bytes)
         if requested is not None:
-            return plan
+            return plan_capacity(shape, budget_bytes, min(requested, most_requests or requested), draft_bytes)
+        plan = plan_capacity(shape, budget_bytes, draft_bytes=draft_bytes)
         # A running request needs a page of its own, so more tail rings than pages could never be in use.
         tokens = plan.tokens if token_cap is None else min(plan.tokens, token_cap)
         pages = max(1, tokens // shape.preset.tile_tokens)
-        return plan if plan.max_requests <= pages else plan_capacity(shape, budget_bytes, pages, draft_bytes)
+        most = min(pages, most_requests or pages)
+        return plan if plan.max_requests <= most else plan_capacity(shape, budget_bytes, most, draft_bytes)
     except CapacityError as error:
         raise CapacityError(
             f"{error} In SGLang these are --max-running-requests and --mem-fraction-static; "

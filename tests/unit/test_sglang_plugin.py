@@ -8,16 +8,21 @@ from types import SimpleNamespace
 import pytest
 
 from kvarn.core.capacity import CacheShape, plan_capacity
+from kvarn.core.layers import LayerKind
 from kvarn.core.support import ModelFacts
+from kvarn.core.window_pool import WindowPool
+from kvarn.core.windows import WindowShape
 from kvarn.errors import CapacityError, EngineIncompatible, UnknownPreset, UnsupportedConfig
 from kvarn.presets import PRESETS, get_preset
-from kvarn.sglang_backend import compat, compat_facts, compat_hooks, plugin, resolution
+from kvarn.sglang_backend import compat, compat_facts, compat_hooks, compat_layers, plugin, resolution
 from kvarn.sglang_backend.settings import PoolSettings, divide_budget, pool_settings
 
 PRESET = get_preset("kvarn_k4v2_g128")
 SHAPE = CacheShape(PRESET, layers=28, kv_heads=2, head_dim=128, raw_bytes=2, tail_tokens=128, sink_tokens=4)
 GIB = 1 << 30
 DENSE = ModelFacts("Qwen2ForCausalLM", "bfloat16", 128, 128)
+# As many layers again, with a window.
+WINDOWS = WindowPool(SHAPE, WindowShape(28, tokens=1024, kv_heads=4, head_dim=128, raw_bytes=2), ratio=0.1)
 # A value of each limited flag that is not its default.
 TYPED = {
     "radix_cache_backend": "other",
@@ -159,11 +164,15 @@ def configurator(monkeypatch):
     monkeypatch.setattr(compat_facts, "facts_of_config", lambda _: DENSE)
     monkeypatch.setattr(compat_facts, "limits_of_schedule", lambda: (None, None))
     monkeypatch.setattr(compat_facts, "draft_bytes", lambda _: 0)
+    monkeypatch.setattr(compat_layers, "kept_beside", lambda _: frozenset())
+    monkeypatch.setattr(compat_layers, "window_pool", lambda *_: None)
     monkeypatch.setattr(compat_hooks, "publish_request_limit", published.append)
     monkeypatch.setitem(sys.modules, "kvarn.sglang_backend.pool", SimpleNamespace(TilePool=TilePool))
     return SimpleNamespace(
         kv_cache_dtype_str=PRESET.name,
         is_draft_worker=False,
+        is_hybrid_swa=False,
+        mambaish_config=None,
         sliding_window_size=None,
         device="cuda",
         model_config=None,
@@ -203,6 +212,43 @@ class TestPoolHooks:
         with pytest.raises(UnsupportedConfig, match="sliding-window"):
             plugin.charge_exact_rows(10 * GIB, configurator, 0)
 
+    def test_window_beside_tiles_is_served(self, configurator, monkeypatch):
+        monkeypatch.setattr(compat_layers, "kept_beside", lambda _: frozenset({LayerKind.MODEL_DTYPE}))
+        configurator.sliding_window_size = 4096
+        assert plugin.charge_exact_rows(10 * GIB, configurator, 0) > 0
+
+    def test_windows_leave_a_page_less_and_bound_the_requests(self, configurator, monkeypatch):
+        monkeypatch.setattr(compat_layers, "window_pool", lambda *_: WINDOWS)
+        left = plugin.charge_exact_rows(10 * GIB, configurator, 0)
+        most = WINDOWS.most_requests(10 * GIB)
+        assert 1 < most < plan_capacity(SHAPE, 10 * GIB).max_requests
+        assert configurator.published == [most]
+        plan = plan_capacity(SHAPE, 10 * GIB, most)
+        assert left == plan.tokens * SHAPE.bytes_per_token - WINDOWS.page_bytes
+        assert int(left // WINDOWS.bytes_of_both) // 128 * 128 == WINDOWS.tokens(plan)
+
+    def test_typed_request_limit_is_not_bounded_by_windows(self, configurator, monkeypatch):
+        monkeypatch.setattr(compat_layers, "window_pool", lambda *_: WINDOWS)
+        monkeypatch.setattr(compat_facts, "limits_of_schedule", lambda: (500, None))
+        plugin.charge_exact_rows(10 * GIB, configurator, 0)
+        assert configurator.published == [500]
+
+    @pytest.mark.parametrize(("typed", "charged"), [(None, 5), (3, 3), (500, 5)])
+    def test_tails_are_charged_for_no_more_requests_than_have_states(self, configurator, monkeypatch, typed, charged):
+        monkeypatch.setattr(compat_layers, "state_limit", lambda _: 5)
+        monkeypatch.setattr(compat_facts, "limits_of_schedule", lambda: (typed, None))
+        left = plugin.charge_exact_rows(10 * GIB, configurator, 0)
+        assert configurator.published == [charged]
+        assert left == plan_capacity(SHAPE, 10 * GIB, charged).tokens * SHAPE.bytes_per_token
+
+    def test_tiles_and_windows_are_priced_each_at_their_own_bytes(self, configurator, monkeypatch):
+        monkeypatch.setattr(compat_layers, "window_pool", lambda *_: WINDOWS)
+        sizes = SimpleNamespace(_full_layers_num=28, _swa_layers_num=28)
+        plugin.size_windows(None, sizes, configurator)
+        assert sizes._full_per_token * 28 == SHAPE.bytes_per_token
+        assert sizes._swa_per_token == 4 * 128 * 4
+        assert sizes._cell_size == SHAPE.bytes_per_token + 0.1 * WINDOWS.bytes_per_token
+
     def test_pool_gets_the_rows_that_exist(self, configurator):
         table = SimpleNamespace(req_to_token=SimpleNamespace(shape=(8, 4096)))
         sizes = SimpleNamespace(max_running_requests=7, max_total_num_tokens=1280)
@@ -227,6 +273,7 @@ class TestPoolHooks:
         assert plugin.record_bytes(512, None, configurator, 28) is None
         assert plugin.price_token(None, None, configurator) is None
         assert plugin.build_pool(lambda _, **given: given, configurator, sizes=3) == {"sizes": 3}
+        plugin.size_windows(None, SimpleNamespace(), configurator)
 
     def test_storage_is_bytes_for_the_target_and_the_model_dtype_for_a_draft(self, monkeypatch):
         torch = pytest.importorskip("torch")

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import pytest
 
+from kvarn.sglang_backend import compat_tables as tables
+
 if importlib.util.find_spec("sglang") is None:
     pytest.skip("needs SGLang", allow_module_level=True)
 
@@ -28,11 +30,23 @@ DENSE = {
     "vocab_size": 1024,
     "max_position_embeddings": 4096,
 }
-WINDOWED = {"architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", "head_dim": 64, "sliding_window": 512}
+WINDOWS = {"head_dim": 64, "sliding_window": 512, "layer_types": ["sliding_attention", "full_attention"]}
+GEMMA = {**DENSE, "architectures": ["Gemma3ForCausalLM"], "model_type": "gemma3_text", **WINDOWS}
+GPT_OSS = {**DENSE, "architectures": ["GptOssForCausalLM"], "model_type": "gpt_oss", **WINDOWS}
+QWEN_NEXT = {
+    **DENSE,
+    "architectures": ["Qwen3NextForCausalLM"],
+    "model_type": "qwen3_next",
+    "head_dim": 64,
+    "full_attention_interval": 2,
+}
 MODELS = {
     "dense": DENSE,
     "odd-head": {**DENSE, "head_dim": 80},
-    "windowed": {**DENSE, **WINDOWED},
+    "windows": GEMMA,
+    "windows only": {**GEMMA, "layer_types": ["sliding_attention"] * 2},
+    "windows and learned sinks": GPT_OSS,
+    "states": QWEN_NEXT,
 }
 KVARN = ("--kv-cache-dtype", "kvarn_k4v2_g128")
 BAD_FLAGS = ("--page-size", "64", "--enable-hierarchical-cache", "--speculative-algorithm", "DFLASH", "--pp-size", "2")
@@ -45,7 +59,14 @@ CASES = {
     "unknown": ("dense", ("--kv-cache-dtype", "kvarn_k4v9_g128")),
     "bad flags": ("dense", (*KVARN, *BAD_FLAGS)),
     "bad flags and model": ("odd-head", (*KVARN, "--pp-size", "2")),
-    "windowed": ("windowed", KVARN),
+    "windows": ("windows", KVARN),
+    "windows, afterwards": ("windows", ()),
+    "windows in one pool": ("windows", (*KVARN, "--disable-hybrid-swa-memory")),
+    "windows and drafts": ("windows", (*KVARN, "--speculative-algorithm", "NGRAM")),
+    "windows only": ("windows only", KVARN),
+    "windows and learned sinks": ("windows and learned sinks", KVARN),
+    "states": ("states", (*KVARN, "--disable-radix-cache")),
+    "states and hits": ("states", (*KVARN, "--mamba-track-interval", "100")),
     "kvarn": ("dense", KVARN),
     "eagle": ("dense", (*KVARN, "--speculative-algorithm", "EAGLE", *DRAFT_MODEL)),
     "mtp": ("dense", (*KVARN, "--speculative-algorithm", "NEXTN", *DRAFT_MODEL, *FIVE_STEPS)),
@@ -54,11 +75,19 @@ CASES = {
     "n-gram trees": ("dense", (*KVARN, "--speculative-algorithm", "NGRAM")),
     "as decided": ("dense", (*KVARN, "--page-size", "128", "--attention-backend", "kvarn")),
 }
+GRAPH_CALLS = (
+    *("init_cuda_graph_state", "init_forward_metadata", "init_forward_metadata_out_graph"),
+    *("init_forward_metadata_in_graph", "on_after_cuda_graph_warmup"),
+)
 SCRIPT = """
 import json, sys
+from types import SimpleNamespace
 from kvarn.sglang_backend import compat, compat_hooks, plugin
+from sglang.srt.configs.model_config import ModelConfig
 from sglang.srt.plugins.hook_registry import HookRegistry
 from sglang.srt.server_args import prepare_server_args
+from kvarn.sglang_backend.layered import LayeredAttentionBackend
+GRAPH_CALLS = json.loads(sys.argv[2])
 plugin.register(); plugin.register(); HookRegistry.apply_hooks()
 def resolve(folder, typed):
     try:
@@ -67,10 +96,12 @@ def resolve(folder, typed):
     except Exception as error:
         return {"error": type(error).__name__, "message": str(error)}
     view = compat_hooks.flags_of(args)
+    split = ModelConfig.from_server_args(args).is_hybrid_swa
     names = ("kv_cache_dtype", "attention_backend", "page_size", "disable_prefill_cuda_graph", "chunked_prefill_size")
     names += ("speculative_algorithm", "speculative_num_draft_tokens", "speculative_eagle_topk")
     names += ("speculative_draft_attention_backend",)
-    return {**{name: getattr(view, name) for name in names}, "prefill": view.cuda_graph_config.prefill.backend}
+    found = {name: getattr(view, name) for name in names}
+    return {**found, "prefill": view.cuda_graph_config.prefill.backend, "split": split}
 def state():
     hooks = {target: len(found) for target, found in HookRegistry._hooks.items()}
     return {"unapplied": len(compat._unapplied_hooks(compat.tables.ENGINE_TARGETS)), "hooks": hooks}
@@ -78,6 +109,19 @@ answers = {"installed": state()}
 for name, (folder, typed) in json.loads(sys.argv[1]).items():
     answers[name] = resolve(folder, typed)
     answers[name]["state"] = state()
+class Backend:
+    def __init__(self):
+        self.called = []
+    def __getattr__(self, name):
+        return lambda *_, **__: self.called.append(name)
+tiles, windows = Backend(), Backend()
+layered = LayeredAttentionBackend(tiles, windows)
+for call in GRAPH_CALLS:
+    getattr(layered, call)(*range(2 if call == "init_cuda_graph_state" else call.startswith("init")))
+for window in (-1, 511):
+    for call in ("forward_decode", "forward_extend"):
+        getattr(layered, call)(None, None, None, SimpleNamespace(sliding_window_size=window), None)
+answers["layered"] = [tiles.called, windows.called]
 answers["differences"] = compat.signature_differences(drafts=True)
 print("ANSWERS" + json.dumps(answers))
 """
@@ -95,9 +139,8 @@ def answers(tmp_path_factory):
     }
     path = os.pathsep.join((str(REPOSITORY / "tools/sglang_cpu"), str(REPOSITORY), os.environ.get("PYTHONPATH", "")))
     environment = {**os.environ, "PYTHONPATH": path, "SGLANG_USE_CPU_ENGINE": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, json.dumps(cases)], env=environment, capture_output=True, text=True, timeout=300
-    )
+    command = [sys.executable, "-c", SCRIPT, json.dumps(cases), json.dumps(GRAPH_CALLS)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
     lines = [line for line in done.stdout.splitlines() if line.startswith("ANSWERS")]
     assert lines, done.stderr[-3000:]
     return json.loads(lines[0].removeprefix("ANSWERS"))
@@ -113,17 +156,17 @@ def test_registering_twice_hooks_once(answers):
 
 
 def test_without_a_kvarn_dtype_no_memory_pool_is_hooked_and_no_flag_changes(answers):
-    assert answers["installed"]["unapplied"] == answers["auto"]["state"]["unapplied"] == 5
+    assert answers["installed"]["unapplied"] == answers["auto"]["state"]["unapplied"] == len(tables.ENGINE_TARGETS)
     assert not any("mem_cache" in target or "model_executor" in target for target in answers["auto"]["state"]["hooks"])
     assert answers["auto"]["attention_backend"] != "kvarn"
     assert answers["auto"]["page_size"] == 1
 
 
 def test_refused_flags_hook_no_memory_pool(answers):
-    assert answers["windowed"]["state"]["unapplied"] == 5
+    assert answers["bad flags"]["state"]["unapplied"] == len(tables.ENGINE_TARGETS)
 
 
-@pytest.mark.parametrize("case", ["kvarn", "as decided"])
+@pytest.mark.parametrize("case", ["kvarn", "as decided", "windows", "states"])
 def test_everything_follows_from_the_dtype(answers, case):
     decided = answers[case]
     assert decided["attention_backend"] == "kvarn"
@@ -158,6 +201,17 @@ def test_trees_of_drafts_are_refused_with_what_to_do(answers):
     assert "pass --speculative-ngram-max-bfs-breadth 1" in answers["n-gram trees"]["message"]
 
 
+def test_windows_get_their_pool_for_a_kvarn_dtype_only(answers):
+    assert answers["windows"]["split"]
+    assert not answers["windows, afterwards"]["split"]
+    assert not answers["kvarn"]["split"]
+
+
+def test_both_backends_are_told_of_every_step_and_each_layer_has_one(answers):
+    tiles, windows = answers["layered"]
+    assert tiles == windows == [*GRAPH_CALLS, "forward_decode", "forward_extend"]
+
+
 def test_unknown_name_is_answered_by_kvarn_and_not_by_argparse(answers):
     assert answers["unknown"]["error"] == "UnknownPreset"
     assert "kvarn_k4v4_g128" in answers["unknown"]["message"]
@@ -177,6 +231,17 @@ def test_flags_and_model_are_refused_in_one_message(answers):
     assert "head_dim 80" in message
 
 
-def test_model_with_sliding_windows_is_refused(answers):
-    assert answers["windowed"]["error"] == "UnsupportedConfig"
-    assert "sliding-window" in answers["windowed"]["message"]
+@pytest.mark.parametrize(
+    ("case", "sentences"),
+    [
+        ("windows in one pool", ["--disable-hybrid-swa-memory can't be used"]),
+        ("windows and drafts", ["--speculative-algorithm NGRAM can't be used with a model that has windows"]),
+        ("windows only", ["no layer that attends to the whole context"]),
+        ("windows and learned sinks", ["learned attention sinks"]),
+        ("states and hits", ["--disable-radix-cache", "--mamba-track-interval 100 is not a multiple"]),
+    ],
+)
+def test_mix_of_layers_is_refused_with_every_reason(answers, case, sentences):
+    assert answers[case]["error"] == "UnsupportedConfig"
+    for sentence in sentences:
+        assert sentence in answers[case]["message"]
