@@ -9,6 +9,7 @@ Three switches, set in the environment of the driver:
 * ``ENGINE_TEST_ROWWISE=1`` computes every matrix product and every query row by itself. A CPU's matrix kernels round
   differently for different numbers of rows, so that without this a token that was decoded and the same token
   prefilled differ in the last bit. With it a difference can only come from which rows were read, and from where.
+* ``ENGINE_TEST_STATES=1`` brings operations of recurrent layers, which SGLang has for other CPUs only.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import recurrent_ops
 import torch
 from knowing_corpus import KnowingCorpus
 
@@ -29,12 +31,15 @@ if TYPE_CHECKING:
 TRACE = "ENGINE_TEST_TRACE"
 ROWWISE = "ENGINE_TEST_ROWWISE"
 ANSWERS = "ENGINE_TEST_ANSWERS"
+STATES = "ENGINE_TEST_STATES"
 
 
 def install() -> None:
     """Install what the environment asks for."""
     if os.environ.get(ROWWISE) == "1":
         _compute_row_by_row()
+    if os.environ.get(STATES) == "1":
+        recurrent_ops.install()
     trace = os.environ.get(TRACE)
     if trace:
         _trace_steps(Path(trace))

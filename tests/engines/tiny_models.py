@@ -47,10 +47,14 @@ QWEN3_GROUP_2 = TinyModel("qwen3-group-2", qwen3=True, group=2)
 MODELS = (LLAMA_GROUP_3, QWEN3_GROUP_2)
 # Half of its layers keep a recurrent state; bfloat16, in which alone vLLM computes these on a CPU.
 HYBRID = "qwen3-next"
+HYBRID_INTERVAL = 2
 # Drafts for the second model, as SGLang reads it.
 EAGLE_HEAD = "eagle-head"
 # Every other layer has a window.
 WINDOWED, WINDOW = "gemma3", 96
+# The same with weights that keep it from repeating its last token, so that greedy tokens tell what was attended to.
+TALKATIVE = "gemma3-talkative"
+_NORM_WEIGHT = 15
 # Multi-head latent attention, of the only widths that vLLM attends to on a CPU.
 LATENT = "deepseek-v2"
 LATENT_DIM, ROPE_DIM = 512, 64
@@ -67,6 +71,11 @@ def prompt(length: int, seed: int = 0) -> list[int]:
     return tokens
 
 
+def reference_prompts() -> list[list[int]]:
+    """Return the prompts whose answers by transformers are kept."""
+    return [prompt(length, seed=length) for length in REFERENCE_LENGTHS]
+
+
 def main(folder: Path, reference: Path) -> None:
     """Save all models, and the greedy answers of transformers by model name, in the order of `REFERENCE_LENGTHS`."""
     answers = {}
@@ -74,11 +83,13 @@ def main(folder: Path, reference: Path) -> None:
         built = _build(model)
         built.save_pretrained(folder / model.name)
         _save_tokenizer(folder / model.name)
-        prompts = (prompt(length, seed=length) for length in REFERENCE_LENGTHS)
-        answers[model.name] = [_greedy_tokens(built, tokens, REFERENCE_TOKENS) for tokens in prompts]
-    _build_hybrid().save_pretrained(folder / HYBRID)
+        answers[model.name] = [_greedy_tokens(built, tokens, REFERENCE_TOKENS) for tokens in reference_prompts()]
+    others = {HYBRID: _build_hybrid(), WINDOWED: _build_windowed(), TALKATIVE: _build_talkative()}
+    for name, built in others.items():
+        built.save_pretrained(folder / name)
+        answers[name] = [_greedy_tokens(built.float(), tokens, REFERENCE_TOKENS) for tokens in reference_prompts()]
+    _name_interval(folder / HYBRID / "config.json")
     _save_eagle_head(folder / QWEN3_GROUP_2.name, folder / EAGLE_HEAD)
-    _build_windowed().save_pretrained(folder / WINDOWED)
     _build_latent().save_pretrained(folder / LATENT)
     reference.write_text(json.dumps(answers))
 
@@ -117,7 +128,7 @@ def _build_hybrid() -> PreTrainedModel:
         num_experts=4,
         num_experts_per_tok=2,
         num_hidden_layers=2 * LAYERS,
-        full_attention_interval=2,
+        full_attention_interval=HYBRID_INTERVAL,
         num_attention_heads=4,
         num_key_value_heads=KV_HEADS,
         head_dim=HEAD_DIM,
@@ -132,6 +143,12 @@ def _build_hybrid() -> PreTrainedModel:
     )
     torch.manual_seed(0)
     return Qwen3NextForCausalLM(config).to(torch.bfloat16)
+
+
+def _name_interval(path: Path) -> None:
+    """Add what transformers no longer writes and SGLang reads; checkpoints in use have it."""
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | {"full_attention_interval": HYBRID_INTERVAL}))
 
 
 def _build_windowed() -> PreTrainedModel:
@@ -155,6 +172,15 @@ def _build_windowed() -> PreTrainedModel:
     )
     torch.manual_seed(0)
     return Gemma3ForCausalLM(config).to(torch.float32)
+
+
+def _build_talkative() -> PreTrainedModel:
+    """The same, but for what layers add to a token: it outweighs the token's own embedding, the output matrix too."""
+    model = _build_windowed()
+    for layer in model.model.layers:
+        layer.post_attention_layernorm.weight.data.fill_(_NORM_WEIGHT)
+        layer.post_feedforward_layernorm.weight.data.fill_(_NORM_WEIGHT)
+    return model
 
 
 def _save_eagle_head(model: Path, folder: Path) -> None:
