@@ -119,7 +119,8 @@ def _architecture_reasons(
 
 def _head_reasons(facts: ModelFacts, preset: Preset) -> list[str]:
     if facts.latent_attention:
-        return _latent_reasons(facts, preset)
+        # Its head widths say nothing about the cache, and it is refused already.
+        return []
     reasons = []
     if facts.head_dim not in HEAD_DIMS:
         widths = ", ".join(str(width) for width in HEAD_DIMS)

@@ -8,11 +8,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import (
-    AttentionBackend,
-    AttentionImpl,
-    MultipleOf,
-)
+from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, MultipleOf
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvarn.core.attention import attention, reserve_scratch
@@ -23,9 +19,9 @@ from kvarn.core.layout import HEAD_DIMS, TileLayout
 from kvarn.core.warm_up import warm_up
 from kvarn.errors import UnsupportedConfig
 from kvarn.presets import PRESETS, Preset
-from kvarn.vllm_backend import compat, compat_cpu, compat_tables, compat_windows, resolution
+from kvarn.vllm_backend import compat, compat_tables, compat_windows, resolution
 from kvarn.vllm_backend.metadata import TileMetadata, TileMetadataBuilder, describe
-from kvarn.vllm_backend.tails import TailCache, add_tail, forget_rings, second_model_reasons
+from kvarn.vllm_backend.tails import TailCache, add_tail, prepare_for_tiles
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -104,19 +100,11 @@ class TileAttention(AttentionImpl[TileMetadata]):
     """
 
     def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int | None = None,
-        alibi_slopes: list[float] | None = None,
-        sliding_window: int | None = None,
-        kv_cache_dtype: str = "auto",
-        logits_soft_cap: float | None = None,
-        attn_type: str = "decoder",
-        kv_sharing_target_layer_name: str | None = None,
-        **extras: Any,
-    ) -> None:
+        self, num_heads: int, head_size: int, scale: float, num_kv_heads: int | None = None,
+        alibi_slopes: list[float] | None = None, sliding_window: int | None = None, kv_cache_dtype: str = "auto",
+        logits_soft_cap: float | None = None, attn_type: str = "decoder",
+        kv_sharing_target_layer_name: str | None = None, **extras: Any,
+    ) -> None:  # fmt: skip
         fields = {
             "kv_cache_dtype": kv_cache_dtype,
             "head_size": head_size,
@@ -127,13 +115,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
             "has_sink": extras.pop("sinks", None) is not None,
         }
         config = get_current_vllm_config()
-        reasons = [*resolution.reasons_against(fields, config, None), *second_model_reasons(config)]
-        if reasons:
-            raise UnsupportedConfig(reasons)
-        compat.keep_drafts_raw(config)
-        compat_cpu.stand_beside_ours()
-        compat.watch_admissions(forget_rings)
-        compat.before_warm_up(TailCache.warm_up)
+        prepare_for_tiles(config, resolution.reasons_against(fields, config, None))
         asked = [f"{name}={value!r}" for name, value in extras.items() if value]
         asked += ["ALiBi slopes"] * bool(alibi_slopes)
         asked += ["the cache of another layer"] * (kv_sharing_target_layer_name is not None)
@@ -167,17 +149,10 @@ class TileAttention(AttentionImpl[TileMetadata]):
         warm_up(tail.pool.layers[0], self.num_heads, tail.flash)
 
     def forward(
-        self,
-        layer: torch.nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: TileMetadata | None,
-        output: torch.Tensor,
-        output_scale: torch.Tensor | None = None,
-        output_block_scale: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        self, layer: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
+        kv_cache: torch.Tensor, attn_metadata: TileMetadata | None, output: torch.Tensor,
+        output_scale: torch.Tensor | None = None, output_block_scale: torch.Tensor | None = None,
+    ) -> torch.Tensor:  # fmt: skip
         """Append, seal and attend; rows of padding are left alone. Graph-safe: yes for decode and verify steps."""
         tail: TailCache = self._tail
         if attn_metadata is None:
@@ -204,16 +179,20 @@ class TileAttention(AttentionImpl[TileMetadata]):
 
 
 @functools.cache
-def backend_of(preset: Preset) -> type[TileAttentionBackend]:
-    """Return the backend of layers that are cached with a preset."""
-    return type(TileAttentionBackend.__name__, (TileAttentionBackend,), {"preset": preset})
+def backend_named(name: str, kind: type[TileAttentionBackend]) -> type[TileAttentionBackend]:
+    """Return the backend of one kind for layers that are cached with a preset: an attribute of the kind's module.
+
+    Raises:
+        AttributeError: no preset has that name.
+    """
+    if name not in PRESETS:
+        raise AttributeError(f"module {kind.__module__!r} has no attribute {name!r}")
+    return type(kind.__name__, (kind,), {"preset": PRESETS[name]})
 
 
 def __getattr__(name: str) -> type[TileAttentionBackend]:
     """Return a preset's backend: vLLM finds backends by module and attribute."""
-    if name in PRESETS:
-        return backend_of(PRESETS[name])
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return backend_named(name, TileAttentionBackend)
 
 
 def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype) -> TailCache:

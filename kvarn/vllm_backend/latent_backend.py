@@ -5,14 +5,12 @@ vLLM stores a step's latents in one call and attends in others, so the rows of t
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from vllm.config import get_current_vllm_config
-from vllm.v1.attention.backend import AttentionBackend, MLAAttentionImpl, MultipleOf
-from vllm.v1.kv_cache_layout import KVCacheLayout
+from vllm.v1.attention.backend import MLAAttentionImpl
 
 from kvarn import env
 from kvarn.core.cache import CacheConfig, LayerCache
@@ -26,11 +24,10 @@ from kvarn.core.latent.rows import LatentRows
 from kvarn.core.latent.warm_up import warm_up_latents
 from kvarn.core.prefill_plan import LONG_ROWS
 from kvarn.core.step import Step
-from kvarn.errors import UnsupportedConfig
-from kvarn.presets import PRESETS, Preset
-from kvarn.vllm_backend import compat, compat_tables, resolution
+from kvarn.vllm_backend import compat, resolution
+from kvarn.vllm_backend.backend import TileAttentionBackend, backend_named
 from kvarn.vllm_backend.metadata import TileMetadata, TileMetadataBuilder, describe
-from kvarn.vllm_backend.tails import TailCache, add_tail, forget_rings, second_model_reasons
+from kvarn.vllm_backend.tails import TailCache, add_tail, prepare_for_tiles
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -38,17 +35,8 @@ if TYPE_CHECKING:
     from vllm.v1.kv_cache_interface import AttentionSpec
 
 
-class LatentTileBackend(AttentionBackend):
+class LatentTileBackend(TileAttentionBackend):
     """What vLLM asks a backend before it makes layers and caches. There is a subclass for every preset."""
-
-    preset: ClassVar[Preset]
-    supported_dtypes = [torch.float16, torch.bfloat16, torch.float32]
-    supported_kv_cache_dtypes = list(PRESETS)
-
-    @staticmethod
-    def get_name() -> str:
-        """Return the name under which the backend is registered."""
-        return compat_tables.BACKEND_NAME
 
     @staticmethod
     def get_impl_cls() -> type[LatentTileAttention]:
@@ -71,33 +59,12 @@ class LatentTileBackend(AttentionBackend):
         return sorted({latent + rope for latent in LATENT_DIMS for rope in ROPE_DIMS})
 
     @classmethod
-    def get_supported_kernel_block_sizes(cls, kv_cache_spec: AttentionSpec | None = None) -> list[int | MultipleOf]:
-        """Return that a block holds any number of tiles."""
-        del kv_cache_spec
-        return [MultipleOf(cls.preset.tile_tokens)]
-
-    @classmethod
-    def supported_kv_cache_layouts(cls) -> tuple[KVCacheLayout, ...]:
-        """Return the layout in which a record is in one piece and groups of other page sizes share a pool."""
-        return (KVCacheLayout.BLHNC,)
-
-    @classmethod
     def customize_spec(cls, spec: AttentionSpec) -> AttentionSpec:
         """Return the spec with a record's share as the bytes of a token."""
         if spec.state_content_bytes is not None:  # vLLM may ask twice
             return spec
         layout = LatentLayout.of_row(cls.preset, spec.head_size, env.rope_bits())
         return replace(spec, state_content_bytes=layout.record_bytes // layout.tile_tokens)
-
-    @classmethod
-    def supports_kv_connector(cls) -> bool:
-        """Return that records can't be moved without their tails."""
-        return False
-
-    @classmethod
-    def validate_configuration(cls, device_capability: Any, **fields: Any) -> list[str]:
-        """Return every reason why a layer can't be served, one sentence each."""
-        return resolution.reasons_against(fields, get_current_vllm_config(), device_capability)
 
 
 @dataclass
@@ -159,20 +126,9 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
     """
 
     def __init__(
-        self,
-        num_heads: int,
-        head_size: int,
-        scale: float,
-        num_kv_heads: int,
-        alibi_slopes: list[float] | None,
-        sliding_window: int | None,
-        kv_cache_dtype: str,
-        logits_soft_cap: float | None,
-        attn_type: str,
-        kv_sharing_target_layer_name: str | None,
-        **mla: Any,
-    ) -> None:
-        del num_kv_heads, alibi_slopes, logits_soft_cap, kv_sharing_target_layer_name
+        self, *, num_heads: int, head_size: int, scale: float, kv_cache_dtype: str, attn_type: str,
+        sliding_window: int | None = None, **mla: Any,
+    ) -> None:  # fmt: skip
         fields = {
             "kv_cache_dtype": kv_cache_dtype,
             "head_size": head_size,
@@ -184,12 +140,7 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
             "has_sink": False,
         }
         config = get_current_vllm_config()
-        reasons = [*resolution.reasons_against(fields, config, None), *second_model_reasons(config)]
-        if reasons:
-            raise UnsupportedConfig(reasons)
-        compat.keep_drafts_raw(config)
-        compat.watch_admissions(forget_rings)
-        compat.before_warm_up(TailCache.warm_up)
+        prepare_for_tiles(config, resolution.reasons_against(fields, config, None))
         self.num_heads = num_heads
         self.head_size = head_size
         self.scale = scale
@@ -212,29 +163,18 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
         warm_up_latents(tail.pool.layers[0], self.num_heads, widths, tail.flash, tail.token_numbers)
 
     def do_kv_cache_update(
-        self,
-        kv_c_normed: torch.Tensor,
-        k_pe: torch.Tensor,
-        kv_cache: torch.Tensor,
-        slot_mapping: torch.Tensor,
-        kv_cache_dtype: str,
-        k_scale: torch.Tensor,
-    ) -> None:
+        self, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor,
+        kv_cache_dtype: str, k_scale: torch.Tensor,
+    ) -> None:  # fmt: skip
         """Keep a step's rows for the attention of the same layer, which follows and stores them."""
         del kv_cache, slot_mapping, kv_cache_dtype, k_scale
         self._rows = LatentRows(kv_c_normed, k_pe.flatten(1))
 
     def forward_mha(
-        self,
-        q: torch.Tensor,
-        kv_c_normed: torch.Tensor,
-        k_pe: torch.Tensor,
-        kv_cache: torch.Tensor,
-        attn_metadata: LatentMetadata,
-        k_scale: torch.Tensor,
-        output: torch.Tensor,
+        self, q: torch.Tensor, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor,
+        attn_metadata: LatentMetadata, k_scale: torch.Tensor, output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         """Attend the rows of long chunks. `forward_mqa` follows, if the step has others.
 
         Args:
@@ -256,12 +196,9 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
             append_latents(rows, layer, step)
 
     def forward_mqa(
-        self,
-        q: tuple[torch.Tensor, torch.Tensor],
-        kv_cache: torch.Tensor,
-        attn_metadata: LatentMetadata,
+        self, q: tuple[torch.Tensor, torch.Tensor], kv_cache: torch.Tensor, attn_metadata: LatentMetadata,
         layer: torch.nn.Module,
-    ) -> tuple[torch.Tensor, None]:
+    ) -> tuple[torch.Tensor, None]:  # fmt: skip
         """Append and seal all rows, and attend those of few rows. Graph-safe: yes for decode and verify steps.
 
         Args:
@@ -299,17 +236,9 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
         return torch.cat((nope, rows.rope[:, None].expand(-1, self.num_heads, -1)), dim=-1), values
 
 
-@functools.cache
-def backend_of(preset: Preset) -> type[LatentTileBackend]:
-    """Return the backend of layers that are cached with a preset."""
-    return type(LatentTileBackend.__name__, (LatentTileBackend,), {"preset": preset})
-
-
-def __getattr__(name: str) -> type[LatentTileBackend]:
+def __getattr__(name: str) -> type[TileAttentionBackend]:
     """Return a preset's backend: vLLM finds backends by module and attribute."""
-    if name in PRESETS:
-        return backend_of(PRESETS[name])
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return backend_named(name, LatentTileBackend)
 
 
 def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype) -> TailCache:

@@ -32,7 +32,7 @@ def choose_backend(platform: type, config: Any) -> str:
     compat.require_compatible()
     preset = get_preset(config.kv_cache_dtype)
     module = latent_backend if config.use_mla else backend
-    reasons = module.backend_of(preset).validate_configuration(
+    reasons = getattr(module, preset.name).validate_configuration(
         device_capability=platform.get_device_capability(),
         **config._asdict(),
     )

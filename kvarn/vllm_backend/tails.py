@@ -13,7 +13,8 @@ from kvarn.core.capacity import CacheShape
 from kvarn.core.flash import FlashAttention
 from kvarn.core.layers import layer_kinds, summary
 from kvarn.core.tail import TailState
-from kvarn.vllm_backend import compat, compat_tables
+from kvarn.errors import UnsupportedConfig
+from kvarn.vllm_backend import compat, compat_cpu, compat_tables
 from kvarn.vllm_backend.spec import TailSpec
 
 if TYPE_CHECKING:
@@ -238,14 +239,28 @@ def add_tail(config: VllmConfig, layers: dict[str, Any], shape: CacheShape, raw_
     return tail
 
 
-def second_model_reasons(config: VllmConfig) -> list[str]:
-    """Return why a layer can't be cached in tiles if those of another model are, one sentence; empty if none are."""
-    if compat.tail_of(config) is None:
-        return []
-    return [
-        "A draft model's layers can't be cached in tiles, whose tails belong to the model's own layers; pass "
-        "kv_cache_dtype auto in --speculative-config, or another draft model."
-    ]
+def prepare_for_tiles(config: VllmConfig, reasons: list[str]) -> None:
+    """Let vLLM serve a layer in tiles, while the layer is made.
+
+    Args:
+        config: vLLM's configuration.
+        reasons: why it can't be served.
+
+    Raises:
+        UnsupportedConfig: there are reasons, or the tiles of another model.
+    """
+    if compat.tail_of(config) is not None:
+        reasons = [
+            *reasons,
+            "A draft model's layers can't be cached in tiles, whose tails belong to the model's own layers; pass "
+            "kv_cache_dtype auto in --speculative-config, or another draft model.",
+        ]
+    if reasons:
+        raise UnsupportedConfig(reasons)
+    compat.keep_drafts_raw(config)
+    compat_cpu.stand_beside_ours()
+    compat.watch_admissions(forget_rings)
+    compat.before_warm_up(TailCache.warm_up)
 
 
 def _records(kv_cache: torch.Tensor, shape: CacheShape) -> torch.Tensor:
