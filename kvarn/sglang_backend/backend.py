@@ -54,7 +54,8 @@ class TileAttentionBackend(AttentionBackend):
             pool.state, pool.layers, runner.req_to_token_pool.req_to_token, q_heads // pool.head_num, flash
         )
         self.forward_metadata: Step | None = None
-        self._verify_mask = compat.verify_mask(runner) if pool.state.config.draft_tokens else None
+        self._draft_tokens = pool.state.config.draft_tokens
+        self._verify_mask = compat.verify_mask(runner) if self._draft_tokens else None
         warm_up(pool.layers[0], q_heads, flash)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
@@ -78,7 +79,7 @@ class TileAttentionBackend(AttentionBackend):
 
         A decode step's new token is part of the length, tokens to be verified are not.
         """
-        return 0 if self.token_to_kv_pool.state.config.draft_tokens else 1
+        return 0 if self._draft_tokens else 1
 
     @property
     def verify_mask(self) -> Any:

@@ -255,17 +255,14 @@ def _mismatches(runner: Runner) -> list[str]:
     tile = shape.preset.tile_tokens
     charged = charged_request_limit() or 0
     windows = window_pool(configurator, shape)
+    token_bytes = shape.bytes_per_token + draft_bytes(configurator) if windows is None else windows.bytes_of_both
     sizes = create_memory_pool_configurator(configurator)
     facts = (
         ("attention backend", BACKEND_NAME, get_exec().kernel.attention_backend),
         ("pool settings", expected, settings if isinstance(settings, PoolSettings) else type(pool).__name__),
         ("page sizes", (tile,) * 3, (runner.page_size, pool.page_size, runner.token_to_kv_pool_allocator.page_size)),
         ("storage dtype", "torch.uint8", str(runner.kv_cache_dtype)),
-        (
-            "bytes a token",
-            shape.bytes_per_token + draft_bytes(configurator) if windows is None else windows.bytes_of_both,
-            sizes._cell_size,
-        ),
+        ("bytes a token", token_bytes, sizes._cell_size),
         ("layers", shape.layers, len(pool.layers)),
         ("tokens", runner.max_total_num_tokens, pool.size),
         ("rows of req_to_token", runner.max_running_requests + 1, rows),

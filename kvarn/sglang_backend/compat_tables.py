@@ -31,7 +31,9 @@ CELL_SIZE: Final = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfi
 PRICE_TOKEN: Final = "sglang.srt.model_executor.pool_configurator.DefaultPoolConfigurator.__init__"
 WINDOW_SIZES: Final = "sglang.srt.model_executor.pool_configurator.HybridSWAPoolConfigurator.__init__"
 LAYER_SPLIT: Final = "sglang.srt.configs.model_config.ModelConfig.from_server_args"
-ENGINE_TARGETS: Final = (CONFIGURE_DTYPE, PROFILE_BYTES, BUILD_POOL, CELL_SIZE, PRICE_TOKEN, WINDOW_SIZES, LAYER_SPLIT)
+ENGINE_TARGETS: Final = (
+    *(CONFIGURE_DTYPE, PROFILE_BYTES, BUILD_POOL, CELL_SIZE, PRICE_TOKEN, WINDOW_SIZES, LAYER_SPLIT),
+)
 # --- hooked only where drafts come from n-grams
 NGRAM_DRAFTS: Final = "sglang.srt.speculative.cpp_ngram.ngram_corpus.NgramCorpus.batch_get"
 

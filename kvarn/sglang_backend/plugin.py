@@ -186,7 +186,7 @@ def charge_exact_rows(budget_bytes: int, configurator: Any, *_args: Any, **_kwar
     windows = compat_layers.window_pool(configurator, shape)
     if windows is not None and requested is None:
         most = windows.most_requests(budget_bytes)
-    plan = divide_budget(shape, budget_bytes, requested, token_cap, most, draft_bytes)
+    plan = divide_budget(shape, budget_bytes, requested, token_cap, draft_bytes, most)
     compat_hooks.publish_request_limit(plan.max_requests)
     if windows is not None:
         return windows.bytes_left(plan)

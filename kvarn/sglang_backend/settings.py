@@ -54,8 +54,8 @@ def divide_budget(
     budget_bytes: int,
     requested: int | None,
     token_cap: int | None,
-    most_requests: int | None = None,
     draft_bytes: int = 0,
+    most_requests: int | None = None,
 ) -> CapacityPlan:
     """Divide the bytes that SGLang gives the cache into tails, sinks and tiles.
 
@@ -64,8 +64,8 @@ def divide_budget(
         budget_bytes: bytes that SGLang profiled for the cache.
         requested: ``--max-running-requests``; None derives the limit from the budget.
         token_cap: ``--max-total-tokens``, which SGLang applies afterwards; None if there is none.
-        most_requests: requests that can run at once for another reason; None if there is none.
         draft_bytes: what a draft model caches of each token.
+        most_requests: requests that can run at once for another reason; None if there is none.
 
     Raises:
         CapacityError: tails and sinks leave no room for a page.
@@ -73,7 +73,7 @@ def divide_budget(
     try:
         if requested is not None:
             return plan_capacity(shape, budget_bytes, min(requested, most_requests or requested), draft_bytes)
-        plan = plan_capacity(shape, budget_bytes, draft_bytes=draft_bytes)
+        plan = plan_capacity(shape, budget_bytes, None, draft_bytes)
         # A running request needs a page of its own, so more tail rings than pages could never be in use.
         tokens = plan.tokens if token_cap is None else min(plan.tokens, token_cap)
         pages = max(1, tokens // shape.preset.tile_tokens)

@@ -1,6 +1,6 @@
 """What tests change inside SGLang's scheduler. SGLang spawns it, and spawning imports the driver, which installs these.
 
-Three switches, set in the environment of the driver:
+Four switches, set in the environment of the driver:
 
 * ``ENGINE_TEST_TRACE=FILE`` writes one JSON line for each forward pass over chunks or drafts and checks KVarN's own
   state in every pass: no sink slot leaked or shared, no chunk that lost its open tile. Before drafts are verified,
