@@ -30,6 +30,9 @@ def kinds_of(config: ModelConfig) -> frozenset[LayerKind]:
     kinds = set(layer_kinds(config.hf_text_config))
     if config.is_hybrid_swa or config.is_local_attention_model:
         kinds.add(LayerKind.MODEL_DTYPE)
+    elif kinds == {LayerKind.MODEL_DTYPE} and not getattr(config.hf_text_config, "layer_types", None):
+        # A window of all layers, which SGLang heeds for some models only: the loaded model says so.
+        kinds = {LayerKind.TILES}
     if config.attention_arch.name == "SSM" or _hybrid_of(config) is not None:
         kinds.add(LayerKind.RECURRENT)
     return frozenset(kinds)

@@ -140,9 +140,7 @@ def _block_reasons(config: VllmConfig, tile: int) -> list[str]:
     return reasons
 
 
-def draft_reasons(
-    speculative: SpeculativeConfig | None, tile: int, *, hybrid: bool, windows: bool = False
-) -> list[str]:
+def draft_reasons(speculative: SpeculativeConfig | None, tile: int, *, hybrid: bool, windows: bool) -> list[str]:
     """Return why drafts can't be verified, one sentence each; empty if they can.
 
     Args:

@@ -160,6 +160,15 @@ def test_drafter_is_refused_beside_recurrent_layers() -> None:
     assert draft_reasons(None, 128, hybrid=True, windows=True) == []
 
 
+def test_draft_model_is_refused_beside_windows() -> None:
+    from kvarn.vllm_backend.resolution import draft_reasons
+
+    served = {"parallel_drafting": False, "num_speculative_tokens": 4, "kv_cache_dtype": None}
+    (reason,) = draft_reasons(SimpleNamespace(method="eagle", **served), 128, hybrid=False, windows=True)
+    assert "can't be used with a model that has sliding-window layers" in reason
+    assert draft_reasons(SimpleNamespace(method="ngram", **served), 128, hybrid=False, windows=True) == []
+
+
 def test_unknown_preset_is_refused_by_vllm_which_lists_ours(models: Models, loaded: list[str]) -> None:
     unknown = serving(models.path(LLAMA_GROUP_3), kv_cache_dtype="kvarn_k9v9_g128")
     with pytest.raises(ValueError, match="kvarn_k9v9_g128") as refused, unknown:
