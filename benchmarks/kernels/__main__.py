@@ -3,6 +3,7 @@
     python -m benchmarks.kernels decode                  about four minutes, writes benchmarks/results/decode-h100.json
     python -m benchmarks.kernels decode --only gqa16     cases whose name matches; --quick for one of each kind
     python -m benchmarks.kernels extend                  chunks over cached context; writes extend-h100.json
+    python -m benchmarks.kernels mla                     decode over latents; writes mla-h100.json
     python -m benchmarks.kernels write                   append and seal; writes write-h100.json
     python -m benchmarks.kernels tune --only 64x16k/gqa8$   KVarN alone under many launch shapes
     python -m benchmarks.kernels once NAME ...           two layers of each case, for a profiler to look at
@@ -22,13 +23,13 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.kernels import bandwidth, cases, decode, extend, measure, timing, tune, warm, write
+from benchmarks.kernels import bandwidth, cases, decode, extend, measure, mla, timing, tune, warm, write
 from benchmarks.kernels.inputs import make_inputs
 from benchmarks.kernels.peers import registry
 from benchmarks.kernels.workload import TABLE_TOKENS, build
 
 _OUT = Path(__file__).resolve().parents[1] / "results" / "decode-h100.json"
-_SIMPLE = {"extend": extend.run, "write": write.run}
+_SIMPLE = {"extend": extend.run, "mla": mla.run, "write": write.run}
 
 
 def main() -> None:

@@ -88,19 +88,31 @@ def cache_expected(
     Returns:
         [requests * q_len, q_heads, head_dim], float64.
     """
-    tokens = token_rows(requests, q_len, q.device)
-    chosen = torch.tensor(requests, device=q.device)
-    count = len(requests)
+    tokens, part = step_of(step, requests, q_len)
+    raw = rotate_rows_reference(k[tokens], v[tokens])
+    return attend_reference(q[tokens].double(), raw, layer, part, scale, logit_cap)[0]
+
+
+def step_of(step: Step, requests: list[int], q_len: int) -> tuple[torch.Tensor, Step]:
+    """Return the rows of some requests of a step, and what a reference needs to know of the step that has only these.
+
+    Args:
+        step: the forward pass; all its requests have q_len rows.
+        requests: which requests.
+        q_len: query rows a request.
+    """
+    device, count = step.rows.device, len(requests)
+    tokens = token_rows(requests, q_len, device)
+    chosen = torch.tensor(requests, device=device)
     per_request = ("rows", "block_table", "prefix_lens", "seq_lens", "own_start", "sink_slots")
     part = replace(
         step,
         **{name: getattr(step, name)[chosen] for name in per_request},
-        query_start=torch.arange(count + 1, dtype=torch.int32, device=q.device) * q_len,
-        token_request=torch.arange(count, dtype=torch.int32, device=q.device).repeat_interleave(q_len),
+        query_start=torch.arange(count + 1, dtype=torch.int32, device=device) * q_len,
+        token_request=torch.arange(count, dtype=torch.int32, device=device).repeat_interleave(q_len),
         token_position=step.token_position[tokens],
     )
-    raw = rotate_rows_reference(k[tokens], v[tokens])
-    return attend_reference(q[tokens].double(), raw, layer, part, scale, logit_cap)[0]
+    return tokens, part
 
 
 def dense_expected(

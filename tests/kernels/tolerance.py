@@ -10,6 +10,8 @@ ATTEND_MAX = 2.0e-2
 # Log-sum-exp in nats: q times a channel scale is rounded to fp16, so large logits lose in proportion.
 LSE = 5.0e-3
 LSE_RELATIVE = 2.0e-4
+# Over latents a query is rounded to fp16 once for all rows: a large part that they share shifts all logits alike.
+LATENT_LSE_RELATIVE = 1.0e-3
 
 
 def relative_rms(got: torch.Tensor, want: torch.Tensor) -> float:

@@ -7,7 +7,20 @@ from dataclasses import replace
 import pytest
 import torch
 
-from benchmarks.kernels import bandwidth, bars, cases, decode, extend, measure, table, timing, tune, workload, write
+from benchmarks.kernels import (
+    bandwidth,
+    bars,
+    cases,
+    decode,
+    extend,
+    measure,
+    mla,
+    table,
+    timing,
+    tune,
+    workload,
+    write,
+)
 from benchmarks.kernels.cases import Case
 from benchmarks.kernels.gate import Check, checked_requests, compare
 from benchmarks.kernels.inputs import make_inputs
@@ -308,6 +321,26 @@ def test_writing_is_measured_beside_gemms(tmp_path):
     (row,) = json.loads((tmp_path / "write.json").read_text())["rows"]
     assert row["seal_share_of_prefill"] == 1.0
     assert (row["code_distance"], row["different_codes"]) == (0, 0.0)
+
+
+TINY_LATENTS = mla.Shape(heads=4, batch=2, context=384, latent_dim=128, rope_dim=16)
+
+
+def test_attention_over_latents_is_measured_beside_bf16(tmp_path):
+    assert mla.run(bench(), tmp_path / "mla.json", [TINY_LATENTS], torch.float16)
+    (row,) = json.loads((tmp_path / "mla.json").read_text())["rows"]
+    assert row.keys() >= {"heads", "batch", "context", "us", "bf16_us", "ratio"}
+    assert (row["bf16_peer"], row["ratio"]) == ("torch-bmm", 1.0)
+    work = mla.build(TINY_LATENTS, bench(), torch.float16)
+    # two tiles of records, then what the request wrote itself
+    assert work.step.own_start.tolist() == [256, 256]
+    assert work.step.seal_tile.tolist() == [-1, -1]
+
+
+def test_wrong_attention_over_latents_fails_the_gate(tmp_path, monkeypatch):
+    attend = mla.latent_attention
+    monkeypatch.setattr(mla, "latent_attention", lambda *args: 1.1 * attend(*args))
+    assert not mla.run(bench(), tmp_path / "mla.json", [TINY_LATENTS], torch.float16)
 
 
 def test_wrong_records_fail_the_gate(tmp_path, monkeypatch):
