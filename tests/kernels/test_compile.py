@@ -66,3 +66,11 @@ def test_canonical_mode_and_drafts_compile():
 def test_every_other_kernel_compiles(head_dim):
     cases = [f"{kernel}/kvarn_k3v3_g128/{head_dim}" for kernel in KERNELS]
     assert set(compiled(*cases)) == set(cases)
+
+
+def test_kernels_over_latents_compile_and_hardly_spill():
+    cases = [f"latent/{kernel}/16/{bits}" for kernel in ("restore", "seal") for bits in (16, 8)]
+    cases += ["latent/rotate/16/16", "latent/queries/16/16", "latent/attend/16/16", "latent/attend/32/16"]
+    made = compiled(*cases)
+    assert set(made) == set(cases)
+    assert all(found["stack"] <= 64 for found in made.values())

@@ -18,8 +18,9 @@ from kvarn.core.reference import softmax_attention
 from kvarn.core.step import Step, power_of_two, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, most_shares, units_per_share
 
-# Query columns of a program: they fill the rows of the MMA of a warp group. Pass this to the functions that make steps.
-LATENT_COLUMNS = 64
+# Most query columns of a program. Pass this to the functions that make steps. With 64 Triton 3.6 takes the MMAs of a warp
+# group, and spills.
+LATENT_COLUMNS = 32
 _FEWEST_COLUMNS = 16
 
 
@@ -49,7 +50,7 @@ def latent_launch(columns: int) -> LatentLaunch:
     """Return the shape for the query columns of a program."""
     if columns <= _FEWEST_COLUMNS:
         return LatentLaunch(warps=4, stages=3, tokens=32, programs_per_sm=2)
-    return LatentLaunch(warps=8, stages=3, tokens=32 if columns < LATENT_COLUMNS else 64, programs_per_sm=1)
+    return LatentLaunch(warps=8, stages=3, tokens=32, programs_per_sm=1)
 
 
 def num_latent_programs(
