@@ -28,7 +28,7 @@ def quantise(x, ok, AXIS: tl.constexpr, BITS: tl.constexpr, CLIP: tl.constexpr, 
 
 
 @triton.jit
-def store_key_words(
+def _store_key_words(
     codes, record, LOW_BIT: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, WORDS: tl.constexpr,
     D: tl.constexpr,
 ):  # fmt: skip
@@ -117,7 +117,7 @@ def _seal_tile(
         k_codes, k_scale, k_offset = quantise(grouped, channel_ok[None, None, :], 1, KEY_BITS, KEY_CLIP, SCALE_MAX)
         k_codes = tl.reshape(k_codes, (G, DP))
         for f in tl.static_range(len(K_FIELDS)):
-            store_key_words(k_codes, record, K_FIELDS[f][1], K_FIELDS[f][0], K_FIELDS[f][2], K_FIELDS[f][3], D)
+            _store_key_words(k_codes, record, K_FIELDS[f][1], K_FIELDS[f][0], K_FIELDS[f][2], K_FIELDS[f][3], D)
         channel_at = tl.arange(0, GROUPS)[:, None, None] * D + channels[None, None, :]
         tl.store(halfs + OFFSETS[0] // 2 + channel_at, k_scale, mask=channel_ok[None, None, :])
         tl.store(halfs + OFFSETS[1] // 2 + channel_at, k_offset, mask=channel_ok[None, None, :])

@@ -18,8 +18,8 @@ from kvarn.core.reference import softmax_attention
 from kvarn.core.step import Step, power_of_two, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, most_shares, units_per_share
 
-# Most query columns of a program. Pass this to the functions that make steps. With 64 Triton 3.6 takes the MMAs of a warp
-# group, and spills.
+# Most query columns of a program. Pass this to the functions that make steps. With 64, Triton 3.6 takes the MMAs of a
+# warp group, and spills.
 LATENT_COLUMNS = 32
 _FEWEST_COLUMNS = 16
 
