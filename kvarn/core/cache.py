@@ -145,12 +145,13 @@ def allocate_layer(
     )
 
 
-def layer_bytes(layer: LayerCache) -> tuple[int, int]:
-    """Return the bytes that a layer's keys and values take: records, tails and sinks."""
-    records, layout = layer.records.nbytes, layer.config.layout
+def layer_bytes(layer: LayerCache[Any]) -> tuple[int, int]:
+    """Return the bytes that a layer's keys and values take: records, tails and sinks. Latents are keys."""
+    records, raw, layout = layer.records.nbytes, layer.tails.nbytes + layer.sinks.nbytes, layer.config.layout
+    if not isinstance(layout, TileLayout):
+        return records + raw, 0
     keys = records * layout.value_codes_offset // layout.record_bytes
-    raw = (layer.tails.nbytes + layer.sinks.nbytes) // 2
-    return keys + raw, records - keys + raw
+    return keys + raw // 2, records - keys + raw // 2
 
 
 def runs_triton(tensor: torch.Tensor) -> bool:

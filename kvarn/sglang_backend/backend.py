@@ -41,8 +41,14 @@ class TileAttentionBackend(AttentionBackend):
         self.max_context_len = runner.model_config.context_len
         pool: TilePool = compat_layers.tile_pool_of(runner.token_to_kv_pool)
         self._layers = dict(zip(compat_layers.layer_ids(runner.kv_cache_configurator), pool.layers, strict=True))
-        q_heads = compat.query_heads(runner)
-        tails = pool.layers[0].tails
+        self._builder = self._make_builder(pool, compat.query_heads(runner), runner)
+        self.forward_metadata: Step | None = None
+        self._draft_tokens = pool.state.config.draft_tokens
+        self._verify_mask = compat.verify_mask(runner) if self._draft_tokens else None
+
+    def _make_builder(self, pool: TilePool, q_heads: int, runner: ModelRunner) -> StepBuilder:
+        """Return what describes steps, and compile what they launch."""
+        tails, table = pool.layers[0].tails, runner.req_to_token_pool.req_to_token
         flash = flash_for(
             pool.state.config,
             tails.dtype,
@@ -50,13 +56,8 @@ class TileAttentionBackend(AttentionBackend):
             caps_logits=compat.caps_logits(runner),
             engine=compat.flash_attention(tails.device),
         )
-        self._builder = StepBuilder(
-            pool.state, pool.layers, runner.req_to_token_pool.req_to_token, q_heads // pool.head_num, flash
-        )
-        self.forward_metadata: Step | None = None
-        self._draft_tokens = pool.state.config.draft_tokens
-        self._verify_mask = compat.verify_mask(runner) if self._draft_tokens else None
         warm_up(pool.layers[0], q_heads, flash)
+        return StepBuilder(pool.state, pool.layers, table, q_heads // pool.head_num, flash)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Describe a chunk. A step that decodes or verifies is described inside the graph."""

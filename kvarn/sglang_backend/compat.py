@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 import pkgutil
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import kvarn
 from kvarn import env
@@ -17,7 +17,6 @@ from kvarn.errors import EngineIncompatible
 from kvarn.presets import is_preset_name
 from kvarn.sglang_backend import compat_tables as tables
 from kvarn.sglang_backend.compat_facts import (
-    Configurator,
     charged_request_limit,
     draft_bytes,
     draft_tokens,
@@ -30,26 +29,12 @@ from kvarn.signatures import signature_difference
 
 if TYPE_CHECKING:
     import torch
+    from sglang.srt.model_executor.model_runner import ModelRunner
 
     from kvarn.core.flash import FlashAttention
 
 logger = logging.getLogger(__name__)
 _FLASH_CAPABILITIES = (8, 9)
-
-
-class Runner(Protocol):
-    """ModelRunner: only what the proof reads."""
-
-    kv_cache_configurator: Configurator
-    model: torch.nn.Module
-    model_config: Any
-    kv_cache_dtype: torch.dtype
-    page_size: int
-    max_running_requests: int
-    max_total_num_tokens: int
-    req_to_token_pool: Any
-    token_to_kv_pool: Any
-    token_to_kv_pool_allocator: Any
 
 
 def engine_version() -> str:
@@ -114,7 +99,7 @@ def require_compatible(*, drafts: bool = False) -> None:
         raise _incompatible(f"This SGLang {engine_version()} differs from them: {listed}.", "or a newer KVarN")
 
 
-def verify_active(runner: Runner) -> None:
+def verify_active(runner: ModelRunner) -> None:
     """Prove that every hook took; to be called when the attention backend is made, all pools in place.
 
     Raises:
@@ -129,7 +114,7 @@ def verify_active(runner: Runner) -> None:
         )
 
 
-def banner(runner: Runner) -> str:
+def banner(runner: ModelRunner) -> str:
     """Return the line that tells an operator what is being served."""
     shape = shape_of(runner.kv_cache_configurator)
     raw = str(runner.kv_cache_configurator.model_dtype).removeprefix("torch.")
@@ -146,7 +131,7 @@ def banner(runner: Runner) -> str:
     )
 
 
-def query_heads(runner: Runner) -> int:
+def query_heads(runner: ModelRunner) -> int:
     """Return the query heads of one rank."""
     from sglang.srt.runtime_context import get_parallel
 
@@ -168,12 +153,12 @@ def flash_attention(device: torch.device) -> FlashAttention | None:
     return flash_from(flash_attn_varlen_func)
 
 
-def caps_logits(runner: Runner) -> bool:
+def caps_logits(runner: ModelRunner) -> bool:
     """Tell whether some attention layer of the model has a soft cap on its logits."""
     return any(getattr(module, "logit_cap", 0) for module in runner.model.modules())
 
 
-def verify_mask(runner: Runner) -> Any:
+def verify_mask(runner: ModelRunner) -> Any:
     """Return the mask that SGLang fills for every batch of drafts, in its smallest form: chains are read without."""
     from sglang.srt.layers.attention.verify_mask import maybe_create_verify_mask
 
@@ -239,7 +224,7 @@ def _unapplied_hooks(targets: tuple[str, ...]) -> list[str]:
     return [f"the hook on {target} was not applied" for target in missing]
 
 
-def _mismatches(runner: Runner) -> list[str]:
+def _mismatches(runner: ModelRunner) -> list[str]:
     """Compare what the pools are with what they must be, one phrase for each difference."""
     from sglang.srt.model_executor.pool_configurator import create_memory_pool_configurator
     from sglang.srt.runtime_context import get_exec

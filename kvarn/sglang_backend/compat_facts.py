@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
-from kvarn.core.capacity import CacheShape, cache_shape, raw_token_bytes
+from kvarn.core.capacity import CacheShape, cache_shape, latent_shape, raw_token_bytes
 from kvarn.core.support import DeviceFacts, ModelFacts
 from kvarn.presets import get_preset, is_preset_name
 from kvarn.sglang_backend.compat_layers import kinds_of, layer_ids
@@ -12,100 +12,43 @@ from kvarn.sglang_backend.compat_tables import UNSUPPORTED_ENVIRONMENT
 from kvarn.sglang_backend.settings import BACKEND_NAME
 
 if TYPE_CHECKING:
-    import torch
-    from transformers import PretrainedConfig
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
+    from sglang.srt.server_args import ServerArgs
 
 
-class DeviceFlags(Protocol):
-    """The flags that name the device."""
-
-    device: str
-    base_gpu_id: int
-
-
-class LayerInfo(Protocol):
-    """The layers of one rank."""
-
-    num_effective_layers: int
-
-
-class Named(Protocol):
-    """A member of an enumeration."""
-
-    name: str
-
-
-class ModelConfig(Protocol):
-    """SGLang's description of a model; only what is read here."""
-
-    hf_config: PretrainedConfig
-    hf_text_config: PretrainedConfig
-    attention_arch: Named
-    dtype: torch.dtype
-    head_dim: int
-    v_head_dim: int
-    swa_head_dim: int
-    swa_v_head_dim: int
-    is_encoder_decoder: bool
-    is_hybrid_swa: bool
-    is_local_attention_model: bool
-    is_multimodal: bool
-    is_generation: bool
-
-    def get_num_kv_heads(self, tensor_parallel_size: int) -> int:
-        """Return the kv heads of one rank."""
-
-    def get_swa_num_kv_heads(self, tensor_parallel_size: int) -> int:
-        """Return the kv heads of one rank in layers with a window."""
-
-
-class SpecAlgorithm(Protocol):
-    """SGLang's name of a way to draft."""
-
-    def is_none(self) -> bool:
-        """Tell whether there are no drafts."""
-
-
-class DraftConfig(Protocol):
-    """What the runner of the model knows of its draft model."""
-
-    draft_model_config: ModelConfig | None
-    draft_kv_num_layers: int
-
-
-class Configurator(Protocol):
-    """KVCacheConfigurator: sizes and builds the pools of one model runner."""
-
-    model_config: ModelConfig
-    model_dtype: torch.dtype
-    kv_cache_dtype: torch.dtype
-    kv_cache_dtype_str: str | None
-    sliding_window_size: int | None
-    layer_info: LayerInfo
-    spec_algorithm: SpecAlgorithm
-    spec_aux_config: DraftConfig
-    is_draft_worker: bool
-    is_hybrid_swa: bool
-
-
-def holds_tiles(configurator: Configurator) -> bool:
+def holds_tiles(configurator: KVCacheConfigurator) -> bool:
     """Tell whether the pool of this runner is ours: a kvarn dtype, and not a draft model's."""
     return is_preset_name(configurator.kv_cache_dtype_str) and not configurator.is_draft_worker
 
 
-def shape_of(configurator: Configurator) -> CacheShape:
+def shape_of(configurator: KVCacheConfigurator) -> CacheShape:
     """Return what this rank caches."""
     from sglang.srt.runtime_context import get_parallel
 
-    config = configurator.model_config
+    config, layers = configurator.model_config, len(layer_ids(configurator))
+    preset, raw_bytes = get_preset(str(configurator.kv_cache_dtype_str)), configurator.model_dtype.itemsize
+    if (dims := latent_dims(config)) is not None:
+        latent_dim, rope_dim = dims
+        return latent_shape(
+            preset, layers=layers, latent_dim=latent_dim, rope_dim=rope_dim, raw_bytes=raw_bytes,
+            draft_tokens=draft_tokens(),
+        )  # fmt: skip
     return cache_shape(
-        get_preset(str(configurator.kv_cache_dtype_str)),
-        layers=len(layer_ids(configurator)),
+        preset,
+        layers=layers,
         kv_heads=config.get_num_kv_heads(get_parallel().attn_tp_size),
         head_dim=config.head_dim,
-        raw_bytes=configurator.model_dtype.itemsize,
+        raw_bytes=raw_bytes,
         draft_tokens=draft_tokens(),
     )
+
+
+def latent_dims(config: ModelConfig) -> tuple[int, int] | None:
+    """Return the channels of a model's latents (MLA) and of their rope parts; None if it has none."""
+    if config.attention_arch.name != "MLA":
+        return None
+    return int(config.kv_lora_rank), int(config.qk_rope_head_dim)
 
 
 def draft_tokens() -> int:
@@ -126,7 +69,7 @@ def drafts_ngrams() -> bool:
     return bool(get_spec().speculative_algorithm == "NGRAM")
 
 
-def draft_bytes(configurator: Configurator) -> int:
+def draft_bytes(configurator: KVCacheConfigurator) -> int:
     """Return the bytes that a draft model caches of each token on this rank, in rows of its own; 0 without one."""
     if configurator.spec_algorithm.is_none() or configurator.spec_aux_config.draft_model_config is None:
         return 0
@@ -191,6 +134,7 @@ def facts_of_config(config: ModelConfig) -> ModelFacts:
         head_dim=config.head_dim,
         v_head_dim=config.v_head_dim,
         latent_attention=attention == "MLA",
+        latent_dims=latent_dims(config),
         encoder_decoder=config.is_encoder_decoder,
         kinds=kinds_of(config),
         sparse_index=(
@@ -203,7 +147,7 @@ def facts_of_config(config: ModelConfig) -> ModelFacts:
     )
 
 
-def device_facts(view: DeviceFlags) -> DeviceFacts:
+def device_facts(view: ServerArgs) -> DeviceFacts:
     """Return what decides whether the device that was asked for can be used.
 
     Args:

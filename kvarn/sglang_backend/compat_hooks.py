@@ -78,6 +78,13 @@ def add_backend(create: Hook) -> None:
     register_attention_backend(BACKEND_NAME)(create)
 
 
+def absorb_always() -> None:
+    """Let models with latents (MLA) ask our backend for attention with absorbed weights, whatever the step."""
+    from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry, AttnForwardMethod
+
+    AttentionBackendRegistry.register(BACKEND_NAME, lambda attention, forward_batch: AttnForwardMethod.MLA)
+
+
 def add_backend_choice() -> None:
     """Let users name the attention backend."""
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices

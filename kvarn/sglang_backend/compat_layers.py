@@ -19,10 +19,11 @@ from kvarn.sglang_backend.settings import BESIDE_TILES, WINDOW_RATIO
 
 if TYPE_CHECKING:
     import torch
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.mem_cache.kv_cache_configurator import KVCacheConfigurator
 
     from kvarn.core.capacity import CacheShape
     from kvarn.presets import Preset
-    from kvarn.sglang_backend.compat_facts import Configurator, ModelConfig
 
 
 def kinds_of(config: ModelConfig) -> frozenset[LayerKind]:
@@ -68,10 +69,10 @@ def layer_reasons(view: Any, config: ModelConfig, preset: Preset) -> list[str]:
             "--enable-multimodal can't be used, because the model attends to an image's tokens in both directions, "
             "and KVarN only backwards; leave it out."
         )
-    if (has_windows or has_states) and view.speculative_algorithm is not None:
+    if (has_windows or has_states or config.attention_arch.name == "MLA") and view.speculative_algorithm is not None:
         reasons.append(
-            f"--speculative-algorithm {view.speculative_algorithm} can't be used with a model that has windows or "
-            "recurrent layers, because that has not been tested with tiles; leave it out."
+            f"--speculative-algorithm {view.speculative_algorithm} can't be used with a model that has windows, "
+            "recurrent layers or latents (MLA), because that has not been tested with tiles; leave it out."
         )
     return reasons
 
@@ -118,7 +119,7 @@ def tile_pool_of(pool: Any) -> Any:
     return getattr(pool, "full_kv_pool", pool)
 
 
-def layer_ids(configurator: Configurator) -> list[int]:
+def layer_ids(configurator: KVCacheConfigurator) -> list[int]:
     """Return the ids of the layers that hold tiles, in the order of the TilePool's layers."""
     config = configurator.model_config
     split, hybrid = _split_of(config), _hybrid_of(config)
@@ -130,7 +131,7 @@ def layer_ids(configurator: Configurator) -> list[int]:
     return list(range(configurator.layer_info.num_effective_layers))
 
 
-def window_pool(configurator: Configurator, shape: CacheShape) -> WindowPool | None:
+def window_pool(configurator: KVCacheConfigurator, shape: CacheShape) -> WindowPool | None:
     """Return how windows are kept beside tiles; None if the model has none."""
     config = configurator.model_config
     split = _split_of(config)
@@ -162,7 +163,7 @@ def price_windows(sizes: Any, pool: WindowPool) -> None:
     sizes._cell_size = pool.bytes_of_both
 
 
-def state_limit(configurator: Configurator) -> int | None:
+def state_limit(configurator: KVCacheConfigurator) -> int | None:
     """Return how many requests' recurrent states there is room for; None if the model has none."""
     if configurator.mambaish_config is None:
         return None

@@ -26,6 +26,7 @@ class StepBuilder:
         req_to_token: SGLang's table, [rows, max_context_len]: slot of every token of every request.
         group: query heads of one kv head.
         flash: what attends long chunks, if anything does.
+        columns: the argument `widest` of what makes steps, if it is not the default.
     """
 
     def __init__(
@@ -35,19 +36,21 @@ class StepBuilder:
         req_to_token: torch.Tensor,
         group: int,
         flash: FlashAttention | None,
+        **columns: int,
     ) -> None:
         self._state = state
         self._layers = layers
         self._req_to_token = req_to_token
         self._group = group
         self._flash = flash
+        self._columns = columns
         self._page_starts = torch.arange(0, req_to_token.shape[1], state.config.tile_tokens, device=req_to_token.device)
 
     def decode(self, batch: ForwardBatch) -> Step:
         """Describe a decode step. Graph-safe: yes."""
         rows = batch.req_pool_indices
         table = self._block_table(rows, self._page_starts.shape[0])
-        return decode_step(self._state, rows.int(), batch.seq_lens.int(), table, self._group)
+        return decode_step(self._state, rows.int(), batch.seq_lens.int(), table, self._group, **self._columns)
 
     def verify(self, batch: ForwardBatch) -> Step:
         """Describe a step that verifies as many drafts of every request. Graph-safe: yes.
@@ -57,7 +60,8 @@ class StepBuilder:
         rows = batch.req_pool_indices
         rows_each = batch.input_ids.shape[0] // rows.shape[0]
         table = self._block_table(rows, self._page_starts.shape[0])
-        return verify_step(self._state, rows.int(), (batch.seq_lens + rows_each).int(), table, self._group, rows_each)
+        lengths = (batch.seq_lens + rows_each).int()
+        return verify_step(self._state, rows.int(), lengths, table, self._group, rows_each, **self._columns)
 
     def chunk(self, batch: ForwardBatch) -> Step:
         """Describe a prefill chunk or a mixed batch.
@@ -89,6 +93,7 @@ class StepBuilder:
             self._group,
             sum(batch.extend_seq_lens_cpu),
             plan,
+            **self._columns,
         )
         self._state.watch_faults()
         if env.scrub():

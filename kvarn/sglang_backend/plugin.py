@@ -241,12 +241,17 @@ def keep_chains(trees: tuple[Any, Any], *_args: Any, **_kwargs: Any) -> tuple[An
 def create_backend(runner: Any) -> Any:
     """Create the attention backend of a model runner, and say once what is being served."""
     from kvarn.sglang_backend.backend import TileAttentionBackend
+    from kvarn.sglang_backend.latents import LatentTileBackend
     from kvarn.sglang_backend.layered import LayeredAttentionBackend
 
     if compat_facts.drafts_ngrams():
         compat_hooks.add_hook(tables.NGRAM_DRAFTS, keep_chains, "after")
         compat_hooks.apply_hooks()
-    tiles = TileAttentionBackend(runner)
+    if compat_facts.latent_dims(runner.model_config) is None:
+        tiles = TileAttentionBackend(runner)
+    else:
+        compat_hooks.absorb_always()
+        tiles = LatentTileBackend(runner)
     windows = compat_layers.window_backend(runner)
     if compat.is_first_rank():
         logger.info("%s", compat.banner(runner))
@@ -272,7 +277,7 @@ def _check_loaded_model(configurator: Any) -> None:
 def _model_reasons(config: Any, preset: Preset, device: DeviceFacts, loaded: Collection[LayerKind] = ()) -> list[str]:
     facts = compat_facts.facts_of_config(config)
     facts = replace(facts, kinds=facts.kinds.union(loaded))
-    return unsupported_reasons(facts, preset, device, compat_layers.kept_beside(config))
+    return unsupported_reasons(facts, preset, device, compat_layers.kept_beside(config), latents=True)
 
 
 def _pool_class(settings: PoolSettings) -> type:

@@ -58,6 +58,10 @@ _NORM_WEIGHT = 15
 # Multi-head latent attention, of the only widths that vLLM attends to on a CPU.
 LATENT = "deepseek-v2"
 LATENT_DIM, ROPE_DIM = 512, 64
+_YARN = {
+    "rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "original_max_position_embeddings": MAX_POSITIONS // 2,
+    "mscale": 1.0, "mscale_all_dim": 1.0, "beta_fast": 32, "beta_slow": 1,
+}  # fmt: skip
 
 # Prompts, one seed each, whose answers by transformers are kept.
 REFERENCE_LENGTHS = (5, 127, 128, 300, 530)
@@ -84,13 +88,16 @@ def main(folder: Path, reference: Path) -> None:
         built.save_pretrained(folder / model.name)
         _save_tokenizer(folder / model.name)
         answers[model.name] = [_greedy_tokens(built, tokens, REFERENCE_TOKENS) for tokens in reference_prompts()]
-    others = {HYBRID: _build_hybrid(), WINDOWED: _build_windowed(), TALKATIVE: _build_talkative()}
+    others = {
+        HYBRID: _build_hybrid(), WINDOWED: _build_windowed(), TALKATIVE: _build_talkative(), LATENT: _build_latent()
+    }  # fmt: skip
     for name, built in others.items():
         built.save_pretrained(folder / name)
         answers[name] = [_greedy_tokens(built.float(), tokens, REFERENCE_TOKENS) for tokens in reference_prompts()]
-    _name_interval(folder / HYBRID / "config.json")
+    _name(folder / HYBRID / "config.json", full_attention_interval=HYBRID_INTERVAL)
+    _name(folder / LATENT / "config.json", moe_layer_freq=1)
+    _save_tokenizer(folder / LATENT)
     _save_eagle_head(folder / QWEN3_GROUP_2.name, folder / EAGLE_HEAD)
-    _build_latent().save_pretrained(folder / LATENT)
     reference.write_text(json.dumps(answers))
 
 
@@ -145,10 +152,9 @@ def _build_hybrid() -> PreTrainedModel:
     return Qwen3NextForCausalLM(config).to(torch.bfloat16)
 
 
-def _name_interval(path: Path) -> None:
-    """Add what transformers no longer writes and SGLang reads; checkpoints in use have it."""
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | {"full_attention_interval": HYBRID_INTERVAL}))
+def _name(path: Path, **settings: int) -> None:
+    """Add to a configuration what transformers no longer writes and SGLang reads; checkpoints in use have it."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | settings))
 
 
 def _build_windowed() -> PreTrainedModel:
@@ -218,6 +224,8 @@ def _build_latent() -> PreTrainedModel:
         qk_nope_head_dim=32,
         v_head_dim=32,
         max_position_embeddings=MAX_POSITIONS,
+        # The only kind that SGLang computes on a CPU.
+        rope_parameters=_YARN,
         initializer_range=_INITIALIZER_RANGE,
         bos_token_id=1,
         eos_token_id=EOS_TOKEN,
