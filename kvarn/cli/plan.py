@@ -70,7 +70,7 @@ def run(args: argparse.Namespace) -> None:
         if reasons := unsupported_reasons(facts, preset, DeviceFacts("cuda"), IN_VLLM, latents=True):
             raise UnsupportedConfig(reasons)
         shape = model.shape(preset, args.tensor_parallel)
-        in_sglang = not unsupported_reasons(facts, preset, DeviceFacts("cuda"), IN_SGLANG)
+        in_sglang = not unsupported_reasons(facts, preset, DeviceFacts("cuda"), IN_SGLANG, latents=True)
         sglang = _in_sglang(shape, budget, args.context, args.requests) if in_sglang else f"{'not served':>29}"
         print(f"{name:18}{shape.bytes_per_token:9,} {sglang} {_in_vllm(shape, budget, args.context)}")
     _print_notes(args, model, in_sglang=in_sglang)
