@@ -141,13 +141,11 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
         }
         config = get_current_vllm_config()
         prepare_for_tiles(config, resolution.reasons_against(fields, config, None))
-        self.num_heads = num_heads
-        self.head_size = head_size
-        self.scale = scale
-        self.kv_cache_dtype = kv_cache_dtype
+        self.num_heads, self.head_size = num_heads, head_size
+        self.scale, self.kv_cache_dtype = scale, kv_cache_dtype
         self.key_width, self.value_width = mla["qk_head_dim"], mla["v_head_dim"]
         self._nope_width, self._up_projection = mla["qk_nope_head_dim"], mla["kv_b_proj"]
-        self._index = 0
+        self._index, self._is_described = 0, False
         self._rows: LatentRows | None = None
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
@@ -168,7 +166,7 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
     ) -> None:  # fmt: skip
         """Keep a step's rows for the attention of the same layer, which follows and stores them."""
         del kv_cache, slot_mapping, kv_cache_dtype, k_scale
-        self._rows = LatentRows(kv_c_normed, k_pe.flatten(1))
+        self._rows, self._is_described = LatentRows(kv_c_normed, k_pe.flatten(1)), False
 
     def forward_mha(
         self, q: torch.Tensor, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor,
@@ -215,10 +213,14 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
         return latent_attention(*q, self._rows_of(attn_metadata), tiles, step, self.scale), None
 
     def _begin(self, attn_metadata: LatentMetadata) -> tuple[LayerCache[LatentLayout], Step]:
-        """Return the layer's cache and the core's description of a step, which the first layer makes."""
+        """Return the layer's cache and the core's description of a step, which the first layer makes once a step.
+
+        Not once for the metadata: vLLM captures a graph with metadata that it has run a step with before.
+        """
         tail: TailCache = self._tail
         pool = tail.pool
-        if attn_metadata.steps is None:
+        if self._index == 0 and not self._is_described:
+            self._is_described = True
             tail_blocks = compat.metadata_of(tail.layer_name).block_table
             group = heads_together(self.num_heads)
             attn_metadata.steps = describe(pool, attn_metadata, tail_blocks, group, LATENT_COLUMNS)
