@@ -41,6 +41,7 @@ tests() { limited python3 -m pytest -p no:cacheprovider -n 10 -q -rf tests/kerne
 kernels() {
   benchmark write
   benchmark extend
+  benchmark mla
   benchmark decode --peers ${PEERS-sdpa}
 }
 
