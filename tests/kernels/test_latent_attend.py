@@ -45,20 +45,20 @@ def test_decode_and_chunk_match_reference_for_every_latent(latent_dim, rope_dim,
 
 
 @pytest.mark.parametrize("programs", [1, 3, 50])
-@pytest.mark.parametrize("new", [[1, 1, 1], [20, 1, 3]])
+@pytest.mark.parametrize("new", [[1, 1, 1], [5, 1, 3]])
 def test_result_does_not_depend_on_how_work_is_shared(programs, new, device, monkeypatch):
     monkeypatch.setattr(attend_module, "num_latent_programs", lambda *args: programs)
     check(make_latent_case([300, 3, 128], new, heads=2), device)
 
 
 @pytest.mark.parametrize(
-    ("lengths", "new"), [([0], [150]), ([64, 0], [65, 3]), ([191], [40]), ([200, 127, 0], [1, 70, 9])]
+    ("lengths", "new"), [([0], [70]), ([40, 0], [33, 3]), ([191], [20]), ([200, 127, 0], [1, 12, 9])]
 )
 def test_chunk_matches_reference_with_any_prefix(lengths, new, device, dtype):
     check(make_latent_case(lengths, new, dtype=dtype, heads=2), device)
 
 
-@pytest.mark.parametrize(("rows", "heads"), [(2, 5), (6, 12)])
+@pytest.mark.parametrize(("rows", "heads"), [(2, 5), (5, 6)])
 def test_drafts_match_reference_wherever_a_tile_ends(rows, heads, device):
     case = make_latent_case([191, 126, 0], [rows] * 3, heads=heads, drafts=5)
     assert case.step.rows_in_ring
