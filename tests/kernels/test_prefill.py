@@ -21,7 +21,7 @@ LONG = LONG_ROWS + 6
 @pytest.fixture
 def small_workspace(monkeypatch):
     """Two tiles at a time, so that a few hundred tokens make several segments."""
-    monkeypatch.setattr(prefill_plan, "workspace_tokens", lambda config, dtype: 2 * config.tile_tokens)
+    monkeypatch.setattr(prefill_plan, "workspace_tokens", lambda config, *_: 2 * config.tile_tokens)
 
 
 def check_restored(device: str, lengths: list[int], new: list[int], **options: object) -> None:
