@@ -40,6 +40,16 @@ QWEN_NEXT = {
     "head_dim": 64,
     "full_attention_interval": 2,
 }
+DEEPSEEK = {
+    **DENSE,
+    "architectures": ["DeepseekV2ForCausalLM"],
+    "model_type": "deepseek_v2",
+    "kv_lora_rank": 512,
+    "qk_rope_head_dim": 64,
+    "qk_nope_head_dim": 128,
+    "v_head_dim": 128,
+    "q_lora_rank": None,
+}
 MODELS = {
     "dense": DENSE,
     "odd-head": {**DENSE, "head_dim": 80},
@@ -47,6 +57,7 @@ MODELS = {
     "windows only": {**GEMMA, "layer_types": ["sliding_attention"] * 2},
     "windows and learned sinks": GPT_OSS,
     "states": QWEN_NEXT,
+    "latents": DEEPSEEK,
 }
 KVARN = ("--kv-cache-dtype", "kvarn_k4v2_g128")
 BAD_FLAGS = ("--page-size", "64", "--enable-hierarchical-cache", "--speculative-algorithm", "DFLASH", "--pp-size", "2")
@@ -67,6 +78,8 @@ CASES = {
     "windows and learned sinks": ("windows and learned sinks", KVARN),
     "states": ("states", (*KVARN, "--disable-radix-cache")),
     "states and hits": ("states", (*KVARN, "--mamba-track-interval", "100")),
+    "latents": ("latents", KVARN),
+    "latents and drafts": ("latents", (*KVARN, "--speculative-algorithm", "EAGLE")),
     "kvarn": ("dense", KVARN),
     "eagle": ("dense", (*KVARN, "--speculative-algorithm", "EAGLE", *DRAFT_MODEL)),
     "mtp": ("dense", (*KVARN, "--speculative-algorithm", "NEXTN", *DRAFT_MODEL, *FIVE_STEPS)),
@@ -166,7 +179,7 @@ def test_refused_flags_hook_no_memory_pool(answers):
     assert answers["bad flags"]["state"]["unapplied"] == len(tables.ENGINE_TARGETS)
 
 
-@pytest.mark.parametrize("case", ["kvarn", "as decided", "windows", "states"])
+@pytest.mark.parametrize("case", ["kvarn", "as decided", "windows", "states", "latents"])
 def test_everything_follows_from_the_dtype(answers, case):
     decided = answers[case]
     assert decided["attention_backend"] == "kvarn"
@@ -236,6 +249,7 @@ def test_flags_and_model_are_refused_in_one_message(answers):
     [
         ("windows in one pool", ["--disable-hybrid-swa-memory can't be used"]),
         ("windows and drafts", ["--speculative-algorithm NGRAM can't be used with a model that has windows"]),
+        ("latents and drafts", ["--speculative-algorithm EAGLE can't be used with a model that has windows"]),
         ("windows only", ["no layer that attends to the whole context"]),
         ("windows and learned sinks", ["learned attention sinks"]),
         ("states and hits", ["--disable-radix-cache", "--mamba-track-interval 100 is not a multiple"]),

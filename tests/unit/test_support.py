@@ -56,6 +56,15 @@ def test_latent_head_widths_are_not_reported_beside_latent_attention():
     assert len(unsupported_reasons(facts, PRESET, H100)) == 1
 
 
+def test_latents_are_served_where_the_engine_keeps_them_in_tiles_and_their_widths_have_a_layout():
+    facts = replace(LLAMA, latent_attention=True, latent_dims=(512, 64), head_dim=192, v_head_dim=128)
+    assert unsupported_reasons(facts, PRESET, H100, latents=True) == []
+    assert len(unsupported_reasons(facts, PRESET, H100)) == 1
+    for dims in ((300, 64), (512, 48)):
+        (reason,) = unsupported_reasons(replace(facts, latent_dims=dims), PRESET, H100, latents=True)
+        assert "latents of {} channels with rope parts of {}".format(*dims) in reason
+
+
 @pytest.mark.parametrize(
     ("device", "said"),
     [
