@@ -10,7 +10,7 @@ from kvarn.core.append import RotatedRows
 from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
 from kvarn.core.combine import combine
 from kvarn.core.hadamard import rotate, rotate_keys
-from kvarn.core.launch import chained
+from kvarn.core.launch import chained, has_lop3
 from kvarn.core.layout import TileLayout
 from kvarn.core.readable import readable_rows
 from kvarn.core.reference import decode_record, softmax_attention
@@ -232,8 +232,3 @@ def task_block(tasks: int) -> int:
 def sm_count(device: torch.device) -> int:
     """Return the multiprocessors of a GPU; 1 elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1
-
-
-def has_lop3(device: torch.device) -> bool:
-    """Return whether kernels may use PTX."""
-    return device.type == "cuda" and torch.version.hip is None

@@ -19,3 +19,8 @@ def chained(device: torch.device) -> dict[str, Any]:
         return {"CHAINED": False}
     able = torch.cuda.get_device_capability(device) >= _FIRST_WITH_DEPENDENT_LAUNCH
     return {"CHAINED": True, "launch_pdl": True} if able else {"CHAINED": False}
+
+
+def has_lop3(device: torch.device) -> bool:
+    """Return whether kernels may use PTX."""
+    return device.type == "cuda" and torch.version.hip is None

@@ -11,6 +11,7 @@ from compare import Record, divergence, is_finite, logprob_difference, same_bits
 from engine_process import EngineSetup, Models, run_plan
 from plan import Request, Results, Step, alone, flush
 from tiny_models import LLAMA_GROUP_3, prompt
+from workloads import conversation_warm_and_cold
 
 TILE = 128
 PAGES = 12
@@ -33,19 +34,6 @@ def _hits() -> list[Step]:
         ]
         steps.append(flush())
     return steps
-
-
-def _turns() -> list[Step]:
-    """A conversation in one cache, and each turn again in an empty one."""
-    steps, follows = [], None
-    for i in range(TURNS):
-        turn = Request(f"turn/{i}", prompt(170, 60 + i), 40, follows=follows, distribution=True)
-        steps.append(alone(turn))
-        follows = turn.name
-    for i in range(1, TURNS):
-        turn = Request(f"turn/{i}/cold", prompt(170, 60 + i), 8, follows=f"turn/{i - 1}", distribution=True)
-        steps += [flush(), alone(turn)]
-    return [*steps, flush()]
 
 
 def _needle() -> list[Step]:
@@ -72,7 +60,8 @@ def results(models: Models) -> Results:
     """Run everything on one engine; its instruments audit the sink slots in every step."""
     options = {"kv_cache_dtype": PRESET, "chunked_prefill_size": 256, "max_total_tokens": PAGES * TILE}
     setup = EngineSetup(models.path(LLAMA_GROUP_3), options, {"ENGINE_TEST_ROWWISE": "1"})
-    return run_plan(setup, [*_hits(), *_turns(), *_needle(), *_storm()], models.scratch("default"))
+    steps = [*_hits(), *conversation_warm_and_cold(TURNS), *_needle(), *_storm()]
+    return run_plan(setup, steps, models.scratch("default"))
 
 
 def test_every_answer_is_finite(results: Results) -> None:

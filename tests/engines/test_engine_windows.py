@@ -10,7 +10,8 @@ import pytest
 from compare import Record, divergence, is_finite, logprob_difference
 from engine_process import EngineSetup, Models, run_plan
 from plan import Request, Results, Step, alone, flush
-from tiny_models import REFERENCE_LENGTHS, REFERENCE_TOKENS, TALKATIVE, WINDOW, prompt
+from tiny_models import REFERENCE_LENGTHS, TALKATIVE, WINDOW, prompt
+from workloads import conversation_warm_and_cold, reference_prompts
 
 TILE = 128
 PAGES = 12
@@ -25,29 +26,6 @@ LARGEST_DIVERGENCE = 0.005
 ROUNDING = 1e-4
 
 
-def _references() -> list[Step]:
-    """Each prompt by itself, again as a hit, then all at once."""
-    steps = []
-    for n in REFERENCE_LENGTHS:
-        steps.append(alone(Request(f"{n}/cold", prompt(n, n), REFERENCE_TOKENS, distribution=True)))
-        if n in HITS:
-            steps.append(alone(Request(f"{n}/hit", prompt(n, n), 1, distribution=True)))
-        steps.append(flush())
-    together = [Request(f"{n}/together", prompt(n, n), REFERENCE_TOKENS) for n in REFERENCE_LENGTHS]
-    return [*steps, Step(together), flush()]
-
-
-def _turns() -> list[Step]:
-    """A conversation in one cache, and each turn again in an empty one."""
-    names = [f"turn/{i}" for i in range(TURNS)]
-    turns = [
-        Request(name, prompt(170, 60 + i), 40, follows=names[i - 1] if i else None, distribution=True)
-        for i, name in enumerate(names)
-    ]
-    cold = [Request(f"{turn.name}/cold", turn.tokens, 8, turn.follows, distribution=True) for turn in turns[1:]]
-    return [*map(alone, turns), *(step for turn in cold for step in (flush(), alone(turn))), flush()]
-
-
 def _full_pool() -> list[Step]:
     """More prompts than the pool holds, the first of them again; then more at once than it holds."""
     filled = [alone(Request(f"filled/{i}", prompt(500, 100 + i), 8)) for i in range(FILLED)]
@@ -60,7 +38,8 @@ def _full_pool() -> list[Step]:
 def results(models: Models) -> Results:
     options = {"kv_cache_dtype": PRESET, "chunked_prefill_size": 256, "max_total_tokens": PAGES * TILE}
     setup = EngineSetup(models.folder / TALKATIVE, options, {"KVARN_TAIL_TOKENS": "1024"})
-    return run_plan(setup, [*_references(), *_turns(), *_full_pool()], models.scratch("windows"))
+    steps = [*reference_prompts(HITS), *conversation_warm_and_cold(TURNS), *_full_pool()]
+    return run_plan(setup, steps, models.scratch("windows"))
 
 
 def test_banner_tells_how_layers_are_kept(results: Results) -> None:

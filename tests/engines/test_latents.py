@@ -10,7 +10,8 @@ import pytest
 from compare import Record, divergence, is_finite
 from engine_process import EngineSetup, Models, run_plan
 from plan import Request, Results, Step, alone, flush
-from tiny_models import LATENT, LATENT_DIM, REFERENCE_LENGTHS, REFERENCE_TOKENS, ROPE_DIM, prompt
+from tiny_models import LATENT, LATENT_DIM, REFERENCE_LENGTHS, ROPE_DIM
+from workloads import conversation, reference_prompts
 
 # A hit ends where pages do.
 HITS = {128: 0, 300: 256, 530: 512}
@@ -22,20 +23,9 @@ TURNS = 3
 
 def _steps() -> list[Step]:
     """Each prompt by itself, again as a hit, all at once; a conversation in one cache, its last turn again cold."""
-    steps = []
-    for n in REFERENCE_LENGTHS:
-        steps.append(alone(Request(f"{n}/cold", prompt(n, n), REFERENCE_TOKENS, distribution=True)))
-        if n in HITS:
-            steps.append(alone(Request(f"{n}/hit", prompt(n, n), 1, distribution=True)))
-        steps.append(flush())
-    together = [Request(f"{n}/together", prompt(n, n), REFERENCE_TOKENS) for n in REFERENCE_LENGTHS]
-    names = [f"turn/{i}" for i in range(TURNS)]
-    turns = [
-        Request(name, prompt(170, 60 + i), 40, follows=names[i - 1] if i else None, distribution=True)
-        for i, name in enumerate(names)
-    ]
+    turns = conversation(TURNS)
     cold = Request("cold turn", turns[-1].tokens, 8, turns[-1].follows, distribution=True)
-    return [*steps, Step(together), flush(), *map(alone, turns), flush(), alone(cold)]
+    return [*reference_prompts(HITS), *map(alone, turns), flush(), alone(cold)]
 
 
 @pytest.fixture(scope="module")

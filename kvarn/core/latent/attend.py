@@ -5,14 +5,14 @@ from functools import partial
 
 import torch
 
-from kvarn.core.attend import has_lop3, sm_count, task_block
+from kvarn.core.attend import sm_count, task_block
 from kvarn.core.cache import CacheConfig, LayerCache, runs_triton
 from kvarn.core.combine import combine
 from kvarn.core.hadamard import rotate
 from kvarn.core.latent.append import rotate_queries
 from kvarn.core.latent.layout import LatentLayout, latent_constants
 from kvarn.core.latent.reference import decode_latents
-from kvarn.core.launch import chained
+from kvarn.core.launch import chained, has_lop3
 from kvarn.core.readable import readable_rows
 from kvarn.core.reference import softmax_attention
 from kvarn.core.step import Step, power_of_two, record_end, task_shape

@@ -5,12 +5,12 @@ For engines that make keys and values of cached context from latents, piece by p
 
 import torch
 
-from kvarn.core.attend import has_lop3
 from kvarn.core.cache import LayerCache, runs_triton
 from kvarn.core.hadamard import rotate
 from kvarn.core.latent.layout import LatentLayout, latent_constants
 from kvarn.core.latent.reference import decode_latents
 from kvarn.core.latent.rows import LatentRows, split_rows
+from kvarn.core.launch import has_lop3
 from kvarn.core.prefill_plan import Segment
 from kvarn.core.read_rule import record_end
 from kvarn.core.step import Step
