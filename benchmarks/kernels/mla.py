@@ -12,6 +12,7 @@ import torch
 from benchmarks.kernels.bars import ERROR_BAR
 from benchmarks.kernels.gate import Check, checked_requests, compare, step_of
 from benchmarks.kernels.measure import Bench
+from benchmarks.kernels.peers.latents import ways
 from benchmarks.kernels.timing import copies_needed
 from kvarn import results
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
@@ -32,7 +33,6 @@ _BEYOND = 64
 _POOL_TILES = 64
 # As absorbed queries of DeepSeek's models: keys are made for 128 + 64 channels.
 _SCALE = (128 + 64) ** -0.5
-_SPLITS = (8, 64)
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,42 +164,16 @@ def _bf16_times(shape: Shape, bench: Bench, q: LatentRows) -> Iterator[tuple[str
         weights = torch.softmax(torch.bmm(whole, copies[copy].mT).float() * _SCALE, dim=-1).to(whole.dtype)
         return torch.bmm(weights, copies[copy][..., : shape.latent_dim])
 
-    for name, way in {"torch-bmm": by_products, **_sglang(shape, whole, copies)}.items():
-        error = compare(way(0)[0], want).own_error
+    for name, way in {"torch-bmm": by_products, **ways(whole, copies, shape.latent_dim, _SCALE)}.items():
+        try:
+            error = compare(way(0)[0], want).own_error
+        except (AttributeError, RuntimeError) as reason:  # not built for this GPU or shape
+            print(f"  {name} doesn't run: {str(reason).splitlines()[0]}")
+            continue
         if error <= 2 * ERROR_BAR:  # weights are rounded to bf16 there
             yield name, bench.timer(way, len(copies)).us
         else:
             print(f"  {name} is wrong by {error:.1e} and doesn't count")
-
-
-def _sglang(shape: Shape, q: torch.Tensor, copies: list[torch.Tensor]) -> dict[str, Any]:
-    """Return SGLang's Triton decode kernel, for each limit of splits, if it is installed and there is a GPU."""
-    if not q.is_cuda:
-        return {}
-    try:
-        from sglang.kernels.ops.attention.decode_attention import decode_attention_fwd
-    except ImportError:
-        return {}
-    length, device = copies[0].shape[1], q.device
-    indptr = torch.arange(shape.batch + 1, dtype=torch.int32, device=device) * length
-    slots = torch.arange(shape.batch * length, device=device)
-    out = torch.empty(shape.batch, shape.heads, shape.latent_dim, dtype=q.dtype, device=device)
-
-    def way(most: int) -> Any:
-        partial = torch.empty(shape.batch, shape.heads, most, shape.latent_dim, dtype=torch.float32, device=device)
-        lse = torch.empty(shape.batch, shape.heads, most, dtype=torch.float32, device=device)
-        splits = torch.full((shape.batch,), most, dtype=torch.int32, device=device)
-
-        def attend(copy: int) -> torch.Tensor:
-            rows = copies[copy].flatten(0, 1)[:, None]
-            decode_attention_fwd(
-                q, rows, rows[..., : shape.latent_dim], out, indptr, slots, partial, lse, splits, most, _SCALE, 1.0, 1.0
-            )
-            return out
-
-        return attend
-
-    return {f"sglang-triton-splits{most}": way(most) for most in _SPLITS}
 
 
 def _random_rows(count: int, layout: LatentLayout, generator: torch.Generator) -> torch.Tensor:

@@ -31,7 +31,7 @@ def add_parser(commands: _SubParsersAction[argparse.ArgumentParser]) -> None:
     )
     parser.add_argument("--engine", required=True, choices=("sglang", "vllm"))
     parser.add_argument("--model", help="checkpoint folder or name on a hub")
-    parser.add_argument("--shape", help="instead of a model: qwen3-8b or qwen3-32b, with random weights")
+    parser.add_argument("--shape", help="instead of a model: one of docs/benchmarks.md, with random weights")
     parser.add_argument("--tokenizer", type=Path, metavar="DIR", help="with --shape: folder whose tokenizer it gets")
     parser.add_argument("--dtypes", required=True, help="cache dtypes, with commas; auto, the baseline, comes first")
     parser.add_argument("--workload", required=True, help="names with commas (docs/benchmarks.md); slope, all")

@@ -15,7 +15,7 @@ import pytest
 from kvarn.bench.rows import Setting
 from kvarn.bench.runner import Bench
 from kvarn.bench.server import HOST, choose_port
-from kvarn.bench.shapes import SHAPES, config_of
+from kvarn.bench.shapes import SHAPES
 from kvarn.bench.workloads import named
 from kvarn.errors import KVarNError
 
@@ -38,7 +38,7 @@ def bench_of(engine: fake.FakeEngine, said: list[str] | None = None, setting: Se
     return Bench(
         engine=engine,
         model="m",
-        config=config_of(SHAPES["qwen3-8b"]),
+        config=SHAPES["qwen3-8b"],
         setting=setting,
         arguments=(),
         cuda=False,

@@ -14,6 +14,7 @@ from kvarn.checkpoint import describe, read_config
 from kvarn.core.support import DeviceFacts, unsupported_reasons
 from kvarn.errors import KVarNError
 from kvarn.presets import get_preset
+from kvarn.sglang_backend.settings import BESIDE_TILES
 
 LONGEST = 129 * 1024
 
@@ -86,7 +87,10 @@ def test_names_stand_for_workloads_once() -> None:
         named("nothing")
 
 
-@pytest.mark.parametrize(("name", "layers", "bytes_a_token"), [("qwen3-8b", 36, 147456), ("qwen3-32b", 64, 262144)])
+@pytest.mark.parametrize(
+    ("name", "layers", "bytes_a_token"),
+    [("qwen3-8b", 36, 147456), ("qwen3-32b", 64, 262144), ("deepseek-v2-lite", 27, 31104), ("qwen3-next", 12, 24576)],
+)
 def test_a_shape_is_a_checkpoint_that_can_be_planned_and_served(
     tmp_path: Path, name: str, layers: int, bytes_a_token: int
 ) -> None:
@@ -98,9 +102,11 @@ def test_a_shape_is_a_checkpoint_that_can_be_planned_and_served(
     made = write_checkpoint(name, tokenizer, tmp_path)
     assert sorted(path.name for path in made.iterdir()) == ["config.json", "tokenizer.json", "tokenizer_config.json"]
     found = describe(read_config(str(made)))
-    assert not unsupported_reasons(found.facts, get_preset("kvarn_k4v2_g128"), DeviceFacts("cuda"))
+    preset, device = get_preset("kvarn_k4v2_g128"), DeviceFacts("cuda")
+    assert not unsupported_reasons(found.facts, preset, device, BESIDE_TILES, latents=True)
     assert found.tile_layers == layers
-    assert found.tile_layers * found.kv_heads * 2 * found.facts.head_dim * found.raw_bytes == bytes_a_token
+    rows = sum(found.facts.latent_dims) if found.facts.latent_dims else found.kv_heads * 2 * found.facts.head_dim
+    assert found.tile_layers * rows * found.raw_bytes == bytes_a_token
 
 
 def write_tokenizer(folder: Path, tokens: int) -> None:

@@ -11,6 +11,7 @@
 #   .gpu/d0..d6/      the same of Qwen2.5-Coder-0.5B-Instruct, which drafts for it
 #   .gpu/vllm/        vLLM's Python, FlashAttention 3, vllm-whl/ (the wheels that the machine lacks)
 #   .gpu/vllm-c/      vLLM's compiled library
+#   .gpu/vllm-moe/    its libraries for experts and for latents (FlashMLA)
 #   .gpu/vllm-fa2-0/, .gpu/vllm-fa2-1/    FlashAttention 2, which vLLM takes where TurboQuant keeps the model dtype
 #   .gpu/fa3-0..fa3-5/    sgl_kernel's FlashAttention 3, which SGLang attends with on Hopper
 #
@@ -112,7 +113,11 @@ vllm() {
   xz -T2 -3 -c "$site/vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so" >"$OUT/vllm/vllm-fa3.so.xz"
   xz -T2 -6 -c "$site/vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so" | split -b 58M -d -a 1 - "$TMP/vllm-fa2.so.xz."
   for piece in 0 1; do mv "$TMP/vllm-fa2.so.xz.$piece" "$OUT/vllm-fa2-$piece/"; done
-  # What is left is Python; the other libraries are for MoE, MLA and other GPUs, and vLLM does without them.
+  mkdir -p "$OUT/vllm-moe"
+  xz -T2 -4 -c "$site/vllm/_moe_C_stable_libtorch.abi3.so" >"$OUT/vllm-moe/vllm-moe.so.xz"
+  tar cf - -C "$site" vllm/_flashmla_C.abi3.so vllm/_flashmla_extension_C.abi3.so |
+    xz -T2 -6 >"$OUT/vllm-moe/vllm-flashmla.txz"
+  # What is left is Python; vLLM does without the other libraries here.
   find "$site" -name '*.so' -delete
   rm -rf "$site/vllm/vllm-rs" "$site/vllm/third_party/deep_gemm"
   tar cf - --sort=name --owner=0 --group=0 --transform 's|^vllm-site|site|' -C "$TMP" vllm-site |
@@ -121,6 +126,7 @@ vllm() {
   wheels "$OUT/vllm/vllm-whl" -r "$HERE/wheels-vllm.txt"
   sums vllm
   sums vllm-c
+  sums vllm-moe
   sums vllm-fa2-0
   sums vllm-fa2-1
 }

@@ -19,10 +19,14 @@ vllm() { # into a folder of its own: SGLang wants other versions of the same pac
   mkdir -p "$home"
   tar xJf "$pieces/vllm-site.txz" -C "$home"
   xz -dc "$pieces/vllm-c.so.xz" >"$home/site/vllm/_C_stable_libtorch.abi3.so" &
+  local c=$!
+  xz -dc "$pieces/vllm-moe.so.xz" >"$home/site/vllm/_moe_C_stable_libtorch.abi3.so" &
+  local moe=$!
+  tar xJf "$pieces/vllm-flashmla.txz" -C "$home/site"
   xz -dc "$pieces/vllm-fa3.so.xz" >"$home/site/vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so"
   cat "$pieces"/vllm-fa2.so.xz.? | xz -dc >"$home/site/vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so"
   python3 -m pip install -q --no-index --no-deps --no-compile --target "$home/wheels" "$pieces"/vllm-whl/*.whl
-  wait $!
+  wait $c && wait $moe
 }
 
 model() { python3 tools/gpu/convert.py "$pieces" "$KVARN_GPU_MODEL"; }
