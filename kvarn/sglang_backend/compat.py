@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import kvarn
 from kvarn import env
 from kvarn.core.layers import LayerKind, count, layer_kinds, summary
+from kvarn.core.table_pool import PoolSettings, pool_settings
 from kvarn.errors import EngineIncompatible
 from kvarn.presets import is_preset_name
 from kvarn.sglang_backend import compat_tables as tables
@@ -24,7 +25,6 @@ from kvarn.sglang_backend.compat_facts import (
     shape_of,
 )
 from kvarn.sglang_backend.compat_layers import tile_pool_of, window_pool
-from kvarn.sglang_backend.settings import BACKEND_NAME, PoolSettings, pool_settings
 from kvarn.signatures import signature_difference
 
 if TYPE_CHECKING:
@@ -243,7 +243,7 @@ def _mismatches(runner: ModelRunner) -> list[str]:
     token_bytes = shape.bytes_per_token + draft_bytes(configurator) if windows is None else windows.bytes_of_both
     sizes = create_memory_pool_configurator(configurator)
     facts = (
-        ("attention backend", BACKEND_NAME, get_exec().kernel.attention_backend),
+        ("attention backend", tables.BACKEND_NAME, get_exec().kernel.attention_backend),
         ("pool settings", expected, settings if isinstance(settings, PoolSettings) else type(pool).__name__),
         ("page sizes", (tile,) * 3, (runner.page_size, pool.page_size, runner.token_to_kv_pool_allocator.page_size)),
         ("storage dtype", "torch.uint8", str(runner.kv_cache_dtype)),

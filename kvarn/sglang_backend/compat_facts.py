@@ -8,8 +8,7 @@ from kvarn.core.capacity import CacheShape, cache_shape, latent_shape, raw_token
 from kvarn.core.support import DeviceFacts, ModelFacts
 from kvarn.presets import get_preset, is_preset_name
 from kvarn.sglang_backend.compat_layers import kinds_of, layer_ids
-from kvarn.sglang_backend.compat_tables import UNSUPPORTED_ENVIRONMENT
-from kvarn.sglang_backend.settings import BACKEND_NAME
+from kvarn.sglang_backend.compat_tables import BACKEND_NAME, UNSUPPORTED_ENVIRONMENT
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig

@@ -9,8 +9,8 @@ from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer, layer_bytes
+from kvarn.core.table_pool import PoolSettings
 from kvarn.core.tail import TailState
-from kvarn.sglang_backend.settings import PoolSettings
 
 
 class TilePool(MHATokenToKVPool):

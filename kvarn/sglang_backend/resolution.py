@@ -6,8 +6,8 @@ Works on any object that has the flags as attributes, so that it needs no SGLang
 from dataclasses import dataclass
 
 from kvarn.presets import Preset
+from kvarn.sglang_backend.compat_tables import BACKEND_NAME
 from kvarn.sglang_backend.drafts import draft_reasons
-from kvarn.sglang_backend.settings import BACKEND_NAME
 
 _BACKEND_FLAGS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 _DISABLED = "disabled"
