@@ -1,7 +1,7 @@
 """The SGLang versions that KVarN was tested with, and the private names and signatures that it relies on.
 
 One row serves every tested version: a function must take every parameter listed, and may take others only if they
-have a default. ``compat.signature_differences`` compares the rows with the installed SGLang.
+have a default. ``compat.differences`` compares the rows with the installed SGLang.
 """
 
 from types import MappingProxyType
