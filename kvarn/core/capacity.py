@@ -209,8 +209,26 @@ def cache_shape(
     raw_bytes: int,
     draft_tokens: int = 0,
     windows: WindowShape | None = None,
+    latent_dims: tuple[int, int] | None = None,
 ) -> CacheShape:
-    """Return what one rank caches, exact tokens taken from preset and environment."""
+    """Return what one rank caches, exact tokens taken from preset and environment.
+
+    Args:
+        preset: the preset in use.
+        layers: as of CacheShape, like all that follow.
+        kv_heads: means nothing for latents.
+        head_dim: means nothing for latents.
+        raw_bytes: of a number.
+        draft_tokens: of a step.
+        windows: beside tiles.
+        latent_dims: channels of the latents and of their rope parts, as of `latent_shape`; None if there are none.
+    """
+    if latent_dims is not None:
+        latent_dim, rope_dim = latent_dims
+        return latent_shape(
+            preset, layers=layers, latent_dim=latent_dim, rope_dim=rope_dim, raw_bytes=raw_bytes,
+            draft_tokens=draft_tokens,
+        )  # fmt: skip
     tail_tokens, sink_tokens = exact_tokens(preset)
     return CacheShape(preset, layers, kv_heads, head_dim, raw_bytes, tail_tokens, sink_tokens, draft_tokens, windows)
 

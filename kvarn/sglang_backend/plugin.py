@@ -236,7 +236,7 @@ def build_pool(original: Callable[..., Any], configurator: Any, **arguments: Any
 
 def keep_chains(trees: tuple[Any, Any], *_args: Any, **_kwargs: Any) -> tuple[Any, Any]:
     """After ``NgramCorpus.batch_get``: let every request verify one chain."""
-    from kvarn.sglang_backend.chains import longest_chains
+    from kvarn.core.chains import longest_chains
 
     return longest_chains(*trees)
 

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
 
 from kvarn.core.block_pool import BlockPool, allocate_sinks
-from kvarn.core.capacity import CacheShape
-from kvarn.core.flash import FlashAttention
+from kvarn.core.cache import CacheConfig
+from kvarn.core.capacity import CacheShape, cache_shape
+from kvarn.core.flash import FlashAttention, flash_for
 from kvarn.core.layers import layer_kinds, summary
 from kvarn.errors import UnsupportedConfig
-from kvarn.vllm_backend import compat, compat_cpu, compat_tables
+from kvarn.vllm_backend import compat, compat_cpu, compat_tables, compat_windows
 from kvarn.vllm_backend.spec import TailSpec
 
 if TYPE_CHECKING:
@@ -187,8 +190,46 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         return pool
 
 
-def add_tail(config: VllmConfig, layers: dict[str, Any], shape: CacheShape, raw_dtype: torch.dtype) -> TailCache:
-    """Make the companion of a model's attention layers and let vLLM allocate its cache."""
+def join_tail(
+    impl: object, backend: type, raw_dtype: torch.dtype, make: Callable[..., TailCache]
+) -> tuple[int, TailCache]:
+    """Return a layer's place among a model's layers of its backend, and their companion, which `make` makes once."""
+    config = get_current_vllm_config()
+    layers = compat.layers_with(config, backend)
+    index = next(i for i, layer in enumerate(layers.values()) if layer.impl is impl)
+    return index, compat.tail_of(config) or make(config, layers, raw_dtype)
+
+
+def add_tail(
+    config: VllmConfig,
+    layers: dict[str, Any],
+    raw_dtype: torch.dtype,
+    key_width: int,
+    *,
+    caps_logits: bool = False,
+    latent_dims: tuple[int, int] | None = None,
+) -> TailCache:
+    """Make the companion of a model's attention layers and let vLLM allocate its cache.
+
+    Args:
+        config: vLLM's configuration.
+        layers: the attention layers by name, in the model's order.
+        raw_dtype: dtype of the model.
+        key_width: channels of a head's keys, as long chunks attend to them.
+        caps_logits: some layer has a soft cap.
+        latent_dims: channels of the latents and of their rope parts; None if there are none.
+    """
+    layer = next(iter(layers.values()))
+    shape = cache_shape(
+        layer.attn_backend.preset,
+        layers=len(layers),
+        kv_heads=layer.num_kv_heads,
+        head_dim=layer.head_size,
+        raw_bytes=raw_dtype.itemsize,
+        draft_tokens=compat.draft_tokens(config),
+        windows=compat_windows.window_shape(config),
+        latent_dims=latent_dims,
+    )
     tail = TailCache(
         next(iter(layers)) + compat_tables.TAIL_SUFFIX,
         list(layers.values()),
@@ -197,6 +238,11 @@ def add_tail(config: VllmConfig, layers: dict[str, Any], shape: CacheShape, raw_
         config.scheduler_config.max_num_seqs,
         config.model_config.max_model_len,
         config.device_config.device,
+    )
+    device = tail.sinks.device
+    engine = compat.flash_attention(device, key_width)
+    tail.flash = flash_for(
+        CacheConfig.of(shape), raw_dtype, device, caps_logits=caps_logits, engine=engine, head_dim=key_width
     )
     tail.kinds = summary(layer_kinds(config.model_config.hf_text_config))
     compat.add_layer(config, tail.layer_name, tail)
