@@ -157,6 +157,16 @@ class CacheShape:
         enough = min(sizes.values()) * _WORTH_A_LARGER_BLOCK
         return next(tiles for tiles, size in sizes.items() if size <= enough)
 
+    def best_block_tokens(self, context: int, least: int) -> int:
+        """Return the tokens of a block, so many at least, with which a request of so many tokens takes few bytes."""
+        return max(least, self.best_tiles_per_block(context) * self.preset.tile_tokens)
+
+    def window_page_bytes(self, block_tokens: int) -> int | None:
+        """Return the bytes of a page of a layer with a window, where blocks have so many tokens; None if none do."""
+        if self.windows is None:
+            return None
+        return self.window_page_tokens(block_tokens // self.preset.tile_tokens) * self.windows.token_bytes
+
     def raw_request_bytes(self, context: int) -> int:
         """Bytes of a request of so many tokens with all layers in the model's dtype."""
         windows = 0 if self.windows is None else self.windows.bytes_per_request(context)

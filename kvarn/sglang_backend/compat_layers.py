@@ -10,7 +10,7 @@ import inspect
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from kvarn.core.layers import LayerKind, layer_kinds
+from kvarn.core.layers import LayerKind, layer_kinds, places
 from kvarn.core.window_pool import WindowPool, scaled_ratio
 from kvarn.core.windows import WindowShape
 from kvarn.presets import is_preset_name
@@ -250,6 +250,6 @@ def _split_of(config: ModelConfig) -> tuple[list[int], list[int]] | None:
         return list(windows), list(config.full_attention_layer_ids)
     if name not in tables.SPLIT_BY_US:
         return None
-    types = config.hf_text_config.layer_types
-    windows = [i for i, kind in enumerate(types) if kind == "sliding_attention"]
-    return (windows, [i for i in range(len(types)) if i not in windows]) if windows else None
+    kinds = layer_kinds(config.hf_text_config)
+    windows = places(kinds, LayerKind.MODEL_DTYPE)
+    return (windows, places(kinds, LayerKind.TILES)) if windows else None

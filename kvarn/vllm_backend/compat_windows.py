@@ -78,5 +78,5 @@ def _size_blocks(original: Callable[..., None], platform: type, vllm_config: Vll
     original(platform, vllm_config)
     cache.kv_cache_dtype_skip_layers = exempt
     if not cache.user_specified_block_size:
-        cache.block_size = tail.best_block_size(cache.block_size)
-    cache.skip_page_size_padded = tail.window_page_bytes(cache.block_size)
+        cache.block_size = tail.shape.best_block_tokens(vllm_config.model_config.max_model_len, cache.block_size)
+    cache.skip_page_size_padded = tail.shape.window_page_bytes(cache.block_size)

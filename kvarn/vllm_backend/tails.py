@@ -142,23 +142,6 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
             blocks_per_request=self.shape.tail_blocks(tiles),
         )
 
-    def best_block_size(self, least: int) -> int:
-        """Return the tokens of a block, so many at least, with which the longest request takes few bytes."""
-        tile = self.shape.preset.tile_tokens
-        return max(least, tile * self.shape.best_tiles_per_block(self.max_pages * tile))
-
-    def window_page_bytes(self, block_size: int) -> int | None:
-        """Return the bytes of a page of a layer with a window; None where there are none.
-
-        Args:
-            block_size: tokens of a block.
-        """
-        windows = self.shape.windows
-        if windows is None:
-            return None
-        tiles = block_size // self.shape.preset.tile_tokens
-        return self.shape.window_page_tokens(tiles) * windows.token_bytes
-
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the memory of the rings; caches made over an earlier one are dropped."""
         self.kv_cache = kv_cache

@@ -41,7 +41,7 @@ TYPED = {
 
 def flags(**changes):
     """Flags as SGLang has them when nothing was typed."""
-    defaults = {limit.flag: limit.default if limit.default is not None else False for limit in resolution.FLAG_LIMITS}
+    defaults = {limit.path: limit.default if limit.default is not None else False for limit in resolution.FLAG_LIMITS}
     unset = dict.fromkeys(
         ("attention_backend", "prefill_attention_backend", "decode_attention_backend", "page_size")
         + ("chunked_prefill_size", "max_total_tokens", "cuda_graph_backend_prefill", "cuda_graph_config")
@@ -61,10 +61,10 @@ class TestFlags:
         assert resolution.flag_reasons(flags(), PRESET) == []
         assert resolution.final_reasons(resolved(), PRESET) == []
 
-    @pytest.mark.parametrize("limit", resolution.FLAG_LIMITS, ids=lambda limit: limit.flag)
+    @pytest.mark.parametrize("limit", resolution.FLAG_LIMITS, ids=lambda limit: limit.path)
     def test_each_limited_flag_gives_one_sentence_with_reason_and_remedy(self, limit):
-        (reason,) = resolution.flag_reasons(flags(**{limit.flag: TYPED.get(limit.flag, True)}), PRESET)
-        assert reason.startswith(f"--{limit.flag.replace('_', '-')} ")
+        (reason,) = resolution.flag_reasons(flags(**{limit.path: TYPED.get(limit.path, True)}), PRESET)
+        assert reason.startswith(f"--{limit.path.replace('_', '-')} ")
         assert f"because {limit.why}" in reason
         assert "leave it out" in reason
 
