@@ -1,14 +1,13 @@
 """TableSteps: from an engine's table of slots to Steps, where every row of the table has a ring of its own."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
 from kvarn import env
 from kvarn.core.cache import LayerCache
-from kvarn.core.flash import FlashAttention
-from kvarn.core.prefill_plan import plan_prefill
+from kvarn.core.prefill_plan import PrefillPlan
 from kvarn.core.step import Step, chunk_step, verify_step
 from kvarn.core.tail import TailState, owner_tags
 
@@ -21,7 +20,7 @@ class TableSteps:
         layers: the pool's layers, for scrubbing.
         slots: [rows, most tokens], the engine's table: slot of every token of every request.
         group: query heads of one kv head.
-        flash: what attends long chunks, if anything does.
+        plan: plans a step's long chunks by the lengths of prefixes and chunks, `plan_prefill`; None to have none.
         columns: the argument `widest` of what makes steps, if it is not the default.
     """
 
@@ -31,14 +30,14 @@ class TableSteps:
         layers: list[LayerCache[Any]],
         slots: torch.Tensor,
         group: int,
-        flash: FlashAttention | None,
+        plan: Callable[[list[int], list[int]], PrefillPlan | None] | None,
         **columns: int,
     ) -> None:
         self.state = state
         self.layers = layers
         self._slots = slots
         self._group = group
-        self._flash = flash
+        self._plan = plan
         self._columns = columns
         self._page_starts = torch.arange(0, slots.shape[1], state.config.tile_tokens, device=slots.device)
 
@@ -76,18 +75,16 @@ class TableSteps:
             RuntimeError: an earlier chunk neither continued its tail ring nor started on a tile boundary.
         """
         self.state.check_faults()
-        config, device = self.state.config, rows.device
         most = max(prefix + new for prefix, new in zip(host_prefix_lens, host_query_lens, strict=True))
         tags = owner_tags(request_ids)
-        raw_dtype = self.layers[0].tails.dtype
-        plan = plan_prefill(config, self._flash, raw_dtype, host_prefix_lens, host_query_lens, device)
+        plan = None if self._plan is None else self._plan(host_prefix_lens, host_query_lens)
         step, continued = chunk_step(
             self.state,
             rows.int(),
             prefix_lens.int(),
             seq_lens.int(),
-            tags.to(device, non_blocking=True),
-            self.pages(rows, -(-most // config.tile_tokens)),
+            tags.to(rows.device, non_blocking=True),
+            self.pages(rows, -(-most // self.state.config.tile_tokens)),
             self._group,
             sum(host_query_lens),
             plan,
