@@ -15,6 +15,7 @@ from typing import Any
 from kvarn.errors import EngineIncompatible
 from kvarn.presets import PRESETS, is_preset_name
 from kvarn.sglang_backend import compat_tables as tables
+from kvarn.sglang_backend.compat_tables import BACKEND_NAME
 
 # Hooks take whatever the function they wrap takes.
 Hook = Callable[..., Any]
@@ -38,7 +39,7 @@ def add_hook(target: str, hook: Hook, kind: str) -> None:
     from sglang.srt.plugins.hook_registry import HookRegistry, HookSource, HookType
 
     if not _is_registered(target, hook):
-        HookRegistry.register(target, hook, HookType(kind), source=HookSource(tables.BACKEND_NAME, tables.BACKEND_NAME))
+        HookRegistry.register(target, hook, HookType(kind), source=HookSource(BACKEND_NAME, BACKEND_NAME))
 
 
 def apply_hooks() -> None:
@@ -74,22 +75,22 @@ def add_backend(create: Hook) -> None:
     """Register the attention backend."""
     from sglang.srt.layers.attention.attention_registry import register_attention_backend
 
-    register_attention_backend(tables.BACKEND_NAME)(create)
+    register_attention_backend(BACKEND_NAME)(create)
 
 
 def absorb_always() -> None:
     """Let models with latents (MLA) ask our backend for attention with absorbed weights, whatever the step."""
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry, AttnForwardMethod
 
-    AttentionBackendRegistry.register(tables.BACKEND_NAME, lambda attention, forward_batch: AttnForwardMethod.MLA)
+    AttentionBackendRegistry.register(BACKEND_NAME, lambda attention, forward_batch: AttnForwardMethod.MLA)
 
 
 def add_backend_choice() -> None:
     """Let users name the attention backend."""
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 
-    if tables.BACKEND_NAME not in ATTENTION_BACKEND_CHOICES:
-        add_attention_backend_choices([tables.BACKEND_NAME])
+    if BACKEND_NAME not in ATTENTION_BACKEND_CHOICES:
+        add_attention_backend_choices([BACKEND_NAME])
 
 
 def add_dtype_choices(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +117,7 @@ def declare_flags(server_args: object, flags: Mapping[str, object]) -> None:
     if has_resolution_steps():
         from sglang.srt.arg_groups.overrides import declare_resolution
 
-        declare_resolution(server_args, tables.BACKEND_NAME, **flags)
+        declare_resolution(server_args, BACKEND_NAME, **flags)
         return
     for flag, value in flags.items():
         setattr(server_args, flag, value)
@@ -139,7 +140,7 @@ def publish_request_limit(requests: int) -> None:
     """
     from sglang.srt.runtime_context import get_context
 
-    get_context().override(tables.BACKEND_NAME, max_running_requests=requests)
+    get_context().override(BACKEND_NAME, max_running_requests=requests)
 
 
 def _is_registered(target: str, hook: Hook) -> bool:
