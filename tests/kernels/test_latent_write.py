@@ -3,11 +3,13 @@
 import pytest
 import torch
 from latent_cases import make_latent_case
+from tolerance import relative_rms
 
 from kvarn.core.hadamard import rotate
 from kvarn.core.latent.append import rotate_latents, rotate_queries, store_latents, store_latents_reference
 from kvarn.core.latent.reference import decode_latents
 from kvarn.core.latent.seal import seal_latents, seal_latents_reference
+from kvarn.core.reference import unpack_codes
 
 
 def same_bits(got: torch.Tensor, want: torch.Tensor) -> bool:
@@ -32,13 +34,22 @@ def test_rows_are_rotated_and_stored_where_the_reference_stores_them(lengths, ne
 @pytest.mark.parametrize("rope_bits", [16, 8])
 @pytest.mark.parametrize("settings", [{"tile": 64}, {"tile": 128, "latent_dim": 512, "rope_dim": 64}])
 def test_records_are_those_of_the_reference(bits, rope_bits, settings, device):
+    """Codes within one, few of them different: a GPU divides and multiplies a last bit apart."""
     case = make_latent_case([100, 0, 127], [290, 60, 1], bits=bits, rope_bits=rope_bits, outliers=True, **settings)
     moved = case.to(device)
     seal_latents(moved.raw, moved.layer, moved.step)
     seal_latents_reference(case.raw, case.layer, case.step)
-    sealed = int((case.step.seal_tile >= 0).sum())
-    assert sealed >= 3
-    assert same_bits(moved.layer.records, case.layer.records)
+    done = case.step.seal_tile >= 0
+    assert int(done.sum()) >= 3
+    pages = case.step.block_table[case.step.seal_request[done].long(), case.step.seal_tile[done].long()].long()
+    got, want = (x.layer.records.cpu()[case.layer.pages_of(pages)][:, 0] for x in (moved, case))
+    layout = case.layer.config.layout
+    for fields in filter(None, (layout.latent_fields, layout.rope_fields)):
+        ours, theirs = (unpack_codes(records, fields, layout.tile_tokens) for records in (got, want))
+        assert (ours - theirs).abs().max() <= 1
+        assert (ours != theirs).float().mean() < 0.005
+    for ours, theirs in zip(decode_latents(got, layout), decode_latents(want, layout), strict=True):
+        assert relative_rms(ours, theirs) < 0.02
 
 
 def test_drafts_seal_from_their_ring(device, dtype):
