@@ -56,7 +56,7 @@ class TileAttentionBackend(AttentionBackend):
             caps_logits=compat.caps_logits(runner),
             engine=compat.flash_attention(tails.device),
         )
-        warm_up(pool.layers[0], q_heads, flash)
+        warm_up(pool.layers[0], q_heads, flash, compat.learned_sinks(runner))
         return StepBuilder(pool.state, pool.layers, table, q_heads // pool.head_num, flash)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
@@ -116,6 +116,7 @@ class TileAttentionBackend(AttentionBackend):
         save_kv_cache: bool,
         extras: dict[str, Any],
     ) -> torch.Tensor:
+        sinks = extras.pop("sinks", None)
         compat.require_plain_attention(layer, k, save_kv_cache, extras)
         out = attention(
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
@@ -125,5 +126,6 @@ class TileAttentionBackend(AttentionBackend):
             self.forward_metadata,
             layer.scaling,
             layer.logit_cap,
+            sink_logits=sinks,
         )
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)
