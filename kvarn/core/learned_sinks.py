@@ -1,5 +1,7 @@
 """Learned sinks for attention that is torch's own: layers with a window where no kernel serves them."""
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -37,3 +39,26 @@ def sdpa_with_sinks(
     k, v = (torch.nn.functional.pad(x, (0, 0, 0, 1)) for x in (k, v))
     mask = torch.cat((bias, sink), dim=-1)
     return torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, **options)
+
+
+def taking_sinks(forward: Callable[..., torch.Tensor], module: Any) -> Callable[..., torch.Tensor]:
+    """Return a function that takes learned sinks beside what another takes, as ``sinks``; None for none.
+
+    Args:
+        forward: attends by the module's ``scaled_dot_product_attention``, with no options but those of its mask, scale
+            and groups.
+        module: where it finds that.
+    """
+
+    @functools.wraps(forward)
+    def attend(*args: Any, sinks: torch.Tensor | None = None, **options: Any) -> torch.Tensor:
+        if sinks is None:
+            return forward(*args, **options)
+        without = module.scaled_dot_product_attention
+        module.scaled_dot_product_attention = functools.partial(sdpa_with_sinks, sink_logits=sinks)
+        try:
+            return forward(*args, **options)
+        finally:
+            module.scaled_dot_product_attention = without
+
+    return attend

@@ -7,9 +7,6 @@ for attention over all tokens and over windows. In both, the pool of the layers 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import partial
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -230,37 +227,20 @@ def _pool_factory(tile_pool: type, raw_dtype: torch.dtype) -> Any:
 def _native_window_backend(runner: Any) -> Any:
     from sglang.srt.layers.attention import torch_native_backend as native
 
+    from kvarn.core.learned_sinks import taking_sinks
+
     class NativeWindowBackend(native.TorchNativeAttnBackend):
         """SGLang's reads the pool of windows at slots of the other pool; this one translates them, and takes sinks."""
+
+        forward_extend = taking_sinks(native.TorchNativeAttnBackend.forward_extend, native)
+        forward_decode = taking_sinks(native.TorchNativeAttnBackend.forward_decode, native)
 
         def init_forward_metadata(self, forward_batch: Any) -> None:
             super().init_forward_metadata(forward_batch)
             slots = self.token_to_kv_pool.translate_loc_from_full_to_swa(runner.req_to_token_pool.req_to_token)
             self.req_to_token_pool = SimpleNamespace(req_to_token=slots)
 
-        def forward_extend(self, *args: Any, sinks: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-            with _sinks_in(native, sinks):
-                return super().forward_extend(*args, **kwargs)
-
-        def forward_decode(self, *args: Any, sinks: torch.Tensor | None = None, **kwargs: Any) -> torch.Tensor:
-            with _sinks_in(native, sinks):
-                return super().forward_decode(*args, **kwargs)
-
     return NativeWindowBackend(runner)
-
-
-@contextmanager
-def _sinks_in(module: Any, sinks: torch.Tensor | None) -> Iterator[None]:
-    """Let a module's attention by torch take learned sinks, if there are any."""
-    from kvarn.core.learned_sinks import sdpa_with_sinks
-
-    attend = module.scaled_dot_product_attention
-    if sinks is not None:
-        module.scaled_dot_product_attention = partial(sdpa_with_sinks, sink_logits=sinks)
-    try:
-        yield
-    finally:
-        module.scaled_dot_product_attention = attend
 
 
 def _architecture_of(config: ModelConfig) -> str:
