@@ -14,8 +14,8 @@ from kvarn.core.merge import merge_sinks, merge_sinks_reference
 from kvarn.core.prefill_plan import LONG_ROWS
 
 # Logits of keys here add up to about 6: sinks that take nothing, some, most and all of the weight.
-LOGITS = (-1e4, 2.0, 6.5, 50.0, -3.0, 9.0, 4.0)
 INFINITY = float("inf")
+LOGITS = (-1e4, 2.0, 6.5, 50.0, -INFINITY, 9.0, 4.0)
 # Of long chunks: parts and output are rounded to the model dtype, and once more when sinks are merged.
 OUTPUT_RMS = {torch.float16: 2e-3, torch.bfloat16: 1.2e-2}
 
@@ -104,7 +104,7 @@ def test_merging_matches_reference(head_dim, out_dtype, device):
     lse = torch.full((3, 40), float("nan"))
     lse[:, :37] = 20 * torch.randn(3, 37, generator=generator)
     lse[1, 5], out[5, 1] = -INFINITY, float("nan")
-    sinks = torch.tensor([-1e4, 3.0, 50.0])
+    sinks = torch.tensor([-INFINITY, 3.0, 50.0])
     got, by_reference = out.clone().to(device), out.clone()
     merge_sinks(got, lse.to(device)[:, :37], sinks.to(device))
     merge_sinks_reference(by_reference, lse[:, :37], sinks)
