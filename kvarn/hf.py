@@ -24,6 +24,7 @@ from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
 from kvarn.core.capacity import CacheShape, cache_shape
 from kvarn.core.layers import LayerKind
+from kvarn.core.learned_sinks import sdpa_with_sinks
 from kvarn.core.step import Step, chunk_step, decode_step
 from kvarn.core.support import DeviceFacts, unsupported_reasons
 from kvarn.core.tail import TailState
@@ -212,6 +213,7 @@ def attend_tiles(
         attention_mask: None, or that of the window.
         scaling: factor on q . k.
         softcap: soft cap of the logits.
+        kwargs: others; ``s_aux``, [q_heads], are learned sinks.
 
     Returns:
         [batch, tokens, q_heads, head_dim], and no weights.
@@ -219,8 +221,12 @@ def attend_tiles(
     Raises:
         NotImplementedError: there is no tile cache, or the layer asks for more than its kind can do.
     """
-    layer = getattr(key, "cache_layer", None)
+    layer, sinks = getattr(key, "cache_layer", None), kwargs.get("s_aux")
     if isinstance(layer, WindowLayer) and not softcap:
+        if sinks is not None:
+            options = {"is_causal": query.shape[2] > 1, "scale": scaling, "enable_gqa": True}
+            out = sdpa_with_sinks(query, key, value, attention_mask, sink_logits=sinks, **options)
+            return out.transpose(1, 2).contiguous(), None
         return sdpa_attention_forward(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
     if not isinstance(layer, TileLayer) or kwargs.get("sliding_window") is not None:
         raise NotImplementedError(
@@ -230,7 +236,7 @@ def attend_tiles(
     batch, q_heads, tokens, head_dim = query.shape
     q, k, v = (x.transpose(1, 2).reshape(batch * tokens, x.shape[1], head_dim) for x in (query, key, value))
     scale = head_dim**-0.5 if scaling is None else scaling
-    out = attention(q, k, v, layer.layer, layer.step, scale, softcap or 0.0)
+    out = attention(q, k, v, layer.layer, layer.step, scale, softcap or 0.0, sink_logits=sinks)
     return out.view(batch, tokens, q_heads, head_dim), None
 
 

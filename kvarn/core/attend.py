@@ -136,6 +136,7 @@ def attend(
     scale: float,
     logit_cap: float = 0.0,
     out: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Attend every query row of a step to what the read rule lets it see (`step.record_end`).
 
@@ -147,16 +148,18 @@ def attend(
         scale: factor on q . k.
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
         out: [tokens, q_heads, head_dim], model dtype, contiguous: where to write the output; made here if None.
+        sink_logits: [q_heads], any float dtype, contiguous: learned logit of each head's sink, a key with value zero;
+            neither scaled nor capped. None for none.
 
     Returns:
         Output [tokens, q_heads, head_dim], model dtype, un-rotated; and natural log-sum-exp [tokens, q_heads],
-        float32.
+        float32, with the sink's.
 
     Determinism: bitwise for equal inputs, lengths and batch shape; with `CacheConfig.batch_invariant` a row's bits
     depend on that row's request alone. Graph-safe: yes.
     """
     if not runs_triton(layer.records):
-        result, lse = attend_reference(q, rotated, layer, step, scale, logit_cap)
+        result, lse = attend_reference(q, rotated, layer, step, scale, logit_cap, sink_logits)
         return (result.to(layer.tails.dtype) if out is None else out.copy_(result)), lse
     config, layout = layer.config, layer.config.layout
     tokens, q_heads, head_dim = q.shape
@@ -183,7 +186,7 @@ def attend(
         SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring),
         STAGES=shape.stages, **options, **chained(device), num_warps=shape.warps, maxnreg=shape.registers,
     )  # fmt: skip
-    return out, combine(partial_out, partial_lse, layer, step, out)
+    return out, combine(partial_out, partial_lse, layer, step, out, sink_logits)
 
 
 def _attend_kernel(layout: TileLayout, device: torch.device) -> tuple[Any, dict[str, Any]]:
@@ -198,8 +201,9 @@ def _attend_kernel(layout: TileLayout, device: torch.device) -> tuple[Any, dict[
 
 
 def attend_reference(
-    q: torch.Tensor, rotated: RotatedRows, layer: LayerCache, step: Step, scale: float, logit_cap: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, rotated: RotatedRows, layer: LayerCache, step: Step, scale: float, logit_cap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attend in plain torch, request by request, in float32 (in float64 if q comes in that, for an oracle)."""
     rotated_q = rotate_keys(q)
     fresh = torch.stack((rotated.k, rotated.v), dim=1)
@@ -213,7 +217,7 @@ def attend_reference(
         visible = found.visible(layer.config, end_of_records, position, int(step.sink_slots[request]))
         own = rotated_q[begin:end]
         k, v = found.rows.to(own.dtype).unbind(1)
-        out, lse = softmax_attention(own, k, v, visible, scale, logit_cap)
+        out, lse = softmax_attention(own, k, v, visible, scale, logit_cap, sink_logits)
         outs.append(rotate(out, inverse=True))
         lses.append(lse)
     return torch.cat(outs), torch.cat(lses)

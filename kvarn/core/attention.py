@@ -26,6 +26,7 @@ def attention(
     scale: float,
     logit_cap: float = 0.0,
     out: torch.Tensor | None = None,
+    sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Append a step's rows, seal the tiles that they fill, and attend.
 
@@ -37,6 +38,8 @@ def attention(
         scale: factor on q . k.
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
         out: [tokens, q_heads, head_dim], model dtype, contiguous: where to write the result; made here if None.
+        sink_logits: [q_heads], any float dtype, contiguous: learned logit of each head's sink, a key with value zero;
+            neither scaled nor capped. None for none.
 
     Returns:
         [tokens, q_heads, head_dim], model dtype.
@@ -48,9 +51,9 @@ def attention(
     if out is None:
         out = torch.empty(q.shape, dtype=layer.tails.dtype, device=q.device)
     if step.plan is None or step.plan.short_tokens:
-        attend(q, rotated, layer, step, scale, logit_cap, out)
+        attend(q, rotated, layer, step, scale, logit_cap, out, sink_logits)
     if step.plan is not None:
-        prefill(q, k, v, layer, step, step.plan, scale, logit_cap, out)
+        prefill(q, k, v, layer, step, step.plan, scale, logit_cap, out, sink_logits)
     if not step.rows_in_ring:
         store_tail(rotated, layer, step)
     return out
@@ -58,14 +61,14 @@ def attention(
 
 def attention_reference(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, scale: float,
-    logit_cap: float = 0.0,
+    logit_cap: float = 0.0, sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Do the same in plain torch, whatever the device; the output in the model dtype."""
     rotated = rotate_rows_reference(k, v)
     if step.rows_in_ring:
         store_tail_reference(rotated, layer, step)
     seal_reference(rotated, layer, step)
-    out, _ = attend_reference(q, rotated, layer, step, scale, logit_cap)
+    out, _ = attend_reference(q, rotated, layer, step, scale, logit_cap, sink_logits)
     if not step.rows_in_ring:
         store_tail_reference(rotated, layer, step)
     return out.to(q.dtype)

@@ -46,8 +46,9 @@ def combine_shape(programs: int, tasks: int, config: CacheConfig[Any]) -> Combin
 
 
 def combine(
-    partial: torch.Tensor, partial_lse: torch.Tensor, layer: LayerCache[Any], step: Step, out: torch.Tensor
-) -> torch.Tensor:
+    partial: torch.Tensor, partial_lse: torch.Tensor, layer: LayerCache[Any], step: Step, out: torch.Tensor,
+    sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Merge the partial results of every task, rotate back and cast to the model dtype.
 
     Args:
@@ -57,6 +58,7 @@ def combine(
         layer: the layer's cache.
         step: the forward pass.
         out: [tokens, q_heads, head_dim], contiguous; written.
+        sink_logits: [q_heads], any float dtype, contiguous: one more part of every row, with value zero.
 
     Returns:
         Natural log-sum-exp [tokens, q_heads], float32.
@@ -71,7 +73,7 @@ def combine(
     padded = layer.config.layout.padded_dim
     shape = combine_shape(programs, tasks, layer.config)
     combine_kernel[(tasks, kv_heads, -(-columns // shape.columns))](
-        partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse,
+        partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse, sink_logits,
         step.task_request, step.task_row, step.work_end, step.query_start, tasks, programs, q_heads,
         GROUP=q_heads // kv_heads, ROWS=step.rows_per_task, COLUMNS=columns, BLOCK=shape.columns, PARTS=shape.parts,
         D=head_dim, DP=padded, NORM=layer.config.rotation_norm, **chained(partial.device), num_warps=shape.warps,

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 
 from kvarn.core.cache import LayerCache
-from kvarn.core.merge import merge
+from kvarn.core.merge import merge, merge_sinks
 from kvarn.core.prefill_plan import PrefillPlan, Segment
 from kvarn.core.restore import restore
 from kvarn.core.step import Step
@@ -16,7 +16,7 @@ _FEW_MERGES = 2
 
 def prefill(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, plan: PrefillPlan, scale: float,
-    logit_cap: float, out: torch.Tensor,
+    logit_cap: float, out: torch.Tensor, sink_logits: torch.Tensor | None = None,
 ) -> None:  # fmt: skip
     """Attend the long chunks of a step, before its rows are stored.
 
@@ -29,6 +29,7 @@ def prefill(
         scale: factor on q . k.
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
         out: [tokens, q_heads, head_dim], model dtype, contiguous: rows of long chunks are written.
+        sink_logits: [q_heads], any float dtype: learned logit of each head's sink; None for none.
 
     Determinism: that of the flash attention. Graph-safe: no.
     """
@@ -42,6 +43,7 @@ def prefill(
         scale,
         logit_cap,
         out,
+        sink_logits=sink_logits,
     )
 
 
@@ -59,6 +61,7 @@ def attend_long_chunks(
     logit_cap: float,
     out: torch.Tensor,
     first_row: int = 0,
+    sink_logits: torch.Tensor | None = None,
 ) -> None:
     """Attend long chunks to rows in the model dtype, wherever they come from.
 
@@ -74,6 +77,7 @@ def attend_long_chunks(
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
         out: [tokens, q_heads, value width], model dtype, contiguous, of the same rows: long chunks' are written.
         first_row: before it, the step has no rows of long chunks.
+        sink_logits: [q_heads], any float dtype: learned logit of each head's sink; None for none.
     """
     dtype = out.dtype if len(plan.segments) <= _FEW_MERGES else torch.float32
     total = out if dtype == out.dtype else torch.empty_like(out, dtype=dtype)
@@ -85,6 +89,10 @@ def attend_long_chunks(
         at = _from(first_row, segment.tokens)
         part, part_lse = plan.flash(q[at], *cached(segment), segment.spans, scale, logit_cap, causal=False)
         merge(total[at], lse[:, at], part, part_lse)
+    if sink_logits is not None:
+        for chunk in plan.own:
+            at = _from(first_row, chunk.tokens)
+            merge_sinks(total[at], lse[:, at], sink_logits)
     if total is not out:
         for chunk in plan.own:
             at = _from(first_row, chunk.tokens)

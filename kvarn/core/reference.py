@@ -178,8 +178,9 @@ def decode_record(record: torch.Tensor, layout: TileLayout) -> tuple[torch.Tenso
 
 
 def softmax_attention(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float, logit_cap: float = 0.0
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, visible: torch.Tensor, scale: float, logit_cap: float = 0.0,
+    sink_logits: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attend over restored rows.
 
     Args:
@@ -188,10 +189,12 @@ def softmax_attention(
         visible: [rows, positions], bool.
         scale: factor on q . k.
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
+        sink_logits: [q_heads], any float dtype: logit of a key that every row sees, whose value is zero; neither scaled
+            nor capped.
 
     Returns:
-        Output [rows, q_heads, head_dim] and natural log-sum-exp [rows, q_heads], in q's dtype. A row that sees
-        nothing gives zeros and -inf.
+        Output [rows, q_heads, head_dim] and natural log-sum-exp [rows, q_heads], in q's dtype, with the sink. A row
+        that sees nothing gives zeros and the sink's logit, -inf without one.
     """
     rows, q_heads, head_dim = q.shape
     kv_heads = k.shape[1]
@@ -201,6 +204,8 @@ def softmax_attention(
         scores = logit_cap * torch.tanh(scores / logit_cap)
     scores = scores.masked_fill(~visible[:, None, None, :], -math.inf)
     lse = torch.logsumexp(scores, dim=-1)
+    if sink_logits is not None:
+        lse = torch.logaddexp(lse, sink_logits.to(lse.dtype).view(kv_heads, -1))
     weights = torch.exp(scores - torch.where(torch.isinf(lse), torch.zeros_like(lse), lse)[..., None])
     out = torch.einsum("rhgp,phd->rhgd", weights, v)
     return out.reshape(rows, q_heads, head_dim), lse.reshape(rows, q_heads)

@@ -32,7 +32,7 @@ class ModelFacts:
         encoder_decoder: some layers attend to an encoder's output.
         kinds: of its layers.
         sparse_index: layers choose their tokens through an index cache of their own.
-        learned_sinks: the softmax has a learned extra term.
+        learned_sinks: the softmax has a learned logit for every head, of a key with value zero.
         alibi: scores carry a bias that grows with distance.
         generates: the model is served to generate text.
     """
@@ -106,7 +106,10 @@ def _architecture_reasons(
             "has no layer that attends to the whole context, and only those are cached in tiles",
         ),
         (facts.sparse_index, "reads its cache through a sparse index that it stores beside K and V"),
-        (facts.learned_sinks, "adds learned attention sinks to the softmax, which the kernels don't"),
+        (
+            facts.learned_sinks and facts.latent_attention,
+            "adds learned attention sinks to the softmax over latents (MLA), which the kernels don't",
+        ),
         (facts.alibi, "adds ALiBi biases to the scores, which the kernels don't"),
         (not facts.generates, "does not generate text here, so that there is no cache to make smaller"),
     )

@@ -18,13 +18,16 @@ _TASKS = (1, 33, 129)
 _LONG_CHUNK = 520
 
 
-def warm_up(layer: LayerCache, q_heads: int, flash: FlashAttention | None) -> None:
+def warm_up(
+    layer: LayerCache, q_heads: int, flash: FlashAttention | None, sink_logits: torch.Tensor | None = None
+) -> None:
     """Run steps of every kind that has kernels of its own, as `warm_up_steps` says.
 
     Args:
         layer: any of the model's layers, in the memory that the engine gave it.
         q_heads: query heads of a layer on this rank.
         flash: what attends long chunks, if anything does.
+        sink_logits: [q_heads], learned logits of the sinks of some layer, if layers have them.
     """
     config = layer.config
 
@@ -33,7 +36,7 @@ def warm_up(layer: LayerCache, q_heads: int, flash: FlashAttention | None) -> No
             torch.zeros(tokens, n, config.layout.head_dim, dtype=layer.tails.dtype, device=layer.tails.device)
             for n in (q_heads, config.kv_heads, config.kv_heads)
         )
-        attention(q, k, v, layer, step, scale=1.0)
+        attention(q, k, v, layer, step, scale=1.0, sink_logits=sink_logits)
 
     warm_up_steps(layer, q_heads // config.kv_heads, flash, run)
 

@@ -58,7 +58,7 @@ class TileAttentionBackend(AttentionBackend):
             caps_logits=compat.caps_logits(runner),
             engine=compat.flash_attention(tails.device),
         )
-        warm_up(pool.layers[0], q_heads, flash)
+        warm_up(pool.layers[0], q_heads, flash, compat.learned_sinks(runner))
         plan = partial(plan_prefill, pool.state.config, flash, tails.dtype, device=tails.device)
         return StepBuilder(pool.state, pool.layers, table, q_heads // pool.head_num, plan)
 
@@ -119,6 +119,7 @@ class TileAttentionBackend(AttentionBackend):
         save_kv_cache: bool,
         extras: dict[str, Any],
     ) -> torch.Tensor:
+        sinks = extras.pop("sinks", None)
         compat.require_plain_attention(layer, k, save_kv_cache, extras)
         out = attention(
             q.view(-1, layer.tp_q_head_num, layer.head_dim),
@@ -128,5 +129,6 @@ class TileAttentionBackend(AttentionBackend):
             self.forward_metadata,
             layer.scaling,
             layer.logit_cap,
+            sink_logits=sinks,
         )
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)

@@ -144,6 +144,11 @@ def caps_logits(runner: ModelRunner) -> bool:
     return any(getattr(module, "logit_cap", 0) for module in runner.model.modules())
 
 
+def learned_sinks(runner: ModelRunner) -> torch.Tensor | None:
+    """Return the learned sinks of some attention layer of the model; None if there are none."""
+    return next((module.sinks for module in runner.model.modules() if hasattr(module, "sinks")), None)
+
+
 def verify_mask(runner: ModelRunner) -> Any:
     """Return the mask that SGLang fills for every batch of drafts, in its smallest form: chains are read without."""
     from sglang.srt.layers.attention.verify_mask import maybe_create_verify_mask

@@ -102,6 +102,11 @@ def _keeps_states_by_page(view: Any, config: ModelConfig) -> bool:
     return view.device != "cpu" and bool(supports(view, model))
 
 
+def lists_backends(config: ModelConfig) -> bool:
+    """Tell whether SGLang serves a model with backends of a list only, which has to be passed."""
+    return _architecture_of(config) in tables.LISTING_MODELS
+
+
 def split_windows(config: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
     """After ``ModelConfig.from_server_args``: give windows a pool of their own where SGLang does not."""
     split = _split_of(config)
@@ -217,10 +222,15 @@ def _pool_factory(tile_pool: type, raw_dtype: torch.dtype) -> Any:
 
 
 def _native_window_backend(runner: Any) -> Any:
-    from sglang.srt.layers.attention.torch_native_backend import TorchNativeAttnBackend
+    from sglang.srt.layers.attention import torch_native_backend as native
 
-    class NativeWindowBackend(TorchNativeAttnBackend):
-        """SGLang's reads the pool of windows at slots of the other pool; this one translates them."""
+    from kvarn.core.learned_sinks import taking_sinks
+
+    class NativeWindowBackend(native.TorchNativeAttnBackend):
+        """SGLang's reads the pool of windows at slots of the other pool; this one translates them, and takes sinks."""
+
+        forward_extend = taking_sinks(native.TorchNativeAttnBackend.forward_extend, native)
+        forward_decode = taking_sinks(native.TorchNativeAttnBackend.forward_decode, native)
 
         def init_forward_metadata(self, forward_batch: Any) -> None:
             super().init_forward_metadata(forward_batch)

@@ -27,9 +27,14 @@ FROM_CLI_ARGS: Final = "sglang.srt.server_args.ServerArgs.from_cli_args"
 # --- steps of argument resolution: before CUDA graphs, memory and backends are decided, and the last one
 EARLY_STEP: Final = "handle_cuda_graph_config"
 LATE_STEP: Final = "validate_deepep_v2_dispatch_token_budget"
+# Where SGLang lets no backend but those of a list serve some models, and one that is in all lists.
+MODEL_STEP: Final = "handle_model_specific_adjustments"
+LISTED_BACKEND: Final = "triton"
+LISTING_MODELS: Final = ("GptOssForCausalLM",)
 # Before 0.5.18 the steps are methods, reached by ordinary hooks.
 EARLY_METHOD: Final = "sglang.srt.server_args.ServerArgs._handle_cuda_graph_config"
 LATE_METHOD: Final = "sglang.srt.server_args.ServerArgs._handle_model_capability_adjustments"
+MODEL_METHOD: Final = "sglang.srt.server_args.ServerArgs._handle_model_specific_adjustments"
 
 # --- hooked only where a kvarn dtype was asked for
 CONFIGURE_DTYPE: Final = "sglang.srt.mem_cache.kv_cache_dtype.configure_kv_cache_dtype"

@@ -39,9 +39,11 @@ def register() -> None:
     compat_hooks.add_hook(tables.FROM_CLI_ARGS, check_command_line, "before")
     if compat_hooks.has_resolution_steps():
         compat_hooks.add_step(tables.EARLY_STEP, early_step)
+        compat_hooks.add_step(tables.MODEL_STEP, model_step)
         compat_hooks.add_step(tables.LATE_STEP, late_step)
     else:
         compat_hooks.add_hook(tables.EARLY_METHOD, early_method, "before")
+        compat_hooks.add_hook(tables.MODEL_METHOD, model_method, "around")
         compat_hooks.add_hook(tables.LATE_METHOD, late_method, "after")
     if env.sglang_hooks() and compat_hooks.runs_models():
         add_engine_hooks()
@@ -83,6 +85,17 @@ def early_step(server_args: object, previous: Callable[[object], None]) -> None:
     previous(server_args)
 
 
+def model_step(server_args: Any, previous: Callable[[object], None]) -> None:
+    """Around the step that lets only backends of a list serve some models (0.5.18 on): ours passes for one of them."""
+    ours = _asked_preset(server_args.kv_cache_dtype) is not None
+    listed = ours and compat_layers.lists_backends(compat_facts.model_config(server_args))
+    if listed:
+        compat_hooks.declare_flags(server_args, {"attention_backend": tables.LISTED_BACKEND})
+    previous(server_args)
+    if listed:
+        compat_hooks.declare_flags(server_args, {"attention_backend": BACKEND_NAME})
+
+
 def late_step(server_args: object, previous: Callable[[object], None]) -> None:
     """Around the last step (0.5.18 on)."""
     previous(server_args)
@@ -92,6 +105,11 @@ def late_step(server_args: object, previous: Callable[[object], None]) -> None:
 def early_method(server_args: object) -> None:
     """Before the first method that reads a flag of ours (0.5.17)."""
     decide_flags(server_args)
+
+
+def model_method(original: Callable[[object], None], server_args: object) -> None:
+    """Around the method that does the same (0.5.17)."""
+    model_step(server_args, original)
 
 
 def late_method(_result: None, server_args: object) -> None:

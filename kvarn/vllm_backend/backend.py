@@ -83,6 +83,11 @@ class TileAttentionBackend(AttentionBackend):
         return False
 
     @classmethod
+    def supports_sink(cls) -> bool:
+        """Return that layers may have learned sinks."""
+        return True
+
+    @classmethod
     def validate_configuration(cls, device_capability: Any, **fields: Any) -> list[str]:
         """Return every reason why a layer can't be served, one sentence each."""
         return resolution.reasons_against(fields, get_current_vllm_config(), device_capability)
@@ -103,6 +108,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
         logits_soft_cap: float | None = None, attn_type: str = "decoder",
         kv_sharing_target_layer_name: str | None = None, **extras: Any,
     ) -> None:  # fmt: skip
+        self._sinks = extras.pop("sinks", None)
         fields = {
             "kv_cache_dtype": kv_cache_dtype,
             "head_size": head_size,
@@ -110,7 +116,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
             "use_mla": False,
             "attn_type": attn_type,
             "has_sliding_window": sliding_window is not None,
-            "has_sink": extras.pop("sinks", None) is not None,
+            "has_sink": self._sinks is not None,
         }
         config = get_current_vllm_config()
         prepare_for_tiles(config, resolution.reasons_against(fields, config, None))
@@ -141,7 +147,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
 
     def warm_up(self, tail: TailCache) -> None:
         """Compile what steps launch; the caches are bound."""
-        warm_up(tail.pool.layers[0], self.num_heads, tail.flash)
+        warm_up(tail.pool.layers[0], self.num_heads, tail.flash, self._sinks)
 
     def forward(
         self, layer: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor,
@@ -169,6 +175,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
             self.scale,
             self._logit_cap,
             output[rows],
+            self._sinks,
         )
         return output
 

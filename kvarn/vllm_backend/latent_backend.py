@@ -136,7 +136,7 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
             "use_sparse": mla.get("indexer") is not None,
             "attn_type": attn_type,
             "has_sliding_window": sliding_window is not None,
-            "has_sink": False,
+            "has_sink": mla.get("sinks") is not None,
         }
         config = get_current_vllm_config()
         prepare_for_tiles(config, resolution.reasons_against(fields, config, None))

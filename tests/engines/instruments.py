@@ -72,10 +72,11 @@ def _compute_row_by_row() -> None:
         visible: torch.Tensor,
         scale: float,
         logit_cap: float = 0.0,
+        sink_logits: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         parts = []
         for row, seen in zip(q.split(1), visible, strict=True):
-            parts.append(attention(row, k[seen], v[seen], seen[seen][None], scale, logit_cap))
+            parts.append(attention(row, k[seen], v[seen], seen[seen][None], scale, logit_cap, sink_logits))
         outs, lses = zip(*parts, strict=True)
         return torch.cat(outs), torch.cat(lses)
 

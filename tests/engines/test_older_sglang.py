@@ -15,7 +15,8 @@ VARIABLE = "KVARN_SGLANG_0517"
 TILE = 128
 
 
-def _overlay() -> Path:
+def overlay() -> Path:
+    """Return the folder with the older SGLang, or skip where there is none."""
     folder = os.environ.get(VARIABLE)
     if not folder:
         pytest.skip(f"{VARIABLE} names no folder with SGLang 0.5.17, its transformers and a numpy below 2.3")
@@ -30,7 +31,7 @@ def test_hit_equals_cold_run_in_0_5_17(models: Models) -> None:
         {"max_total_tokens": 1024},
         # Its paged allocator is a Triton kernel, on any device.
         {"KVARN_CANONICAL": "1", "TRITON_INTERPRET": "1"},
-        overlay=_overlay(),
+        overlay=overlay(),
     )
     steps = [alone(Request("cold", prompt(300), 8)), alone(Request("hit", prompt(300), 8)), flush()]
     results = run_plan(setup, steps, models.scratch("older"))

@@ -55,6 +55,9 @@ WINDOWED, WINDOW = "gemma3", 96
 # The same with weights that keep it from repeating its last token, so that greedy tokens tell what was attended to.
 TALKATIVE = "gemma3-talkative"
 _NORM_WEIGHT = 15
+# Every other layer has the same window, and all have learned sinks, which take about half of the weight.
+SINKS = "gpt-oss"
+_SINK_LOGIT = 6
 # Multi-head latent attention, of the only widths that vLLM attends to on a CPU.
 LATENT = "deepseek-v2"
 LATENT_DIM, ROPE_DIM = 512, 64
@@ -89,13 +92,14 @@ def main(folder: Path, reference: Path) -> None:
         _save_tokenizer(folder / model.name)
         answers[model.name] = [_greedy_tokens(built, tokens, REFERENCE_TOKENS) for tokens in reference_prompts()]
     _build_windowed().save_pretrained(folder / WINDOWED)
-    others = {HYBRID: _build_hybrid(), TALKATIVE: _build_talkative(), LATENT: _build_latent()}
+    others = {HYBRID: _build_hybrid(), TALKATIVE: _build_talkative(), LATENT: _build_latent(), SINKS: _build_sinks()}
     for name, built in others.items():
         built.save_pretrained(folder / name)
         answers[name] = [_greedy_tokens(built.float(), tokens, REFERENCE_TOKENS) for tokens in reference_prompts()]
     _name(folder / HYBRID / "config.json", full_attention_interval=HYBRID_INTERVAL)
     _name(folder / LATENT / "config.json", moe_layer_freq=1)
-    _save_tokenizer(folder / LATENT)
+    for name in (LATENT, SINKS):
+        _save_tokenizer(folder / name)
     _save_eagle_head(folder / QWEN3_GROUP_2.name, folder / EAGLE_HEAD)
     reference.write_text(json.dumps(answers))
 
@@ -185,6 +189,36 @@ def _build_talkative() -> PreTrainedModel:
     for layer in model.model.layers:
         layer.post_attention_layernorm.weight.data.fill_(_NORM_WEIGHT)
         layer.post_feedforward_layernorm.weight.data.fill_(_NORM_WEIGHT)
+    return model
+
+
+def _build_sinks() -> PreTrainedModel:
+    from transformers import GptOssConfig, GptOssForCausalLM
+
+    yarn = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 2.0, "beta_fast": 32.0, "beta_slow": 1.0}
+    config = GptOssConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=4 * HEAD_DIM,
+        intermediate_size=64,
+        num_hidden_layers=2 * LAYERS,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        num_attention_heads=4,
+        num_key_value_heads=KV_HEADS,
+        head_dim=HEAD_DIM,
+        layer_types=["sliding_attention", "full_attention"] * LAYERS,
+        sliding_window=WINDOW,
+        max_position_embeddings=MAX_POSITIONS,
+        rope_parameters=yarn | {"original_max_position_embeddings": MAX_POSITIONS // 2, "truncate": False},
+        initializer_range=_INITIALIZER_RANGE,
+        bos_token_id=1,
+        eos_token_id=EOS_TOKEN,
+    )
+    torch.manual_seed(0)
+    model = GptOssForCausalLM(config).to(torch.float32)
+    for layer in model.model.layers:
+        # SGLang keeps them in bfloat16
+        layer.self_attn.sinks.data = (_SINK_LOGIT + 2 * torch.randn(4)).bfloat16().float()
     return model
 
 

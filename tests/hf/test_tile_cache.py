@@ -43,6 +43,18 @@ def make_windowed(attention=ATTENTION):
     return with_attention(transformers.Gemma3ForCausalLM(config), attention)
 
 
+def make_with_sinks(attention=ATTENTION):
+    torch.manual_seed(0)
+    config = transformers.GptOssConfig(
+        **SMALL, num_hidden_layers=3, layer_types=["sliding_attention", "full_attention", "sliding_attention"],
+        sliding_window=70, num_local_experts=2, num_experts_per_tok=1,
+    )  # fmt: skip
+    model = transformers.GptOssForCausalLM(config)
+    for layer in model.model.layers:
+        layer.self_attn.sinks.data = 5 + torch.randn(3)
+    return with_attention(model, attention)
+
+
 def prompt(batch=1):
     return torch.randint(3, 256, (batch, TOKENS), generator=torch.Generator().manual_seed(1))
 
@@ -61,10 +73,11 @@ def test_with_an_exact_tail_longer_than_the_context_nothing_is_lost(monkeypatch)
         torch.testing.assert_close(got, want, **CLOSE)
 
 
-def test_layers_with_a_window_are_those_of_transformers(monkeypatch):
+@pytest.mark.parametrize(("make", "attention"), [(make_windowed, "sdpa"), (make_with_sinks, "eager")])
+def test_layers_with_a_window_are_those_of_transformers(make, attention, monkeypatch):
     monkeypatch.setenv("KVARN_TAIL_TOKENS", "512")
-    want = logits(make_windowed("sdpa"), prompt(2), TOKENS, transformers.DynamicCache())
-    model = make_windowed()
+    want = logits(make(attention), prompt(2), TOKENS, transformers.DynamicCache())
+    model = make()
     for chunks in (TOKENS, [200, 99, 1], 48):
         got = logits(model, prompt(2), chunks, TileCache(model, max_tokens=TOKENS, batch=2))
         torch.testing.assert_close(got, want, **CLOSE)

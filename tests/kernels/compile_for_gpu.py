@@ -31,7 +31,7 @@ from kvarn.core.kernels.latent.attend import attend_latents_kernel
 from kvarn.core.kernels.latent.restore import restore_latents_kernel
 from kvarn.core.kernels.latent.rotate import rotate_latents_kernel, rotate_queries_kernel
 from kvarn.core.kernels.latent.seal import seal_latents_kernel
-from kvarn.core.kernels.merge import merge_kernel
+from kvarn.core.kernels.merge import merge_kernel, merge_sinks_kernel
 from kvarn.core.kernels.restore import restore_kernel
 from kvarn.core.kernels.rotate import rotate_kernel, store_tail_kernel
 from kvarn.core.kernels.seal import seal_kernel
@@ -49,7 +49,9 @@ KERNELS = {
     "attend": plain_attend_kernel,
     "combine": combine_kernel,
     "count": count_work_kernel,
+    "combine_sinks": combine_kernel,
     "merge": merge_kernel,
+    "merge_sinks": merge_sinks_kernel,
     "restore": restore_kernel,
     "rotate": rotate_kernel,
     "seal": seal_kernel,
@@ -68,7 +70,7 @@ _VERIFIED = {"ROWS": 4, "DRAFTS": 4, "TASKS": 2, "TASK_ROWS": 2}
 _POINTERS = {
     "fp16": ("q_ptr", "k_ptr", "v_ptr", "k_out_ptr", "v_out_ptr", "chunk_k_ptr", "chunk_v_ptr", "tails_ptr")
     + ("sinks_ptr", "signs_ptr", "out_ptr", "part_ptr", "latent_ptr", "rope_ptr", "raw_ptr", "chunk_ptr"),
-    "fp32": ("partial_ptr", "partial_lse_ptr", "lse_ptr", "part_lse_ptr", "unit_ptr"),
+    "fp32": ("partial_ptr", "partial_lse_ptr", "lse_ptr", "part_lse_ptr", "unit_ptr") + ("sink_logits_ptr",),
     "u8": ("records_ptr",),
 }
 _TARGET = GPUTarget("cuda", 90, 32)
@@ -111,8 +113,10 @@ def resources(preset: str, head_dim: int, group: int, rows: int, kind: list[str]
 def plain_resources(kernel: str, preset: str, head_dim: int) -> dict[str, int]:
     """Return what one of the other kernels takes, in a decode step."""
     layout = TileLayout.of(get_preset(preset), head_dim)
-    block = 4 if kernel == "combine" and layout.padded_dim == head_dim else 16
+    block = 4 if kernel.startswith("combine") and layout.padded_dim == head_dim else 16
     constants = _constants(layout, BLOCK=block, **(_VERIFIED if kernel == "verify" else {}))
+    if kernel.endswith("sinks"):
+        del constants["sink_logits_ptr"]
     source = ASTSource(KERNELS[kernel], **_arguments(KERNELS[kernel], constants))
     made = triton.compile(source, target=_TARGET, options={"num_warps": 4, "launch_pdl": True})
     return _usage(made.asm["cubin"])
@@ -140,7 +144,7 @@ def _constants(layout: TileLayout, **changes: object) -> dict[str, Any]:
         "SINK": 4, "SINKS": True, "SOFTCAP": 0.0, "ROWS_IN_RING": True, "CANONICAL": False, "RAW_BLOCK": RAW_BLOCK,
         "TASK_BLOCK": 128, "SHARE": 1, "STAGES": 2, "CHAINED": True, "USE_ASM": True, "KV_HEADS": 8,
         "NORM": layout.head_dim**-0.5, "STORE": True, "CHUNK": 64, "PARTS": 2, "PADDING_PAGES": 1,
-        "DRAFTS": 0, "TASKS": 1, "TASK_ROWS": 1,
+        "sink_logits_ptr": None, "DRAFTS": 0, "TASKS": 1, "TASK_ROWS": 1,
         "QP": power_of_two(layout.head_dim // 4),
         "KEY_BITS": layout.key_bits, "VALUE_BITS": layout.value_bits, "KEY_CLIP": 1.0, "VALUE_CLIP": 0.8,
         "SCALE_MAX": SCALE_MAX, **changes,

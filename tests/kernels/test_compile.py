@@ -13,7 +13,10 @@ from kvarn.core.attend import has_explicit_layouts
 from kvarn.core.layout import HEAD_DIMS, TileLayout
 from kvarn.presets import PRESETS
 
-KERNELS = ("attend", "combine", "count", "merge", "restore", "rotate", "seal", "step", "store", "verify")
+KERNELS = (
+    *("attend", "combine", "combine_sinks", "count", "merge", "merge_sinks", "restore", "rotate", "seal", "step"),
+    *("store", "verify"),
+)
 SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
 SERVED = [
     f"{name}/{head_dim}"

@@ -47,6 +47,7 @@ def test_what_a_configuration_says():
     assert (found.tile_layers, found.kv_heads, found.facts.head_dim, found.raw_bytes) == (28, 2, 128, 2)
     assert not unsupported_reasons(found.facts, PRESET, DeviceFacts("cuda"))
     assert describe({"text_config": QWEN2}).kv_heads == 2
+    assert describe(QWEN2 | {"model_type": "gpt_oss"}).facts.learned_sinks
 
 
 @pytest.mark.parametrize(
@@ -57,7 +58,6 @@ def test_what_a_configuration_says():
         ({"layer_types": ["full_attention", "sliding_attention"]}, "sliding-window"),
         ({"layer_types": ["full_attention", "linear_attention"]}, "linear-attention"),
         ({"layer_types": ["full_attention", "hybrid"]}, "something else"),
-        ({"model_type": "gpt_oss"}, "learned attention sinks"),
         ({"head_dim": 80}, "head_dim 80"),
         ({"v_head_dim": 64}, "V heads"),
     ],

@@ -171,12 +171,14 @@ def test_nan_token_harms_only_its_own_tile() -> None:
 
 
 @pytest.mark.parametrize("logit_cap", [0.0, 2.0])
-def test_attention_is_that_of_plain_loops(logit_cap: float) -> None:
+@pytest.mark.parametrize("sinks", [None, [-1e4, -0.5, 1.5, 50.0]])
+def test_attention_is_that_of_plain_loops(logit_cap: float, sinks: list[float] | None) -> None:
     generator = torch.Generator().manual_seed(4)
     q = torch.randn(3, 4, 8, generator=generator, dtype=torch.float64)
     k, v = torch.randn(2, 5, 2, 8, generator=generator, dtype=torch.float64)
     visible = torch.tensor([[1, 0, 0, 0, 0], [1, 1, 0, 1, 0], [0, 0, 0, 0, 0]], dtype=torch.bool)
-    out, lse = softmax_attention(q, k, v, visible, 0.7, logit_cap)
+    sink_logits = None if sinks is None else torch.tensor(sinks)
+    out, lse = softmax_attention(q, k, v, visible, 0.7, logit_cap, sink_logits)
     for row in range(2):
         for head in range(4):
             seen = [p for p in range(5) if visible[row, p]]
@@ -184,7 +186,7 @@ def test_attention_is_that_of_plain_loops(logit_cap: float) -> None:
                 0.7 * sum(float(a) * float(b) for a, b in zip(q[row, head], k[p, head // 2], strict=True)) for p in seen
             ]
             logits = [logit_cap * math.tanh(x / logit_cap) for x in logits] if logit_cap else logits
-            total = sum(math.exp(x) for x in logits)
+            total = sum(math.exp(x) for x in [*logits, *([] if sinks is None else [sinks[head]])])
             want = [
                 sum(math.exp(x) * float(v[p, head // 2, d]) for x, p in zip(logits, seen, strict=True)) / total
                 for d in range(8)
@@ -192,4 +194,5 @@ def test_attention_is_that_of_plain_loops(logit_cap: float) -> None:
             assert out[row, head].tolist() == pytest.approx(want, abs=1e-12)
             assert float(lse[row, head]) == pytest.approx(math.log(total), abs=1e-12)
     assert not out[2].any()
-    assert torch.equal(lse[2], torch.full((4,), -math.inf, dtype=torch.float64))
+    nothing = torch.full((4,), -math.inf) if sink_logits is None else sink_logits
+    assert torch.equal(lse[2], nothing.double())

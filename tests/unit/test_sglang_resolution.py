@@ -76,6 +76,7 @@ CASES = {
     "windows and drafts": ("windows", (*KVARN, "--speculative-algorithm", "NGRAM")),
     "windows only": ("windows only", KVARN),
     "windows and learned sinks": ("windows and learned sinks", KVARN),
+    "learned sinks, afterwards": ("windows and learned sinks", ("--attention-backend", "triton")),
     "states": ("states", (*KVARN, "--disable-radix-cache")),
     "states and hits": ("states", (*KVARN, "--mamba-track-interval", "100")),
     "latents": ("latents", KVARN),
@@ -179,7 +180,7 @@ def test_refused_flags_hook_no_memory_pool(answers):
     assert answers["bad flags"]["state"]["unapplied"] == len(tables.ENGINE_TARGETS)
 
 
-@pytest.mark.parametrize("case", ["kvarn", "as decided", "windows", "states", "latents"])
+@pytest.mark.parametrize("case", ["kvarn", "as decided", "windows", "windows and learned sinks", "states", "latents"])
 def test_everything_follows_from_the_dtype(answers, case):
     decided = answers[case]
     assert decided["attention_backend"] == "kvarn"
@@ -220,6 +221,10 @@ def test_windows_get_their_pool_for_a_kvarn_dtype_only(answers):
     assert not answers["kvarn"]["split"]
 
 
+def test_a_model_with_a_list_of_backends_keeps_sglangs_for_other_dtypes(answers):
+    assert answers["learned sinks, afterwards"]["attention_backend"] == "triton"
+
+
 def test_both_backends_are_told_of_every_step_and_each_layer_has_one(answers):
     tiles, windows = answers["layered"]
     assert tiles == windows == [*GRAPH_CALLS, "forward_decode", "forward_extend"]
@@ -251,7 +256,6 @@ def test_flags_and_model_are_refused_in_one_message(answers):
         ("windows and drafts", ["--speculative-algorithm NGRAM can't be used with a model that has windows"]),
         ("latents and drafts", ["--speculative-algorithm EAGLE can't be used with a model that has windows"]),
         ("windows only", ["no layer that attends to the whole context"]),
-        ("windows and learned sinks", ["learned attention sinks"]),
         ("states and hits", ["--disable-radix-cache", "--mamba-track-interval 100 is not a multiple"]),
     ],
 )

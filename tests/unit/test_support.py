@@ -34,7 +34,6 @@ def test_dense_model_of_any_listed_head_dim_is_served(preset, head_dim, device):
         ({"kinds": frozenset({LayerKind.TILES, LayerKind.UNKNOWN})}, "something else"),
         ({"kinds": frozenset({LayerKind.NO_CACHE})}, "no layer that attends to the whole context"),
         ({"sparse_index": True}, "sparse index"),
-        ({"learned_sinks": True}, "learned attention sinks"),
         ({"alibi": True}, "ALiBi"),
         ({"generates": False}, "does not generate"),
         ({"head_dim": 80, "v_head_dim": 80}, "head_dim 80"),
@@ -65,6 +64,14 @@ def test_latents_are_served_where_the_engine_keeps_them_in_tiles_and_their_width
         assert "latents of {} channels with rope parts of {}".format(*dims) in reason
 
 
+def test_learned_sinks_are_served_but_for_latents():
+    facts = replace(LLAMA, learned_sinks=True)
+    assert unsupported_reasons(facts, PRESET, H100) == []
+    latents = replace(facts, latent_attention=True, latent_dims=(512, 64))
+    (reason,) = unsupported_reasons(latents, PRESET, H100, latents=True)
+    assert "learned attention sinks" in reason
+
+
 @pytest.mark.parametrize(
     ("device", "said"),
     [
@@ -87,7 +94,7 @@ def test_float32_is_served_on_a_cpu_only():
 
 def test_all_reasons_are_collected():
     windows = frozenset({LayerKind.MODEL_DTYPE})
-    facts = replace(LLAMA, kinds=windows, learned_sinks=True, head_dim=80, v_head_dim=64, dtype="float32")
+    facts = replace(LLAMA, kinds=windows, alibi=True, head_dim=80, v_head_dim=64, dtype="float32")
     assert len(unsupported_reasons(facts, PRESET, DeviceFacts("cuda", (7, 0)))) == 6
 
 

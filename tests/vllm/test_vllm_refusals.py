@@ -43,27 +43,6 @@ CONFIGURATIONS: dict[str, tuple[dict[str, Any], list[str]]] = {
         {"architectures": ["MistralForCausalLM"], "model_type": "mistral", "sliding_window": 64},
         ["The model MistralForCausalLM has no layer that attends to the whole context, and only those are cached in"],
     ),
-    "learned sinks": (
-        {
-            "architectures": ["GptOssForCausalLM"],
-            "model_type": "gpt_oss",
-            "sliding_window": 64,
-            "layer_types": ["sliding_attention", "full_attention"],
-            "num_local_experts": 2,
-            "num_experts_per_tok": 1,
-            "rope_scaling": {
-                "rope_type": "yarn",
-                "factor": 2.0,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "original_max_position_embeddings": 2048,
-                "truncate": False,
-            },
-        },
-        [
-            "The model GptOssForCausalLM adds learned attention sinks to the softmax, which the kernels don't",
-        ],
-    ),
     "head width": ({"head_dim": 80}, ["The model's head_dim 80 has no tile layout (there is one for 64, 96, 128"]),
 }
 

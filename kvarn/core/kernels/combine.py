@@ -5,21 +5,22 @@ import triton.language as tl
 
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import hadamard
-from kvarn.core.kernels.task import LN2
+from kvarn.core.kernels.task import LN2, LOG2E
 from kvarn.core.kernels.work import program_of
 
 
 @triton.jit(do_not_specialize=["tasks", "programs"])
 def combine_kernel(
-    partial_ptr, partial_lse_ptr, signs_ptr, out_ptr, lse_ptr, task_request_ptr, task_row_ptr, work_end_ptr,
-    query_start_ptr, tasks, programs, q_heads,
+    partial_ptr, partial_lse_ptr, signs_ptr, out_ptr, lse_ptr, sink_logits_ptr, task_request_ptr, task_row_ptr,
+    work_end_ptr, query_start_ptr, tasks, programs, q_heads,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program merges BLOCK columns of one task, PARTS parts at a time. Grid: (tasks, kv_heads, blocks of columns).
 
     partial, partial_lse: as `attend_kernel` leaves them, by that many programs; lse: natural logarithm. signs: [D, D],
-    fp16, already transposed for the way back; looked at where D is no power of two, and BLOCK is 16 then.
+    fp16, already transposed for the way back; looked at where D is no power of two, and BLOCK is 16 then. sink_logits:
+    [q_heads], a part of every row with value zero; None for none.
     """
     allow_next(CHAINED)
     task = tl.program_id(0)
@@ -62,6 +63,13 @@ def combine_kernel(
         decay = tl.exp2(m - m_new)
         acc = acc * decay[:, None] + tl.sum(part, axis=0)
         total = total * decay + tl.sum(weight, axis=0)
+        m = m_new
+    if sink_logits_ptr is not None:
+        sink = tl.load(sink_logits_ptr + head * GROUP + column % GROUP).to(tl.float32) * LOG2E
+        m_new = tl.maximum(m, sink)
+        decay = tl.exp2(m - m_new)
+        acc = acc * decay[:, None]
+        total = total * decay + tl.exp2(sink - m_new)
         m = m_new
     acc = acc / tl.maximum(total, 1e-37)[:, None]
     if D == DP:
