@@ -183,7 +183,7 @@ def charge_exact_rows(budget_bytes: int, configurator: Any, *_args: Any, **_kwar
     requested, token_cap = compat_facts.limits_of_schedule()
     draft_bytes = compat_facts.draft_bytes(configurator)
     most = compat_layers.state_limit(configurator)
-    windows = compat_layers.window_pool(configurator, shape)
+    windows = compat_layers.window_pool(configurator, shape, draft_bytes)
     if windows is not None and requested is None:
         most = windows.most_requests(budget_bytes)
     plan = divide_budget(shape, budget_bytes, requested, token_cap, draft_bytes, most)
@@ -211,7 +211,8 @@ def size_windows(_result: None, sizes: Any, configurator: Any, *_args: Any, **_k
     """After ``HybridSWAPoolConfigurator.__init__``: price tiles and windows each at their own bytes."""
     if not compat_facts.holds_tiles(configurator):
         return
-    windows = compat_layers.window_pool(configurator, compat_facts.shape_of(configurator))
+    shape, draft_bytes = compat_facts.shape_of(configurator), compat_facts.draft_bytes(configurator)
+    windows = compat_layers.window_pool(configurator, shape, draft_bytes)
     if windows is not None:
         compat_layers.price_windows(sizes, windows)
 

@@ -52,8 +52,10 @@ def install() -> None:
 
 def _compute_row_by_row() -> None:
     from kvarn.core import attend
+    from kvarn.core.latent import attend as latent_attend
 
-    linear, matmul, attention = torch.nn.functional.linear, torch.matmul, attend.softmax_attention
+    linear, matmul, bmm, einsum = torch.nn.functional.linear, torch.matmul, torch.bmm, torch.einsum
+    attention = attend.softmax_attention
 
     def linear_by_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -64,6 +66,16 @@ def _compute_row_by_row() -> None:
         if a.dim() == 2 and b.dim() == 2 and a.shape[0] > 1 and not options:
             return torch.cat([matmul(row, b) for row in a.split(1)])
         return matmul(a, b, **options)
+
+    def bmm_by_row(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        found = torch.cat([bmm(row, b) for row in a.split(1, dim=1)], dim=1)
+        return found if out is None else out.copy_(found)
+
+    def einsum_by_token(equation: str, *operands: torch.Tensor) -> torch.Tensor:
+        terms = equation.replace(" ", "").replace("->", ",").split(",")
+        if all(term.startswith("t") for term in terms):
+            return torch.cat([einsum(equation, *rows) for rows in zip(*(x.split(1) for x in operands), strict=True)])
+        return einsum(equation, *operands)
 
     def attention_by_row(
         q: torch.Tensor,
@@ -80,8 +92,8 @@ def _compute_row_by_row() -> None:
         return torch.cat(outs), torch.cat(lses)
 
     torch.nn.functional.linear = linear_by_row
-    torch.matmul = matmul_by_row
-    attend.softmax_attention = attention_by_row
+    torch.matmul, torch.bmm, torch.einsum = matmul_by_row, bmm_by_row, einsum_by_token
+    attend.softmax_attention = latent_attend.softmax_attention = attention_by_row
 
 
 def _trace_steps(path: Path) -> None:
