@@ -101,6 +101,18 @@ def _keeps_states_by_page(view: Any, config: ModelConfig) -> bool:
     return view.device != "cpu" and bool(supports(view, model))
 
 
+def draft_model_reasons(configurator: KVCacheConfigurator) -> list[str]:
+    """Return why the draft model that was loaded can't be served, one sentence; empty if it can."""
+    if not configurator.spec_algorithm.is_standalone():
+        return []
+    if _hybrid_of(configurator.spec_aux_config.draft_model_config) is None:
+        return []
+    return [
+        "--speculative-draft-model-path names a model with recurrent layers, whose states SGLang would keep where the "
+        "model's own are; name one that has none."
+    ]
+
+
 def split_windows(config: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
     """After ``ModelConfig.from_server_args``: give windows a pool of their own where SGLang does not."""
     split = _split_of(config)

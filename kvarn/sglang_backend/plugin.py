@@ -271,6 +271,7 @@ def _check_loaded_model(configurator: Any) -> None:
     device, preset = DeviceFacts(configurator.device), get_preset(configurator.kv_cache_dtype_str)
     windows = {LayerKind.MODEL_DTYPE} if (configurator.sliding_window_size or -1) > 0 else set()
     reasons = _model_reasons(configurator.model_config, preset, device, windows)
+    reasons += compat_layers.draft_model_reasons(configurator)
     if reasons:
         raise UnsupportedConfig(reasons)
 

@@ -12,9 +12,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-# An EAGLE-3 head drafts every so manieth token of the vocabulary only, and reads the model's hidden states at the
-# input of as many layers.
-_EVERY, _LAYERS_READ = 2, (-1, 0)
+# An EAGLE-3 head drafts every so manieth token of the vocabulary only.
+_EVERY = 2
 
 
 def save_eagle_head(model: Path, folder: Path) -> None:
@@ -30,13 +29,19 @@ def save_eagle_head(model: Path, folder: Path) -> None:
     save_file(head, folder / "model.safetensors")
 
 
-def save_eagle3_head(model: Path, folder: Path) -> None:
-    """Make an EAGLE-3 head of a model's last layer, which attends by the token's embedding and a hidden state."""
+def save_eagle3_head(model: Path, folder: Path, layers: tuple[int, int]) -> None:
+    """Make an EAGLE-3 head of a model's last layer, which attends by the token's embedding and a hidden state.
+
+    Args:
+        model: folder of the model.
+        folder: where the head goes.
+        layers: what an engine calls the inputs of the model's first two layers, of which the head reads the second.
+    """
     folder.mkdir()
     config, weights = _load(model)
-    del config["layer_types"]
+    config.pop("layer_types", None)
     drafted = torch.arange(0, config["vocab_size"], _EVERY)
-    read = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": list(_LAYERS_READ)}
+    read = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": list(layers)}
     _save_config(
         folder,
         config | _like_llama("LlamaForCausalLMEagle3") | {"draft_vocab_size": len(drafted), "eagle_config": read},
@@ -67,6 +72,25 @@ def save_with_mtp(model: Path, folder: Path) -> None:
     for name in ("embedding", "hidden"):
         head[f"mtp.pre_fc_norm_{name}.weight"] = torch.zeros(width, dtype=torch.bfloat16)
     save_file(weights | head, folder / "model.safetensors")
+
+
+def save_mimo(model: Path, folder: Path) -> None:
+    """Save a Llama as a MiMo, which adds nothing to its Q, K and V, with a head made of its last layer."""
+    folder.mkdir()
+    config, weights = _load(model)
+    like_mimo = {"architectures": ["MiMoForCausalLM"], "model_type": "qwen2", "num_nextn_predict_layers": 1}
+    _save_config(folder, config | like_mimo)
+    width = config["hidden_size"]
+    prefix = "model.mtp_layers.0."
+    head = {f"{prefix}{name}": x for name, x in _layer(weights, config["num_hidden_layers"] - 1).items()}
+    head[f"{prefix}input_proj.weight"] = torch.cat([torch.eye(width), torch.eye(width)], dim=1)
+    for name in ("token", "hidden", "final"):
+        head[f"{prefix}{name}_layernorm.weight"] = torch.ones(width)
+    weights |= head
+    rows = {name: x.shape[0] for name, x in weights.items() if name.endswith(("q_proj.weight", "k_proj.weight"))}
+    rows |= {name.replace("k_proj", "v_proj"): n for name, n in rows.items() if "k_proj" in name}
+    biases = {name.replace("weight", "bias"): torch.zeros(n) for name, n in rows.items()}
+    save_file(weights | biases, folder / "model.safetensors")
 
 
 def _load(model: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:

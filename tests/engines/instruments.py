@@ -5,7 +5,8 @@ Four switches, set in the environment of the driver:
 * ``ENGINE_TEST_TRACE=FILE`` writes one JSON line for each forward pass over chunks or drafts and checks KVarN's own
   state in every pass: no sink slot leaked or shared, no chunk that lost its open tile. Before drafts are verified,
   everything past a request's accepted tokens, in its ring and in records, is overwritten with NaN.
-* ``ENGINE_TEST_ANSWERS=JSON`` gives SGLang a corpus of n-grams that knows how those sequences of tokens go on.
+* ``ENGINE_TEST_ANSWERS=JSON`` gives SGLang a corpus of n-grams that knows how those sequences of tokens go on, and lets
+  some drafts of models be right.
 * ``ENGINE_TEST_ROWWISE=1`` computes every matrix product and every query row by itself. A CPU's matrix kernels round
   differently for different numbers of rows, so that without this a token that was decoded and the same token
   prefilled differ in the last bit. With it a difference can only come from which rows were read, and from where.
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import recurrent_ops
 import torch
-from knowing_corpus import KnowingCorpus
+from knowing_corpus import KnowingCorpus, correct_drafts
 
 if TYPE_CHECKING:
     from kvarn.core.step import Step
@@ -47,7 +48,9 @@ def install() -> None:
     if answers:
         from sglang.srt.speculative.cpp_ngram import ngram_corpus
 
-        ngram_corpus.get_ngram_corpus_cls = lambda: partial(KnowingCorpus, json.loads(answers))
+        known = json.loads(answers)
+        ngram_corpus.get_ngram_corpus_cls = lambda: partial(KnowingCorpus, known)
+        correct_drafts(known)
 
 
 def _compute_row_by_row() -> None:

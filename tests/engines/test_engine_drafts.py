@@ -1,9 +1,9 @@
 """Speculative decoding, every row computed by itself: drafts change no answer, to the last bit.
 
-Drafts come from a corpus of n-grams that knows the answers and is wrong at random, in trees as SGLang's corpus makes
-them, from a draft model, and from an EAGLE and an EAGLE-3 head, which are wrong most of the time. Before each step
-everything past a request's accepted tokens, in rings and records, is overwritten with NaN. SGLang overlaps no drafts on
-a CPU.
+Drafts come from a corpus of n-grams, in trees as SGLang's corpus makes them, from a draft model, and from an EAGLE and
+an EAGLE-3 head. All know the answers and are wrong at random, but for the draft model, which is the model itself.
+Before each step everything past a request's accepted tokens, in rings and records, is overwritten with NaN. SGLang
+overlaps no drafts on a CPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from test_canonical_schedules import run_schedules
 from tiny_models import EAGLE3_HEAD, EAGLE_HEAD, QWEN3_GROUP_2
 
 NAMES = [request.name for request in (*TOGETHER, SECOND, AGAIN)]
-HEADS = ("eagle", "eagle3")
 
 
 @pytest.fixture(scope="module")
@@ -42,9 +41,9 @@ def drafted(drafter: str, models: Models, alone: Results) -> Results:
     options: dict[str, Any] = {"speculative_algorithm": drafter, "speculative_num_draft_tokens": DRAFTS + 1}
     # SGLang finds the slots of drafts with a Triton kernel, on any device.
     variables = {"KVARN_CANONICAL": "1", "ENGINE_TEST_ROWWISE": "1", "TRITON_INTERPRET": "1"}
+    variables[ANSWERS] = json.dumps(whole_sequences(alone))
     if drafter == "ngram":
         options["speculative_ngram_max_bfs_breadth"] = 1
-        variables[ANSWERS] = json.dumps(whole_sequences(alone))
     else:
         folders = {"standalone": path, "eagle": models.folder / EAGLE_HEAD, "eagle3": models.folder / EAGLE3_HEAD}
         options["speculative_draft_model_path"] = str(folders[drafter])
@@ -75,17 +74,16 @@ def test_drafts_were_accepted_and_rejected_and_filled_tiles(drafter: str, drafte
         if (before + DRAFTS + 1) // TILE > before // TILE
     ]
     assert True in filled
-    assert 1 in accepted or drafter == "standalone"
-    assert DRAFTS + 1 in accepted or drafter in HEADS
-    if drafter == "ngram":
+    assert DRAFTS + 1 in accepted
+    if drafter != "standalone":
         assert accepted == set(range(1, DRAFTS + 2))
         assert False in filled
 
 
 def test_requests_ended_inside_a_chain(drafted: Results) -> None:
-    for request in TOGETHER:
-        last = max(prefix for name, prefix in verified(drafted) if name == request.name)
-        assert last + DRAFTS + 1 > len(request.tokens) + request.new_tokens
+    ends = {request.name: len(request.tokens) + request.new_tokens for request in TOGETHER}
+    last = dict(verified(drafted))
+    assert any(last[name] + DRAFTS + 1 > end for name, end in ends.items())
 
 
 def test_draft_model_keeps_its_own_cache_and_attention(drafter: str, drafted: Results) -> None:

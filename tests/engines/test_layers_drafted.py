@@ -74,7 +74,7 @@ class Found:
 
     Args:
         case: what was run.
-        by_ngrams: whether drafts came from n-grams that know the answers, not from a model.
+        by_ngrams: whether drafts came from n-grams, not from a model; some of either are right.
         alone: every request by itself.
         drafted: together, and over what drafts left.
     """
@@ -94,11 +94,11 @@ def found(request: pytest.FixtureRequest, models: Models) -> Found:
     # SGLang finds the slots of drafts with a Triton kernel, on any device.
     variables = {"KVARN_CANONICAL": "1", "ENGINE_TEST_ROWWISE": "1", "TRITON_INTERPRET": "1", **case.variables}
     alone = run_plan(EngineSetup(folder, case.options, variables), without_drafts(), models.scratch(f"{name}-alone"))
+    variables[ANSWERS] = json.dumps(whole_sequences(alone))
     drafter = "ngram" if by_ngrams else case.drafter
     options = case.options | {"speculative_algorithm": drafter, "speculative_num_draft_tokens": DRAFTS + 1}
     if by_ngrams:
         options["speculative_ngram_max_bfs_breadth"] = 1
-        variables[ANSWERS] = json.dumps(whole_sequences(alone))
     elif drafter == "standalone":
         options["speculative_draft_model_path"] = str(folder)
     drafted = run_plan(EngineSetup(folder, options, variables), with_drafts(), models.scratch(f"{name}-{drafter}"))
@@ -121,12 +121,9 @@ def test_tiles_that_drafts_filled_are_hit(found: Found) -> None:
     assert len(FIRST.tokens) < 2 * TILE
 
 
-def test_drafts_were_accepted_and_rejected(found: Found) -> None:
+def test_any_number_of_drafts_was_accepted(found: Found) -> None:
     """What the comparisons rest on."""
-    counts = accepted(found.drafted)
-    assert sum(counts.values()) > 0
-    if found.by_ngrams:
-        assert set(counts) == set(range(1, DRAFTS + 2))
+    assert set(accepted(found.drafted)) == set(range(1, DRAFTS + 2))
 
 
 def test_draft_model_keeps_its_own_cache(found: Found) -> None:

@@ -100,7 +100,7 @@ def main(folder: Path, reference: Path) -> None:
     _name(folder / LATENT / "config.json", moe_layer_freq=1)
     _save_tokenizer(folder / LATENT)
     draft_heads.save_eagle_head(folder / QWEN3_GROUP_2.name, folder / EAGLE_HEAD)
-    draft_heads.save_eagle3_head(folder / QWEN3_GROUP_2.name, folder / EAGLE3_HEAD)
+    draft_heads.save_eagle3_head(folder / QWEN3_GROUP_2.name, folder / EAGLE3_HEAD, (-1, 0))
     draft_heads.save_with_mtp(folder / HYBRID, folder / HYBRID_WITH_MTP)
     reference.write_text(json.dumps(answers))
 
