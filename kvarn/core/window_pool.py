@@ -21,11 +21,13 @@ class WindowPool:
         shape: the pool of tiles, without windows.
         windows: the layers with a window.
         ratio: tokens of this pool for one token in tiles.
+        draft_bytes: what a draft model caches of each token beside its records.
     """
 
     shape: CacheShape
     windows: WindowShape
     ratio: float
+    draft_bytes: int = 0
 
     @property
     def bytes_per_token(self) -> int:
@@ -39,12 +41,12 @@ class WindowPool:
 
     @property
     def bytes_of_both(self) -> float:
-        """Bytes of one token in tiles and its share of the windows."""
-        return self.shape.bytes_per_token + self.ratio * self.bytes_per_token
+        """Bytes of one token in tiles, of its rows of a draft model, and its share of the windows."""
+        return self.shape.bytes_per_token + self.draft_bytes + self.ratio * self.bytes_per_token
 
     def bytes_left(self, plan: CapacityPlan) -> int:
-        """Return the bytes of both pools that a plan for tiles alone leaves beside tails, sinks and padding."""
-        return plan.tokens * self.shape.bytes_per_token - self.page_bytes
+        """Return the bytes of all pools that a plan without windows leaves beside tails, sinks and padding."""
+        return plan.tokens * (self.shape.bytes_per_token + self.draft_bytes) - self.page_bytes
 
     def tokens(self, plan: CapacityPlan) -> int:
         """Return the tokens in tiles where windows take their share of a plan for tiles alone."""

@@ -212,8 +212,9 @@ def _mismatches(runner: ModelRunner) -> list[str]:
     expected = pool_settings(shape, rows, configurator.model_dtype)
     tile = shape.preset.tile_tokens
     charged = charged_request_limit() or 0
-    windows = window_pool(configurator, shape)
-    token_bytes = shape.bytes_per_token + draft_bytes(configurator) if windows is None else windows.bytes_of_both
+    drafts = draft_bytes(configurator)
+    windows = window_pool(configurator, shape, drafts)
+    token_bytes = shape.bytes_per_token + drafts if windows is None else windows.bytes_of_both
     sizes = create_memory_pool_configurator(configurator)
     facts = (
         ("attention backend", tables.BACKEND_NAME, get_exec().kernel.attention_backend),

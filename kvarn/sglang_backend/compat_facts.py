@@ -79,11 +79,13 @@ def draft_bytes(configurator: KVCacheConfigurator) -> int:
         speculative_draft_attention_backend=get_spec().speculative_draft_attention_backend,
         speculative_draft_kv_cache_dtype=get_spec().speculative_draft_kv_cache_dtype,
     )
+    latents = latent_dims(config)
+    key_dim, value_dim = latents or (config.head_dim, config.v_head_dim)
     return raw_token_bytes(
         layers=configurator.spec_aux_config.draft_kv_num_layers,
-        kv_heads=config.get_num_kv_heads(get_parallel().attn_tp_size),
-        head_dim=config.head_dim,
-        v_head_dim=config.v_head_dim,
+        kv_heads=1 if latents else config.get_num_kv_heads(get_parallel().attn_tp_size),
+        head_dim=key_dim,
+        v_head_dim=value_dim,
         raw_bytes=dtype.itemsize,
     )
 

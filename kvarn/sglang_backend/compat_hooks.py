@@ -124,13 +124,18 @@ def declare_flags(server_args: object, flags: Mapping[str, object]) -> None:
 
 
 def default_attention_backend(server_args: object) -> str:
-    """Return the attention backend that SGLang would choose for these flags if ours had not been asked for."""
+    """Return the attention backend that SGLang would choose for these flags if ours had not been asked for.
+
+    What it chooses for a model with latents (MLA) serves drafts with keys and values, too.
+    """
     view = flags_of(server_args)
     if view.device == "cpu":
         return tables.CPU_BACKEND
     from sglang.srt.arg_groups.overrides import get_default_attn_backend, model_config_of
 
-    return str(get_default_attn_backend(view, use_mla_backend=False, model_config=model_config_of(server_args)))
+    config = model_config_of(server_args)
+    latents = config.attention_arch.name == "MLA"
+    return str(get_default_attn_backend(view, use_mla_backend=latents, model_config=config))
 
 
 def publish_request_limit(requests: int) -> None:

@@ -6,6 +6,7 @@ for attention over all tokens and over windows. In both, the pool of the layers 
 
 from __future__ import annotations
 
+import copy
 import inspect
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -66,11 +67,6 @@ def layer_reasons(view: Any, config: ModelConfig, preset: Preset) -> list[str]:
             "--enable-multimodal can't be used, because the model attends to an image's tokens in both directions, "
             "and KVarN only backwards; leave it out."
         )
-    if (has_windows or has_states or config.attention_arch.name == "MLA") and view.speculative_algorithm is not None:
-        reasons.append(
-            f"--speculative-algorithm {view.speculative_algorithm} can't be used with a model that has windows, "
-            "recurrent layers or latents (MLA), because that has not been tested with tiles; leave it out."
-        )
     return reasons
 
 
@@ -107,6 +103,18 @@ def lists_backends(config: ModelConfig) -> bool:
     return _architecture_of(config) in tables.LISTING_MODELS
 
 
+def draft_model_reasons(configurator: KVCacheConfigurator) -> list[str]:
+    """Return why the draft model that was loaded can't be served, one sentence; empty if it can."""
+    if not configurator.spec_algorithm.is_standalone():
+        return []
+    if _hybrid_of(configurator.spec_aux_config.draft_model_config) is None:
+        return []
+    return [
+        "--speculative-draft-model-path names a model with recurrent layers, whose states SGLang would keep where the "
+        "model's own are; name one that has none."
+    ]
+
+
 def split_windows(config: Any, server_args: Any, *_args: Any, **_kwargs: Any) -> None:
     """After ``ModelConfig.from_server_args``: give windows a pool of their own where SGLang does not."""
     split = _split_of(config)
@@ -133,8 +141,8 @@ def layer_ids(configurator: KVCacheConfigurator) -> list[int]:
     return list(range(configurator.layer_info.num_effective_layers))
 
 
-def window_pool(configurator: KVCacheConfigurator, shape: CacheShape) -> WindowPool | None:
-    """Return how windows are kept beside tiles; None if the model has none."""
+def window_pool(configurator: KVCacheConfigurator, shape: CacheShape, draft_bytes: int) -> WindowPool | None:
+    """Return how windows are kept beside tiles and a draft model's rows; None if the model has none."""
     config = configurator.model_config
     split = _split_of(config)
     if split is None:
@@ -154,7 +162,7 @@ def window_pool(configurator: KVCacheConfigurator, shape: CacheShape) -> WindowP
         head_dim=(config.swa_head_dim + config.swa_v_head_dim) // 2,
         raw_bytes=configurator.model_dtype.itemsize,
     )
-    return WindowPool(shape, windows, ratio)
+    return WindowPool(shape, windows, ratio, draft_bytes)
 
 
 def price_windows(sizes: Any, pool: WindowPool) -> None:
@@ -229,13 +237,21 @@ def _native_window_backend(runner: Any) -> Any:
     class NativeWindowBackend(native.TorchNativeAttnBackend):
         """SGLang's reads the pool of windows at slots of the other pool; this one translates them, and takes sinks."""
 
-        forward_extend = taking_sinks(native.TorchNativeAttnBackend.forward_extend, native)
+        _extend = taking_sinks(native.TorchNativeAttnBackend.forward_extend, native)
         forward_decode = taking_sinks(native.TorchNativeAttnBackend.forward_decode, native)
 
         def init_forward_metadata(self, forward_batch: Any) -> None:
             super().init_forward_metadata(forward_batch)
             slots = self.token_to_kv_pool.translate_loc_from_full_to_swa(runner.req_to_token_pool.req_to_token)
             self.req_to_token_pool = SimpleNamespace(req_to_token=slots)
+
+        def forward_extend(self, q: Any, k: Any, v: Any, layer: Any, batch: Any, *args: Any, **kwargs: Any) -> Any:
+            """Attend. Rows to be verified are those of a chunk, which SGLang's own doesn't know."""
+            if batch.forward_mode.is_target_verify():
+                batch, prefixes = copy.copy(batch), batch.seq_lens
+                batch.extend_prefix_lens, rows = prefixes, q.shape[0] // prefixes.shape[0]
+                batch.extend_seq_lens, batch.seq_lens = prefixes.new_full(prefixes.shape, rows), prefixes + rows
+            return self._extend(q, k, v, layer, batch, *args, **kwargs)
 
     return NativeWindowBackend(runner)
 

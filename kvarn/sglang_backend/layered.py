@@ -59,6 +59,15 @@ class LayeredAttentionBackend(AttentionBackend):
         """Return the length of padding rows."""
         return self._tiles.get_cuda_graph_seq_len_fill_value()
 
+    @property
+    def verify_mask(self) -> Any:
+        """Return the mask that SGLang writes for drafts; only attention to windows may read it."""
+        return self._windows.verify_mask
+
+    def update_verify_buffers_to_fill_after_draft(self, spec_info: Any, cuda_graph_bs: int | None) -> None:
+        """Redo what attention to windows describes by its mask."""
+        self._windows.update_verify_buffers_to_fill_after_draft(spec_info, cuda_graph_bs)
+
     def on_after_cuda_graph_warmup(self) -> None:
         """Undo what a warm-up changed."""
         for backend in self.attn_backend_list:

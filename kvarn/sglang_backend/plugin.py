@@ -93,7 +93,7 @@ def model_step(server_args: Any, previous: Callable[[object], None]) -> None:
         compat_hooks.declare_flags(server_args, {"attention_backend": tables.LISTED_BACKEND})
     previous(server_args)
     if listed:
-        compat_hooks.declare_flags(server_args, {"attention_backend": BACKEND_NAME})
+        compat_hooks.declare_flags(server_args, {"attention_backend": tables.BACKEND_NAME})
 
 
 def late_step(server_args: object, previous: Callable[[object], None]) -> None:
@@ -204,7 +204,7 @@ def charge_exact_rows(budget_bytes: int, configurator: Any, *_args: Any, **_kwar
     requested, token_cap = compat_facts.limits_of_schedule()
     draft_bytes = compat_facts.draft_bytes(configurator)
     most = compat_layers.state_limit(configurator)
-    windows = compat_layers.window_pool(configurator, shape)
+    windows = compat_layers.window_pool(configurator, shape, draft_bytes)
     if windows is not None and requested is None:
         most = windows.most_requests(budget_bytes)
     plan = divide_budget(shape, budget_bytes, requested, token_cap, draft_bytes, most, _SIZE_ADVICE)
@@ -232,7 +232,8 @@ def size_windows(_result: None, sizes: Any, configurator: Any, *_args: Any, **_k
     """After ``HybridSWAPoolConfigurator.__init__``: price tiles and windows each at their own bytes."""
     if not compat_facts.holds_tiles(configurator):
         return
-    windows = compat_layers.window_pool(configurator, compat_facts.shape_of(configurator))
+    shape, draft_bytes = compat_facts.shape_of(configurator), compat_facts.draft_bytes(configurator)
+    windows = compat_layers.window_pool(configurator, shape, draft_bytes)
     if windows is not None:
         compat_layers.price_windows(sizes, windows)
 
@@ -291,6 +292,7 @@ def _check_loaded_model(configurator: Any) -> None:
     device, preset = DeviceFacts(configurator.device), get_preset(configurator.kv_cache_dtype_str)
     windows = {LayerKind.MODEL_DTYPE} if (configurator.sliding_window_size or -1) > 0 else set()
     reasons = _model_reasons(configurator.model_config, preset, device, windows)
+    reasons += compat_layers.draft_model_reasons(configurator)
     if reasons:
         raise UnsupportedConfig(reasons)
 

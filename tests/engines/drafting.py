@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterator
 from dataclasses import replace
 
 from plan import Request, Results, Step, alone, flush
@@ -37,3 +39,24 @@ def with_drafts() -> list[Step]:
 def whole_sequences(found: Results) -> list[list[int]]:
     """Return prompt and answer of every request."""
     return [found[request.name].prompt + found[request.name].output_ids for request in (*TOGETHER, AGAIN, SECOND)]
+
+
+def verified(results: Results) -> Iterator[tuple[str, int]]:
+    """Yield name and committed length of every request of every step that verified drafts."""
+    for chunk in results.chunks:
+        if chunk.drafts:
+            yield from zip(chunk.rids, chunk.prefix_lens, strict=True)
+
+
+def moves(results: Results) -> Iterator[tuple[int, int]]:
+    """Yield a request's committed length before and after every step that verified drafts, but for its last."""
+    before: dict[str, int] = {}
+    for name, prefix in verified(results):
+        if name in before:
+            yield before[name], prefix
+        before[name] = prefix
+
+
+def accepted(results: Results) -> Counter[int]:
+    """Count steps by the tokens that they added to a request, the certain one included."""
+    return Counter(after - before for before, after in moves(results))

@@ -5,7 +5,8 @@ Four switches, set in the environment of the driver:
 * ``ENGINE_TEST_TRACE=FILE`` writes one JSON line for each forward pass over chunks or drafts and checks KVarN's own
   state in every pass: no sink slot leaked or shared, no chunk that lost its open tile. Before drafts are verified,
   everything past a request's accepted tokens, in its ring and in records, is overwritten with NaN.
-* ``ENGINE_TEST_ANSWERS=JSON`` gives SGLang a corpus of n-grams that knows how those sequences of tokens go on.
+* ``ENGINE_TEST_ANSWERS=JSON`` gives SGLang a corpus of n-grams that knows how those sequences of tokens go on, and lets
+  some drafts of models be right.
 * ``ENGINE_TEST_ROWWISE=1`` computes every matrix product and every query row by itself. A CPU's matrix kernels round
   differently for different numbers of rows, so that without this a token that was decoded and the same token
   prefilled differ in the last bit. With it a difference can only come from which rows were read, and from where.
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 import recurrent_ops
 import torch
-from knowing_corpus import KnowingCorpus
+from knowing_corpus import KnowingCorpus, correct_drafts
 
 if TYPE_CHECKING:
     from kvarn.core.step import Step
@@ -47,13 +48,17 @@ def install() -> None:
     if answers:
         from sglang.srt.speculative.cpp_ngram import ngram_corpus
 
-        ngram_corpus.get_ngram_corpus_cls = lambda: partial(KnowingCorpus, json.loads(answers))
+        known = json.loads(answers)
+        ngram_corpus.get_ngram_corpus_cls = lambda: partial(KnowingCorpus, known)
+        correct_drafts(known)
 
 
 def _compute_row_by_row() -> None:
     from kvarn.core import attend
+    from kvarn.core.latent import attend as latent_attend
 
-    linear, matmul, attention = torch.nn.functional.linear, torch.matmul, attend.softmax_attention
+    linear, matmul, bmm, einsum = torch.nn.functional.linear, torch.matmul, torch.bmm, torch.einsum
+    attention = attend.softmax_attention
 
     def linear_by_row(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
         rows = x.reshape(-1, x.shape[-1])
@@ -64,6 +69,16 @@ def _compute_row_by_row() -> None:
         if a.dim() == 2 and b.dim() == 2 and a.shape[0] > 1 and not options:
             return torch.cat([matmul(row, b) for row in a.split(1)])
         return matmul(a, b, **options)
+
+    def bmm_by_row(a: torch.Tensor, b: torch.Tensor, *, out: torch.Tensor | None = None) -> torch.Tensor:
+        found = torch.cat([bmm(row, b) for row in a.split(1, dim=1)], dim=1)
+        return found if out is None else out.copy_(found)
+
+    def einsum_by_token(equation: str, *operands: torch.Tensor) -> torch.Tensor:
+        terms = equation.replace(" ", "").replace("->", ",").split(",")
+        if all(term.startswith("t") for term in terms):
+            return torch.cat([einsum(equation, *rows) for rows in zip(*(x.split(1) for x in operands), strict=True)])
+        return einsum(equation, *operands)
 
     def attention_by_row(
         q: torch.Tensor,
@@ -81,8 +96,8 @@ def _compute_row_by_row() -> None:
         return torch.cat(outs), torch.cat(lses)
 
     torch.nn.functional.linear = linear_by_row
-    torch.matmul = matmul_by_row
-    attend.softmax_attention = attention_by_row
+    torch.matmul, torch.bmm, torch.einsum = matmul_by_row, bmm_by_row, einsum_by_token
+    attend.softmax_attention = latent_attend.softmax_attention = attention_by_row
 
 
 def _trace_steps(path: Path) -> None:

@@ -1,4 +1,7 @@
-"""A corpus of n-grams that knows the answers, in place of SGLang's, which is compiled when it is first used."""
+"""Drafts that know the answers: a corpus of n-grams in place of SGLang's, and corrections to what a model drafts.
+
+SGLang's corpus is compiled when it is first used; models of random weights draft little that is right.
+"""
 
 from __future__ import annotations
 
@@ -41,8 +44,7 @@ class KnowingCorpus:
 
     def _tree(self, tail: list[int], length: int) -> tuple[list[int], list[int]]:
         """Return a tree's tokens and the parent of each."""
-        matches = (seen[length:] for seen in self._known if seen[length - len(tail) : length] == tail)
-        after = next(matches, [])
+        after = _after(self._known, tail, length)
         chain = after[: self._random.randrange(self._size)]
         chain += [_WRONG] * self._random.randrange(self._size - len(chain))
         sibling = [_WRONG] * (self._random.random() < 0.5 and 0 < len(chain) < self._size - 1)
@@ -62,3 +64,31 @@ class KnowingCorpus:
 
     def erase_states(self, state_ids: list[int]) -> None:
         """Forget nothing."""
+
+
+def correct_drafts(known: list[list[int]]) -> None:
+    """Let some drafts of every model be right: as many of a request's as chance has it.
+
+    Args:
+        known: whole sequences.
+    """
+    from sglang.srt.speculative.eagle_worker_v2 import EagleDraftWorker
+
+    draft, pick = EagleDraftWorker.draft, random.Random(0)
+
+    def corrected(self: Any, batch: Any, **options: Any) -> Any:
+        found = draft(self, batch, **options)
+        for request, tokens in zip(batch.reqs, found.draft_token.view(len(batch.reqs), -1), strict=True):
+            seen = [*request.origin_input_ids, *request.output_ids]
+            if seen[-1] != tokens[0]:
+                raise RuntimeError(f"{request.rid} ends in {seen[-1]}, but drafts follow {int(tokens[0])}")
+            right = _after(known, seen, len(seen))[: pick.randrange(len(tokens))]
+            tokens[1 : 1 + len(right)] = tokens.new_tensor(right)
+        return found
+
+    EagleDraftWorker.draft = corrected
+
+
+def _after(known: list[list[int]], tail: list[int], length: int) -> list[int]:
+    """Return how the known sequence goes on that ends in a tail at a length; nothing if there is none."""
+    return next((seen[length:] for seen in known if seen[length - len(tail) : length] == tail), [])

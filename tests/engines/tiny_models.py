@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import draft_heads
 import torch
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ MODELS = (LLAMA_GROUP_3, QWEN3_GROUP_2)
 HYBRID = "qwen3-next"
 HYBRID_INTERVAL = 2
 # Drafts for the second model, as SGLang reads it.
-EAGLE_HEAD = "eagle-head"
+EAGLE_HEAD, EAGLE3_HEAD = "eagle-head", "eagle3-head"
+# The hybrid with a head that drafts for it.
+HYBRID_WITH_MTP = "qwen3-next-mtp"
 # Every other layer has a window.
 WINDOWED, WINDOW = "gemma3", 96
 # The same with weights that keep it from repeating its last token, so that greedy tokens tell what was attended to.
@@ -100,7 +103,9 @@ def main(folder: Path, reference: Path) -> None:
     _name(folder / LATENT / "config.json", moe_layer_freq=1)
     for name in (LATENT, SINKS):
         _save_tokenizer(folder / name)
-    _save_eagle_head(folder / QWEN3_GROUP_2.name, folder / EAGLE_HEAD)
+    draft_heads.save_eagle_head(folder / QWEN3_GROUP_2.name, folder / EAGLE_HEAD)
+    draft_heads.save_eagle3_head(folder / QWEN3_GROUP_2.name, folder / EAGLE3_HEAD, (-1, 0))
+    draft_heads.save_with_mtp(folder / HYBRID, folder / HYBRID_WITH_MTP)
     reference.write_text(json.dumps(answers))
 
 
@@ -220,24 +225,6 @@ def _build_sinks() -> PreTrainedModel:
         # SGLang keeps them in bfloat16
         layer.self_attn.sinks.data = (_SINK_LOGIT + 2 * torch.randn(4)).bfloat16().float()
     return model
-
-
-def _save_eagle_head(model: Path, folder: Path) -> None:
-    """Make an EAGLE head of a model's first layer, which takes the hidden state and lets the token alone."""
-    from safetensors.torch import load_file, save_file
-
-    folder.mkdir()
-    config = json.loads((model / "config.json").read_text())
-    del config["layer_types"]
-    like_llama = {"architectures": ["LlamaForCausalLMEagle"], "model_type": "llama", "num_hidden_layers": 1}
-    (folder / "config.json").write_text(json.dumps(config | like_llama))
-    layer = {name: x for name, x in load_file(model / "model.safetensors").items() if ".layers.0." in name}
-    norms = ("input_layernorm", "q_norm", "k_norm")
-    head = {name.removeprefix("model."): x for name, x in layer.items() if not any(norm in name for norm in norms)}
-    width = config["hidden_size"]
-    head["fc.weight"] = torch.cat([torch.zeros(width, width), torch.eye(width)], dim=1)
-    head["fc.bias"] = torch.zeros(width)
-    save_file(head, folder / "model.safetensors")
 
 
 def _build_latent() -> PreTrainedModel:

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 
 from kvarn.presets import get_preset
-from kvarn.sglang_backend import compat
+from kvarn.sglang_backend import compat, compat_hooks
 from kvarn.sglang_backend.drafts import declared_draft_flags, draft_reasons, drafts_with_model
 
 np = pytest.importorskip("numpy")
@@ -96,6 +96,17 @@ def test_drafts_in_a_version_without_tests_of_them_are_refused_unless_accepted(m
     monkeypatch.setattr(compat, "engine_version", lambda: "0.5.23+cpu")
     monkeypatch.delenv("KVARN_ALLOW_UNTESTED_ENGINE")
     assert compat.draft_version_reasons() == []
+
+
+@pytest.mark.parametrize("attention", ["MHA", "MLA"])
+def test_draft_model_attends_by_what_sglang_would_choose_for_the_model(monkeypatch, attention):
+    overrides = pytest.importorskip("sglang.srt.arg_groups.overrides")
+    config = SimpleNamespace(attention_arch=SimpleNamespace(name=attention))
+    monkeypatch.setattr(compat_hooks, "flags_of", lambda _: SimpleNamespace(device="cuda"))
+    monkeypatch.setattr(overrides, "model_config_of", lambda _: config)
+    monkeypatch.setattr(overrides, "get_default_attn_backend", lambda _, **asked: asked)
+    asked = {"use_mla_backend": attention == "MLA", "model_config": config}
+    assert compat_hooks.default_attention_backend(None) == str(asked)
 
 
 def mask_of(parents):

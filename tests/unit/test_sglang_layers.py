@@ -83,7 +83,7 @@ def test_windows_get_a_pool_in_the_target_of_a_kvarn_dtype(dtype, draft, split):
 
 
 def test_images_that_are_attended_to_in_both_directions_are_refused(no_states):
-    view = SimpleNamespace(speculative_algorithm=None, disable_hybrid_swa_memory=False)
+    view = SimpleNamespace(disable_hybrid_swa_memory=False)
     for images in (False, True):
         config = model_config("sliding_attention", "full_attention", **GEMMA, is_multimodal=images)
         reasons = compat_layers.layer_reasons(view, config, PRESET)
@@ -98,13 +98,12 @@ def test_images_that_are_attended_to_in_both_directions_are_refused(no_states):
         ({"disable_radix_cache": True}, False, None),
         ({"mamba_radix_cache_strategy": "no_buffer"}, True, "--mamba-radix-cache-strategy"),
         ({"mamba_track_interval": 100}, True, "--mamba-track-interval 100"),
-        ({"speculative_algorithm": "NGRAM"}, True, "--speculative-algorithm NGRAM"),
     ],
 )
 def test_states_need_a_prefix_cache_that_keeps_them_by_page(states, monkeypatch, changes, by_page, said):
     monkeypatch.setattr(compat_layers, "_keeps_states_by_page", lambda *_: by_page)
     view = {"disable_radix_cache": False, "mamba_radix_cache_strategy": "auto", "mamba_track_interval": 256}
-    view |= {"speculative_algorithm": None, "disable_hybrid_swa_memory": False, **changes}
+    view |= {"disable_hybrid_swa_memory": False, **changes}
     config = model_config("linear_attention", "full_attention")
     reasons = compat_layers.layer_reasons(SimpleNamespace(**view), config, PRESET)
     assert [said in reason for reason in reasons] == [True] * (said is not None)

@@ -177,6 +177,7 @@ def configurator(monkeypatch):
         device="cuda",
         model_config=None,
         model_dtype="bfloat16",
+        spec_algorithm=SimpleNamespace(is_standalone=lambda: False),
         published=published,
         _build_mha_kv_pool=lambda max_total_num_tokens, mha_pool_class: mha_pool_class(max_total_num_tokens),
     )
@@ -200,6 +201,17 @@ class TestPoolHooks:
         assert left // sizes._cell_size // 128 * 128 == plan.tokens
         pages = plan.tokens // 128 + 1
         assert pages * (SHAPE.page_bytes + 128 * 6144) + SHAPE.fixed_bytes(plan.max_requests) <= 10 * GIB
+
+    @pytest.mark.parametrize("states", [False, True])
+    def test_draft_model_with_states_is_refused(self, configurator, monkeypatch, states):
+        configurator.spec_algorithm = SimpleNamespace(is_standalone=lambda: True)
+        configurator.spec_aux_config = SimpleNamespace(draft_model_config=states)
+        monkeypatch.setattr(compat_layers, "_hybrid_of", lambda config: config or None)
+        if states:
+            with pytest.raises(UnsupportedConfig, match="names a model with recurrent layers"):
+                plugin.charge_exact_rows(10 * GIB, configurator, 0)
+        else:
+            assert plugin.charge_exact_rows(10 * GIB, configurator, 0) > 0
 
     def test_typed_request_limit_is_charged_and_kept(self, configurator, monkeypatch):
         monkeypatch.setattr(compat_facts, "limits_of_schedule", lambda: (7, None))

@@ -36,6 +36,17 @@ def test_most_requests_fit_with_their_window_and_three_pages():
     assert pool.most_requests(40 * GIB) == tokens // (1024 + 3 * 128)
 
 
+def test_what_a_draft_model_caches_is_taken_from_all_pools():
+    shape = shape_of(PRESETS["kvarn_k4v2_g128"])
+    budget, draft_bytes = 40 * GIB, 512
+    plan = plan_capacity(shape, budget, 4, draft_bytes)
+    pool = WindowPool(shape, WINDOWS, 0.2, draft_bytes)
+    tokens = pool.tokens(plan)
+    taken = tokens * (shape.bytes_per_token + draft_bytes) + int(0.2 * tokens) * pool.bytes_per_token
+    padding = 128 * (shape.bytes_per_token + draft_bytes + pool.bytes_per_token)
+    assert 0 <= budget - shape.fixed_bytes(4) - padding - taken < 2 * 128 * pool.bytes_of_both
+
+
 def test_one_request_is_served_however_little_there_is():
     pool = WindowPool(shape_of(PRESETS["kvarn_k4v2_g128"]), replace(WINDOWS, tokens=1 << 20), 0.2)
     assert pool.most_requests(GIB) == 1

@@ -19,9 +19,13 @@ def compute_row_by_row(patch: pytest.MonkeyPatch) -> None:
     import vllm._custom_ops as ops
 
     from kvarn.core import attend
+    from kvarn.core.latent import attend as latent_attend
 
     # The instruments of the SGLang tests replace these for the life of a process; set to themselves, `patch` undoes it.
-    for owner, name in ((torch.nn.functional, "linear"), (torch, "matmul"), (attend, "softmax_attention")):
+    owners: list[tuple[Any, str]] = [(torch, name) for name in ("matmul", "bmm", "einsum")]
+    owners.append((torch.nn.functional, "linear"))
+    owners += [(module, "softmax_attention") for module in (attend, latent_attend)]
+    for owner, name in owners:
         patch.setattr(owner, name, getattr(owner, name))
     patch.setenv(instruments.ROWWISE, "1")
     instruments.install()

@@ -19,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from compare import same_bits
+from draft_heads import save_eagle3_head, save_mimo
 from engine_process import Models
 from plan import Answer, Request
 from row_by_row import compute_row_by_row
@@ -185,21 +186,34 @@ def test_drafts_change_no_answer_with_an_exact_tail(models: Models) -> None:
         same_bits(answer, answers[name])
 
 
-def test_eagle_head_changes_no_answer(models: Models, tmp_path: Path) -> None:
-    """Most of its drafts are wrong. vLLM lets a hit end one block earlier, where it runs."""
-    folder = models.path(LLAMA_GROUP_3)
-    save_eagle_head(folder, tmp_path)
-    drafter = {"method": "eagle", "model": str(tmp_path), "num_speculative_tokens": DRAFTS}
-    requests, answers = REQUESTS[1:], []
+def test_heads_change_no_answer(models: Models, tmp_path: Path) -> None:
+    """An EAGLE and an EAGLE-3 head, whose drafts are mostly wrong. vLLM lets a hit end one block earlier with them."""
+    folder, eagle, eagle3 = models.path(LLAMA_GROUP_3), tmp_path / "eagle", tmp_path / "eagle3"
+    eagle.mkdir()
+    save_eagle_head(folder, eagle)
+    save_eagle3_head(folder, eagle3, (0, 1))
+    heads = [{"method": path.name, "model": str(path), "num_speculative_tokens": DRAFTS} for path in (eagle, eagle3)]
+    compare_heads(folder, heads)
+
+
+def test_multi_token_prediction_changes_no_answer(models: Models, tmp_path: Path) -> None:
+    """A MiMo, whose head comes with the model."""
+    save_mimo(models.path(LLAMA_GROUP_3), tmp_path / "mimo")
+    compare_heads(tmp_path / "mimo", [{"method": "mtp", "num_speculative_tokens": DRAFTS}])
+
+
+def compare_heads(folder: Path, heads: list[dict[str, Any]]) -> None:
+    """Assert that a model answers with each head what it answers with none, and verifies drafts."""
+    requests, parts = REQUESTS[1:], []
     with row_by_row() as patch:
         patch.setenv("KVARN_CANONICAL", "1")
-        for options in ({}, {"speculative_config": drafter}):
+        for options in ({}, *({"speculative_config": head} for head in heads)):
             with serving(folder, kv_cache_dtype=PRESET, **options) as engine:
-                part = run(engine, requests)
-                answers.append(part.answers)
-    assert part.kinds["uniform", DRAFTS + 1] > 3
-    for request in requests:
-        same_bits(answers[1][request.name], answers[0][request.name])
+                parts.append(run(engine, requests))
+    for part in parts[1:]:
+        assert part.kinds["uniform", DRAFTS + 1] > 3
+        for request in requests:
+            same_bits(part.answers[request.name], parts[0].answers[request.name])
 
 
 def test_draft_layers_that_would_be_cached_in_tiles_are_refused(

@@ -31,22 +31,31 @@ def register_attention() -> torch.library.Library:
 
 def decode_attention(*arguments: Any) -> None:
     """Write one row of K and V a request, and attend one row of Q over all of its rows."""
-    q, k_buffer, v_buffer, _, _, output, key, value, loc, _, table, rows, seq_lens, scale, *_ = arguments
+    q, k_buffer, v_buffer, _, _, output, key, value, loc, _, table, rows, seq_lens, scale, _, _, window, *_ = arguments
     if key is not None:
         k_buffer[loc], v_buffer[loc] = key.view(-1, *k_buffer.shape[1:]), value.view(-1, *v_buffer.shape[1:])
     for i, (row, length) in enumerate(zip(rows.tolist(), seq_lens.tolist(), strict=True)):
-        output[i : i + 1] = _attend(q[i : i + 1], k_buffer, v_buffer, table[row, :length], scale)
+        output[i : i + 1] = _attend(q[i : i + 1], k_buffer, v_buffer, table[row, :length], scale, window)
 
 
 def extend_attention(*arguments: Any) -> None:
-    """Attend each request's newest rows of Q, whose K and V stand in the buffers already, causally."""
-    q, _, _, output, k_buffer, v_buffer, _, _, table, rows, seq_lens, counts, starts, _, scale, *_, mask, _ = arguments
+    """Attend each request's newest rows of Q, whose K and V stand in the buffers already, causally.
+
+    Where the buffers hold latents (MLA), a prompt that nothing stands before comes as keys and values beside them.
+    """
+    q, key, value, output, k_buffer, v_buffer, _, _, table, rows, seq_lens, counts, starts, _, scale, *rest = arguments
+    _, _, window, _, _, mask, _ = rest
     if mask is not None:
         raise NotImplementedError("The CPU stand-in attends chains only; a tree of drafts needs sgl_kernel.")
     batch = (x.tolist() for x in (rows, seq_lens, counts, starts))
     for row, length, count, start in zip(*batch, strict=True):
         new = slice(start, start + count)
-        output[new] = _attend(q[new], k_buffer, v_buffer, table[row, :length], scale)
+        if key is None or key.shape[-1] == k_buffer.shape[-1]:
+            output[new] = _attend(q[new], k_buffer, v_buffer, table[row, :length], scale, window)
+        elif length == count:
+            output[new] = _attend(q[new], key, value, torch.arange(new.start, new.stop), scale, window)
+        else:
+            raise NotImplementedError("The CPU stand-in attends to cached latents with absorbed weights only.")
 
 
 def assign_draft_cache_locs_contiguous_cpu(
@@ -186,12 +195,15 @@ def verify_tree_greedy_cpu(
 
 
 def _attend(
-    q: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor, slots: torch.Tensor, scale: float
+    q: torch.Tensor, k_buffer: torch.Tensor, v_buffer: torch.Tensor, slots: torch.Tensor, scale: float, window: int
 ) -> torch.Tensor:
-    """Attend [rows, heads, width], the newest of the positions that some slots hold."""
+    """Attend [rows, heads, width], the newest of the positions that some slots hold, to a window's unless it is 0."""
     group, rows = q.shape[1] // k_buffer.shape[1], q.shape[0]
     k, v = (buffer[slots.long()].repeat_interleave(group, dim=1) for buffer in (k_buffer, v_buffer))
-    visible = torch.ones(rows, slots.shape[0], dtype=torch.bool).tril(slots.shape[0] - rows)
+    newest = slots.shape[0] - rows
+    visible = torch.ones(rows, slots.shape[0], dtype=torch.bool).tril(newest)
+    if window > 0:
+        visible = visible.triu(newest - window + 1)
     scores = torch.einsum("qhd,khd->hqk", q, k) * scale
     return torch.einsum("hqk,khd->qhd", scores.masked_fill(~visible, -torch.inf).softmax(-1), v)
 
