@@ -184,13 +184,14 @@ def softmax_attention(
 
     Args:
         q: [rows, q_heads, head_dim].
-        k: [positions, kv_heads, head_dim]; v: the same shape.
+        k: [positions, kv_heads, head_dim].
+        v: [positions, kv_heads, value width].
         visible: [rows, positions], bool.
         scale: factor on q . k.
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
 
     Returns:
-        Output [rows, q_heads, head_dim] and natural log-sum-exp [rows, q_heads], in q's dtype. A row that sees
+        Output [rows, q_heads, value width] and natural log-sum-exp [rows, q_heads], in q's dtype. A row that sees
         nothing gives zeros and -inf.
     """
     rows, q_heads, head_dim = q.shape
@@ -203,4 +204,4 @@ def softmax_attention(
     lse = torch.logsumexp(scores, dim=-1)
     weights = torch.exp(scores - torch.where(torch.isinf(lse), torch.zeros_like(lse), lse)[..., None])
     out = torch.einsum("rhgp,phd->rhgd", weights, v)
-    return out.reshape(rows, q_heads, head_dim), lse.reshape(rows, q_heads)
+    return out.reshape(rows, q_heads, -1), lse.reshape(rows, q_heads)

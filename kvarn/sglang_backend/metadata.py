@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 
 from kvarn import env
 from kvarn.core.cache import LayerCache
-from kvarn.core.flash import FlashAttention
-from kvarn.core.prefill_plan import plan_prefill
+from kvarn.core.prefill_plan import PrefillPlan
 from kvarn.core.step import Step, chunk_step, decode_step, verify_step
 from kvarn.core.tail import TailState, owner_tags
 
@@ -25,7 +25,7 @@ class StepBuilder:
         layers: the pool's layers, for scrubbing.
         req_to_token: SGLang's table, [rows, max_context_len]: slot of every token of every request.
         group: query heads of one kv head.
-        flash: what attends long chunks, if anything does.
+        plan: plans a step's long chunks by the lengths of prefixes and chunks, `plan_prefill`.
         columns: the argument `widest` of what makes steps, if it is not the default.
     """
 
@@ -35,14 +35,14 @@ class StepBuilder:
         layers: list[LayerCache],
         req_to_token: torch.Tensor,
         group: int,
-        flash: FlashAttention | None,
+        plan: Callable[[list[int], list[int]], PrefillPlan | None],
         **columns: int,
     ) -> None:
         self._state = state
         self._layers = layers
         self._req_to_token = req_to_token
         self._group = group
-        self._flash = flash
+        self._plan = plan
         self._columns = columns
         self._page_starts = torch.arange(0, req_to_token.shape[1], state.config.tile_tokens, device=req_to_token.device)
 
@@ -75,14 +75,6 @@ class StepBuilder:
         lengths = [a + b for a, b in zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True)]
         tile_tokens = self._state.config.tile_tokens
         tags = owner_tags(batch.rids or [""] * batch.batch_size)
-        plan = plan_prefill(
-            self._state.config,
-            self._flash,
-            self._layers[0].tails.dtype,
-            batch.extend_prefix_lens_cpu,
-            batch.extend_seq_lens_cpu,
-            device,
-        )
         step, continued = chunk_step(
             self._state,
             rows.int(),
@@ -92,7 +84,7 @@ class StepBuilder:
             self._block_table(rows, -(-max(lengths) // tile_tokens)),
             self._group,
             sum(batch.extend_seq_lens_cpu),
-            plan,
+            self._plan(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu),
             **self._columns,
         )
         self._state.watch_faults()

@@ -9,8 +9,9 @@ from tolerance import relative_rms
 
 from kvarn.core import prefill_plan
 from kvarn.core import warm_up as warm_up_module
-from kvarn.core.flash import flash_for, widened
+from kvarn.core.flash import flash_for
 from kvarn.core.latent.attend import attend_latents_reference
+from kvarn.core.latent.expand import ExpandedHeads
 from kvarn.core.latent.prefill import prefill_latents
 from kvarn.core.latent.rows import LatentRows
 from kvarn.core.latent.warm_up import warm_up_latents
@@ -40,7 +41,7 @@ def test_long_chunks_attend_as_absorbed_queries_do(lengths, new, device, monkeyp
 
     monkeypatch.setattr(prefill_plan, "_WORKSPACE_BYTES", 2 * layout.tile_tokens * layout.row_dim * dtype.itemsize)
     config, place = case.layer.config, torch.device(device)
-    flash = widened(flash_for(config, dtype, place, caps_logits=False, head_dim=q.shape[-1]))
+    flash = flash_for(config, dtype, place, caps_logits=False, head_dim=q.shape[-1])
     plan = plan_prefill(config, flash, dtype, lengths, new, place, layout.row_dim)
     first = plan.short_tokens
     assert plan.long_last
@@ -64,7 +65,7 @@ def test_warm_up_writes_nothing_but_padding(device, monkeypatch):
     key_width = NOPE + layout.rope_dim
     flash = flash_for(layer.config, layer.tails.dtype, layer.records.device, caps_logits=False, head_dim=key_width)
     layer.records[0], layer.tails[0] = 0xFF, float("nan")
-    warm_up_latents(layer, HEADS, (key_width, VALUE), widened(flash), None)
+    warm_up_latents(layer, ExpandedHeads(HEADS, key_width, VALUE), flash)
     for now, before in zip((layer.records[1:], layer.tails[1:], layer.sinks), kept, strict=True):
         assert torch.equal(now.contiguous().view(torch.uint8), before.contiguous().view(torch.uint8))
     assert torch.isfinite(layer.tails[0, :, :1, 0]).all(), "no ring was written: nothing ran"

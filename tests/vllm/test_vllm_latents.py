@@ -44,19 +44,21 @@ def _counted(calls: Counter[str]) -> Iterator[None]:
     """Count calls by what attends, and segments of cached tokens."""
     from kvarn.vllm_backend import latent_backend
 
-    absorbed, expanded = latent_backend.latent_attention, latent_backend.prefill_latents
+    absorbed, expanded = latent_backend.latent_attention, latent_backend.expanded_attention
 
     def attend(*args: object) -> torch.Tensor:
         calls["absorbed"] += 1
         return absorbed(*args)
 
-    def prefill(q: torch.Tensor, rows: LatentRows, layer: object, step: Step, plan: PrefillPlan, *args: object) -> None:
+    def expand(
+        q: torch.Tensor, rows: LatentRows, layer: object, step: Step, plan: PrefillPlan, *args: object
+    ) -> torch.Tensor:
         calls.update(expanded=1, segments=len(plan.segments))
-        expanded(q, rows, layer, step, plan, *args)
+        return expanded(q, rows, layer, step, plan, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latent_backend, "latent_attention", attend)
-        patch.setattr(latent_backend, "prefill_latents", prefill)
+        patch.setattr(latent_backend, "expanded_attention", expand)
         yield
 
 
