@@ -8,7 +8,6 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kvarn.core.flash import flash_for
 from kvarn.core.latent.attend import LATENT_COLUMNS, heads_together
 from kvarn.core.latent.attention import expanded_attention, latent_attention
 from kvarn.core.latent.expand import ExpandedHeads
@@ -32,20 +31,12 @@ class LatentTileBackend(TileAttentionBackend):
 
     def _make_builder(self, pool: TilePool, q_heads: int, runner: ModelRunner) -> StepBuilder:
         config, tails = pool.state.config, pool.layers[0].tails
-        layout = config.layout
         widths = compat.expanded_widths(runner)
-        self._heads = ExpandedHeads(q_heads, *(widths or (layout.rope_dim, 0)))
+        self._heads = ExpandedHeads(q_heads, *(widths or (config.layout.rope_dim, 0)))
         self._rows: LatentRows | None = None
-        flash = widths and flash_for(
-            config,
-            tails.dtype,
-            tails.device,
-            caps_logits=False,
-            engine=compat.flash_attention(tails.device),
-            head_dim=self._heads.key_width,
-        )
+        flash = widths and self._heads.flash(config, tails, compat.flash_attention(tails.device))
         warm_up_latents(pool.layers[0], self._heads, flash)
-        numbers = self._heads.token_numbers(layout)
+        numbers = self._heads.token_numbers(config.layout)
         plan = partial(
             plan_prefill, config, flash, tails.dtype, device=tails.device, token_numbers=numbers, together=True
         )

@@ -15,7 +15,6 @@ from vllm.v1.attention.backend import MLAAttentionImpl
 from kvarn import env
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.capacity import latent_shape
-from kvarn.core.flash import flash_for
 from kvarn.core.latent.attend import LATENT_COLUMNS, heads_together
 from kvarn.core.latent.attention import expanded_attention, latent_attention, latent_scratch_bytes
 from kvarn.core.latent.expand import ExpandedHeads
@@ -249,17 +248,11 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
     )
     tail = add_tail(config, layers, shape, raw_dtype)
     heads = layer.impl.heads
-    tail.flash = flash_for(
-        CacheConfig.of(shape),
-        raw_dtype,
-        tail.sinks.device,
-        caps_logits=False,
-        engine=compat.flash_attention(tail.sinks.device, heads.key_width),
-        head_dim=heads.key_width,
-    )
+    numbers = CacheConfig.of(shape)
+    tail.flash = heads.flash(numbers, tail.sinks, compat.flash_attention(tail.sinks.device, heads.key_width))
     tail.token_numbers = heads.token_numbers(layout)
     needed = latent_scratch_bytes(
-        CacheConfig.of(shape),
+        numbers,
         config.scheduler_config.max_num_batched_tokens,
         tail.max_requests,
         tail.max_pages,

@@ -5,6 +5,8 @@ from dataclasses import dataclass
 
 import torch
 
+from kvarn.core.cache import CacheConfig
+from kvarn.core.flash import FlashAttention, flash_for
 from kvarn.core.latent.layout import LatentLayout
 from kvarn.core.latent.rows import LatentRows
 
@@ -28,6 +30,18 @@ class ExpandedHeads:
         made = self.key_width - layout.rope_dim + self.value_width
         # a raw row, its latent by itself, what is projected, keys, and values as wide as keys
         return layout.row_dim + layout.latent_dim + self.count * (made + 2 * self.key_width)
+
+    def flash(
+        self, config: CacheConfig[LatentLayout], like: torch.Tensor, engine: FlashAttention | None
+    ) -> FlashAttention | None:
+        """Return what attends to these heads, or None if queries are to be absorbed always: `flash_for`.
+
+        Args:
+            config: shared numbers of the cache.
+            like: a tensor of the model's dtype and device.
+            engine: the engine's own flash attention, if it has one that runs here.
+        """
+        return flash_for(config, like.dtype, like.device, caps_logits=False, engine=engine, head_dim=self.key_width)
 
     def expand(
         self, rows: LatentRows, project: Callable[[torch.Tensor], torch.Tensor]
