@@ -85,13 +85,13 @@ def flash_libraries(device: torch.device) -> dict[str, FlashAttention]:
     except ImportError:
         pass
     else:
-        found["sglang-fa3"] = flash_from(flash_attn_varlen_func)
+        found["sglang-fa3"] = flash_from(flash_attn_varlen_func, version=3)
     try:
         from vllm.vllm_flash_attn import flash_attn_varlen_func as of_vllm
     except ImportError:
         pass
     else:
-        found["vllm-fa3"] = flash_from(of_vllm, fa_version=3)
+        found["vllm-fa3"] = flash_from(of_vllm, version=3, fa_version=3)
     return found
 
 

@@ -1,4 +1,4 @@
-"""Rotate a step's rows and store the newest of them: in the request's tail ring, the first ones in its sink slot."""
+"""Rotate a step's rows and store those that stay exact: the first ones in a sink slot, the newest in the tail ring."""
 
 import functools
 from dataclasses import dataclass
@@ -44,21 +44,22 @@ def device_signs(head_dim: int, dtype: torch.dtype, device: torch.device, transp
 
 
 def rotate_rows(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, *, store: bool) -> RotatedRows:
-    """Rotate keys and values; with `store`, also write them to rings and sinks.
+    """Rotate keys and values, and write the first ones to sinks; with `store`, also write them to rings.
+
+    Sinks are written before any row attends, because a request may hit a page that another one fills in the same step.
 
     Args:
         k: [tokens, kv_heads, head_dim], model dtype; token and head strides are free.
         v: the same.
         layer: the layer's cache.
         step: the forward pass.
-        store: write the rows in the same launch. Right only if no query of the step reads a row that they push out.
+        store: write rings in the same launch. Right only if no query of the step reads a row that they push out.
 
     Determinism: a row's bits depend on that row alone. Graph-safe: yes.
     """
     if not runs_triton(k):
         rotated = rotate_rows_reference(k, v)
-        if store:
-            store_tail_reference(rotated, layer, step)
+        store_first_reference(torch.stack((rotated.k, rotated.v), dim=1), layer, step, store=store)
         return rotated
     from kvarn.core.kernels.rotate import rotate_kernel
 
@@ -84,7 +85,7 @@ def rotate_rows_reference(k: torch.Tensor, v: torch.Tensor) -> RotatedRows:
 
 
 def store_tail(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
-    """Store the rows of a chunk that rings and sinks keep, after the chunk was attended to.
+    """Store the rows of a chunk that rings keep, after the chunk was attended to.
 
     Determinism: bitwise. Graph-safe: yes.
     """
@@ -113,14 +114,26 @@ def store_tail_reference(rotated: RotatedRows, layer: LayerCache, step: Step) ->
     store_rows_reference(torch.stack((rotated.k, rotated.v), dim=1), layer, step)
 
 
+def store_first_reference(rows: torch.Tensor, layer: LayerCache[Any], step: Step, *, store: bool) -> None:
+    """Do in plain torch what rotating does beside: store rows in sinks, with `store` in rings, too."""
+    if store:
+        store_rows_reference(rows, layer, step)
+    else:
+        _store_sinks(rows, layer, step)
+
+
 def store_rows_reference(rows: torch.Tensor, layer: LayerCache[Any], step: Step) -> None:
     """Store the raw rows of a step's tokens, [tokens, parts, kv_heads, width], in plain torch."""
-    rows = rows.to(layer.tails.dtype)
     request = step.token_request.long()
     position = step.token_position.long()
     ring = layer.config.ring_tokens
     kept = position >= step.seq_lens[request] - ring
-    layer.tails[step.rows[request[kept]].long(), :, :, position[kept] % ring] = rows[kept]
-    slot = step.sink_slots[request].long()
+    layer.tails[step.rows[request[kept]].long(), :, :, position[kept] % ring] = rows[kept].to(layer.tails.dtype)
+    _store_sinks(rows, layer, step)
+
+
+def _store_sinks(rows: torch.Tensor, layer: LayerCache[Any], step: Step) -> None:
+    position = step.token_position.long()
+    slot = step.sink_slots[step.token_request.long()].long()
     sink = (slot >= 0) & (position < layer.config.sink_tokens)
-    layer.sinks[slot[sink], :, :, position[sink]] = rows[sink]
+    layer.sinks[slot[sink], :, :, position[sink]] = rows[sink].to(layer.sinks.dtype)

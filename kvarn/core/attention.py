@@ -6,6 +6,7 @@ from kvarn.core.append import (
     device_signs,
     rotate_rows,
     rotate_rows_reference,
+    store_first_reference,
     store_tail,
     store_tail_reference,
 )
@@ -65,8 +66,7 @@ def attention_reference(
 ) -> torch.Tensor:  # fmt: skip
     """Do the same in plain torch, whatever the device; the output in the model dtype."""
     rotated = rotate_rows_reference(k, v)
-    if step.rows_in_ring:
-        store_tail_reference(rotated, layer, step)
+    store_first_reference(torch.stack((rotated.k, rotated.v), dim=1), layer, step, store=step.rows_in_ring)
     seal_reference(rotated, layer, step)
     out, _ = attend_reference(q, rotated, layer, step, scale, logit_cap, sink_logits)
     if not step.rows_in_ring:

@@ -10,6 +10,10 @@ from kvarn.core.cache import CacheConfig
 from kvarn.core.reference import softmax_attention
 
 _WIDEST_HEAD = 256
+# On this capability, this version of FlashAttention takes values narrower than keys, if they have such widths: more
+# channels than the first number, no more than the second.
+_VERSION, _HOPPER = 3, 9
+_WIDE_KEYS, _NARROW_VALUES = (128, 192), (96, 128)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,14 +44,15 @@ class FlashAttention(Protocol):
 
         Args:
             q: [queries, q_heads, head_dim], model dtype; token and head strides are free.
-            k: [keys, kv_heads, head_dim]; v: the same.
+            k: [keys, kv_heads, head_dim].
+            v: [keys, kv_heads, value width], no wider.
             spans: which rows are whose.
             scale: factor on q . k.
             logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
             causal: the queries are the request's newest tokens, and see no later ones.
 
         Returns:
-            Output [queries, q_heads, head_dim], model dtype; and natural log-sum-exp [q_heads, queries], float32.
+            Output [queries, q_heads, value width], model dtype; and natural log-sum-exp [q_heads, queries], float32.
         """
 
 
@@ -76,14 +81,15 @@ def flash_for(
         return None
     if engine is not None:
         return engine
-    return None if caps_logits or torch.version.hip is not None else torch_flash
+    return None if caps_logits or torch.version.hip is not None else widened(torch_flash)
 
 
-def flash_from(varlen: Callable[..., Any], **options: Any) -> FlashAttention:
+def flash_from(varlen: Callable[..., Any], *, version: int, **options: Any) -> FlashAttention:
     """Return flash attention by a function with the arguments of FlashAttention's ``flash_attn_varlen_func``.
 
     Args:
         varlen: the function; it must return log-sum-exps if asked to.
+        version: of FlashAttention.
         options: arguments that this variant of it takes beside the usual ones.
     """
 
@@ -97,16 +103,23 @@ def flash_from(varlen: Callable[..., Any], **options: Any) -> FlashAttention:
         )  # fmt: skip
         return out, lse
 
-    return attend
+    return widened(attend, takes_narrow=version == _VERSION)
 
 
-def widened(flash: FlashAttention) -> FlashAttention:
-    """Return flash attention for values narrower than keys, by one whose keys and values are of one width."""
+def widened(flash: FlashAttention, *, takes_narrow: bool = False) -> FlashAttention:
+    """Return flash attention for values narrower than keys, by one that takes none such, or only some.
+
+    Args:
+        flash: attends to keys and values of one width.
+        takes_narrow: it is FlashAttention 3, which takes some that are narrower on Hopper.
+    """
 
     def attend(
         q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float, logit_cap: float, *, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
         width = v.shape[-1]
+        if width == k.shape[-1] or (takes_narrow and _takes(k, v)):
+            return flash(q, k, v, spans, scale, logit_cap, causal=causal)
         wide = torch.nn.functional.pad(v, (0, k.shape[-1] - width))
         out, lse = flash(q, k, wide, spans, scale, logit_cap, causal=causal)
         return out[..., :width].contiguous(), lse
@@ -114,10 +127,16 @@ def widened(flash: FlashAttention) -> FlashAttention:
     return attend
 
 
+def _takes(k: torch.Tensor, v: torch.Tensor) -> bool:
+    pairs = ((k.shape[-1], _WIDE_KEYS), (v.shape[-1], _NARROW_VALUES))
+    fits = all(more < width <= most for width, (more, most) in pairs)
+    return fits and torch.cuda.get_device_capability(k.device)[0] == _HOPPER
+
+
 def torch_flash(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float, logit_cap: float, *, causal: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attend by FlashAttention 2 as torch ships it.
+    """Attend by FlashAttention 2 as torch ships it, to keys and values of one width.
 
     By the operator: the public function can't share keys in groups in every version of torch that engines pin.
 

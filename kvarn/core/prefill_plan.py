@@ -61,6 +61,7 @@ class PrefillPlan:
         short_tokens: rows of the step that are in no long chunk.
         short_requests: requests that have these.
         long_last: whether they come first.
+        most_short: a request of more rows is a long chunk.
     """
 
     flash: FlashAttention
@@ -69,6 +70,7 @@ class PrefillPlan:
     short_tokens: int
     short_requests: int
     long_last: bool
+    most_short: int
 
 
 def workspace_tokens(config: CacheConfig[Any], dtype: torch.dtype, token_numbers: int | None = None) -> int:
@@ -92,6 +94,8 @@ def plan_prefill(
     query_lens: list[int],
     device: torch.device,
     token_numbers: int | None = None,
+    *,
+    together: bool = False,
 ) -> PrefillPlan | None:
     """Plan a step's long chunks; None if it has none, or nothing that attends them.
 
@@ -103,9 +107,13 @@ def plan_prefill(
         query_lens: rows of each request in the step.
         device: where the step runs.
         token_numbers: as for `workspace_tokens`.
+        together: the engine attends to all requests of a step in one way. So all are planned like long chunks, or none.
     """
-    longs = [i for i, rows in enumerate(query_lens) if rows > LONG_ROWS]
-    if flash is None or not longs:
+    if flash is None or (together and not _worth_restoring(prefix_lens, query_lens)):
+        return None
+    most_short = 0 if together else LONG_ROWS
+    longs = [i for i, rows in enumerate(query_lens) if rows > most_short]
+    if not longs:
         return None
     starts = _running_sum(query_lens)
     numbers = _Numbers(device)
@@ -136,7 +144,14 @@ def plan_prefill(
         short_tokens=starts[-1] - long_tokens,
         short_requests=len(query_lens) - len(longs),
         long_last=longs[0] + len(longs) == len(query_lens),
+        most_short=most_short,
     )
+
+
+def _worth_restoring(prefix_lens: list[int], query_lens: list[int]) -> bool:
+    """Tell whether more rows attend to a token of the step's requests, on average, than are still a short chunk."""
+    tokens = [before + new for before, new in zip(prefix_lens, query_lens, strict=True)]
+    return sum(n * new for n, new in zip(tokens, query_lens, strict=True)) > LONG_ROWS * sum(tokens)
 
 
 def _neighbours(requests: list[int]) -> list[list[int]]:

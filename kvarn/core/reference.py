@@ -185,7 +185,8 @@ def softmax_attention(
 
     Args:
         q: [rows, q_heads, head_dim].
-        k: [positions, kv_heads, head_dim]; v: the same shape.
+        k: [positions, kv_heads, head_dim].
+        v: [positions, kv_heads, value width].
         visible: [rows, positions], bool.
         scale: factor on q . k.
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
@@ -193,7 +194,7 @@ def softmax_attention(
             nor capped.
 
     Returns:
-        Output [rows, q_heads, head_dim] and natural log-sum-exp [rows, q_heads], in q's dtype, with the sink. A row
+        Output [rows, q_heads, value width] and natural log-sum-exp [rows, q_heads], in q's dtype, with the sink. A row
         that sees nothing gives zeros and the sink's logit, -inf without one.
     """
     rows, q_heads, head_dim = q.shape
@@ -208,4 +209,4 @@ def softmax_attention(
         lse = torch.logaddexp(lse, sink_logits.to(lse.dtype).view(kv_heads, -1))
     weights = torch.exp(scores - torch.where(torch.isinf(lse), torch.zeros_like(lse), lse)[..., None])
     out = torch.einsum("rhgp,phd->rhgd", weights, v)
-    return out.reshape(rows, q_heads, head_dim), lse.reshape(rows, q_heads)
+    return out.reshape(rows, q_heads, -1), lse.reshape(rows, q_heads)

@@ -7,7 +7,7 @@ import torch
 
 from kvarn.core import read_rule
 from kvarn.core.cache import CacheConfig, runs_triton
-from kvarn.core.prefill_plan import LONG_ROWS, PrefillPlan
+from kvarn.core.prefill_plan import PrefillPlan
 from kvarn.core.tail import TailState
 from kvarn.core.work import Tasks, count_work
 
@@ -289,7 +289,7 @@ def _chunk_tasks(
     rows = columns // group
     query_lens, requests = query_start.diff(), query_start.shape[0] - 1
     if plan is not None:
-        query_lens = torch.where(query_lens > LONG_ROWS, 0, query_lens)
+        query_lens = torch.where(query_lens > plan.most_short, 0, query_lens)
         num_tokens, requests = plan.short_tokens, plan.short_requests
     request, index = _spread((query_lens + rows - 1) // rows, num_tokens // rows + requests)
     row = index * rows
@@ -322,7 +322,8 @@ def record_end(config: CacheConfig[Any], step: Step, request: torch.Tensor, posi
     """
     committed = (step.seq_lens if config.canonical else step.prefix_lens)[request]
     if step.plan is not None:
-        position = torch.where(step.query_start.diff()[request] > LONG_ROWS, step.prefix_lens[request], position)
+        is_long = step.query_start.diff()[request] > step.plan.most_short
+        position = torch.where(is_long, step.prefix_lens[request], position)
     return read_rule.record_end(config, committed, position, step.own_start[request])
 
 

@@ -136,7 +136,7 @@ def flash_attention(device: torch.device) -> FlashAttention | None:
         from sgl_kernel.flash_attn import flash_attn_varlen_func
     except ImportError:
         return None
-    return flash_from(flash_attn_varlen_func)
+    return flash_from(flash_attn_varlen_func, version=3)
 
 
 def caps_logits(runner: ModelRunner) -> bool:
@@ -147,6 +147,31 @@ def caps_logits(runner: ModelRunner) -> bool:
 def learned_sinks(runner: ModelRunner) -> torch.Tensor | None:
     """Return the learned sinks of some attention layer of the model; None if there are none."""
     return next((module.sinks for module in runner.model.modules() if hasattr(module, "sinks")), None)
+
+
+def expanded_widths(runner: ModelRunner) -> tuple[int, int] | None:
+    """Return the widths of a key and of a value that long chunks of a model with latents (MLA) attend to.
+
+    None for models that always attend with absorbed weights here: those that choose for themselves, and those that
+    scale queries by their positions, which SGLang does for absorbed ones only.
+    """
+    from sglang.srt.models.deepseek_v2 import DeepseekV2AttentionMLA as Attention
+
+    layers = [module for module in runner.model.modules() if isinstance(module, Attention)]
+    choose = any(type(x).dispatch_attn_forward_method is not Attention.dispatch_attn_forward_method for x in layers)
+    if not layers or choose or getattr(runner.model_config.hf_text_config, "llama_4_scaling", None):
+        return None
+    return layers[0].qk_head_dim, layers[0].v_head_dim
+
+
+def turn(
+    attention: Any, positions: torch.Tensor, q: torch.Tensor, q_rope: torch.Tensor, k_rope: torch.Tensor
+) -> torch.Tensor:
+    """Turn the last channels of queries, in place, and rope parts, which are returned, by their positions."""
+    if attention.rotary_emb is not None:
+        q_rope, k_rope = attention.rotary_emb(positions, q_rope, k_rope)
+    q[..., attention.qk_nope_head_dim :] = q_rope
+    return k_rope
 
 
 def verify_mask(runner: ModelRunner) -> Any:

@@ -78,11 +78,16 @@ def add_backend(create: Hook) -> None:
     register_attention_backend(BACKEND_NAME)(create)
 
 
-def absorb_always() -> None:
-    """Let models with latents (MLA) ask our backend for attention with absorbed weights, whatever the step."""
+def choose_latent_attention(expands: Callable[[], bool]) -> None:
+    """Let models with latents (MLA) ask our backend for attention to expanded keys, or with absorbed weights.
+
+    Args:
+        expands: tells which it is in the present step.
+    """
     from sglang.srt.models.deepseek_common.attention_backend_handler import AttentionBackendRegistry, AttnForwardMethod
 
-    AttentionBackendRegistry.register(BACKEND_NAME, lambda attention, forward_batch: AttnForwardMethod.MLA)
+    methods = AttnForwardMethod.MLA, AttnForwardMethod.MHA
+    AttentionBackendRegistry.register(BACKEND_NAME, lambda attention, forward_batch: methods[expands()])
 
 
 def add_backend_choice() -> None:

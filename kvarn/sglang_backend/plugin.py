@@ -272,8 +272,8 @@ def create_backend(runner: Any) -> Any:
     if compat_facts.latent_dims(runner.model_config) is None:
         tiles = TileAttentionBackend(runner)
     else:
-        compat_hooks.absorb_always()
         tiles = LatentTileBackend(runner)
+        compat_hooks.choose_latent_attention(tiles.expands)
     windows = compat_layers.window_backend(runner)
     if compat.is_first_rank():
         logger.info("%s", compat.banner(runner))

@@ -208,7 +208,8 @@ def flash_attention(device: torch.device, head_dim: int) -> FlashAttention | Non
     from kvarn.core.flash import flash_from
 
     version = get_flash_attn_version(head_size=head_dim)
-    return flash_from(flash_attn_varlen_func, fa_version=version) if version in _FLASH_VERSIONS else None
+    known = version in _FLASH_VERSIONS
+    return flash_from(flash_attn_varlen_func, version=version, fa_version=version) if known else None
 
 
 def announce(shape: CacheShape, kinds: str, raw_dtype: object, blocks_per_request: int) -> None:

@@ -14,11 +14,10 @@ from vllm.v1.attention.backend import MLAAttentionImpl
 
 from kvarn import env
 from kvarn.core.cache import CacheConfig, LayerCache
-from kvarn.core.flash import widened
 from kvarn.core.latent.attend import LATENT_COLUMNS, heads_together
-from kvarn.core.latent.attention import append_latents, latent_attention, latent_scratch_bytes
+from kvarn.core.latent.attention import expanded_attention, latent_attention, latent_scratch_bytes
+from kvarn.core.latent.expand import ExpandedHeads
 from kvarn.core.latent.layout import LATENT_DIMS, ROPE_DIMS, LatentLayout
-from kvarn.core.latent.prefill import prefill_latents
 from kvarn.core.latent.rows import LatentRows
 from kvarn.core.latent.warm_up import warm_up_latents
 from kvarn.core.prefill_plan import LONG_ROWS
@@ -142,8 +141,8 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
         prepare_for_tiles(config, resolution.reasons_against(fields, config, None))
         self.num_heads, self.head_size = num_heads, head_size
         self.scale, self.kv_cache_dtype = scale, kv_cache_dtype
-        self.key_width, self.value_width = mla["qk_head_dim"], mla["v_head_dim"]
-        self._nope_width, self._up_projection = mla["qk_nope_head_dim"], mla["kv_b_proj"]
+        self.heads = ExpandedHeads(num_heads, mla["qk_head_dim"], mla["v_head_dim"])
+        self._up_projection = mla["kv_b_proj"]
         self._index, self._is_described = 0, False
         self._rows: LatentRows | None = None
 
@@ -153,8 +152,7 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
 
     def warm_up(self, tail: TailCache) -> None:
         """Compile what steps launch; the caches are bound."""
-        widths = (self.key_width, self.value_width)
-        warm_up_latents(tail.pool.layers[0], self.num_heads, widths, tail.flash, tail.token_numbers)
+        warm_up_latents(tail.pool.layers[0], self.heads, tail.flash)
 
     def do_kv_cache_update(
         self, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor,
@@ -169,7 +167,7 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
         attn_metadata: LatentMetadata, k_scale: torch.Tensor, output: torch.Tensor,
         output_scale: torch.Tensor | None = None,
     ) -> None:  # fmt: skip
-        """Attend the rows of long chunks. `forward_mqa` follows, if the step has others.
+        """Append and seal all rows, and attend those of long chunks. `forward_mqa` follows, if the step has others.
 
         Args:
             q: [tokens, heads, key width].
@@ -183,11 +181,11 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
         """
         del kv_c_normed, k_pe, kv_cache, k_scale, output_scale
         layer, step = self._begin(attn_metadata)
+        out = output.unflatten(1, (self.heads.count, self.heads.value_width))
         rows = self._rows_of(attn_metadata)
-        out = output.unflatten(1, (self.num_heads, self.value_width))
-        prefill_latents(q, rows, layer, step, step.plan, self._keys_and_values, self.scale, out)
-        if not attn_metadata.num_decode_tokens:
-            append_latents(rows, layer, step)
+        expanded_attention(
+            q, rows, layer, step, step.plan, self.heads, lambda x: self._up_projection(x)[0], self.scale, out
+        )
 
     def forward_mqa(
         self, q: tuple[torch.Tensor, torch.Tensor], kv_cache: torch.Tensor, attn_metadata: LatentMetadata,
@@ -226,13 +224,6 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
         """Return the step's rows without what pads a graph."""
         return LatentRows(*(part[: attn_metadata.num_tokens] for part in self._rows))
 
-    def _keys_and_values(self, rows: LatentRows) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return keys and values of rows by the model's up-projection, [rows, heads, width]."""
-        widths = (self._nope_width, self.value_width)
-        made = self._up_projection(rows.latent)[0].unflatten(1, (self.num_heads, sum(widths)))
-        nope, values = made.split(widths, dim=-1)
-        return torch.cat((nope, rows.rope[:, None].expand(-1, self.num_heads, -1)), dim=-1), values
-
 
 def __getattr__(name: str) -> type[TileAttentionBackend]:
     """Return a preset's backend: vLLM finds backends by module and attribute."""
@@ -242,19 +233,17 @@ def __getattr__(name: str) -> type[TileAttentionBackend]:
 def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype) -> TailCache:
     """Make the companion of a model's attention layers and let vLLM allocate its cache."""
     layer = next(iter(layers.values()))
-    impl = layer.impl
-    tail = add_tail(config, layers, raw_dtype, impl.key_width, latent_dims=compat.latent_dims(config))
-    if tail.flash is not None:
-        tail.flash = widened(tail.flash)
-        tail.token_numbers = layer.head_size + impl.num_heads * 2 * impl.key_width
+    heads = layer.impl.heads
+    tail = add_tail(config, layers, raw_dtype, heads.key_width, latent_dims=compat.latent_dims(config))
+    tail.token_numbers = heads.token_numbers(tail.shape.layout)
     needed = latent_scratch_bytes(
         CacheConfig.of(tail.shape),
         config.scheduler_config.max_num_batched_tokens,
         tail.max_requests,
         tail.max_pages,
-        impl.num_heads,
+        heads,
         tail.sinks,
-        tail.token_numbers,
+        plans=tail.flash is not None,
     )
     compat.reserve_in_profile(layer, needed, raw_dtype)
     return tail

@@ -119,6 +119,7 @@ def _trace_steps(path: Path) -> None:
             "rows": step.rows.tolist(),
             "rids": list(batch.rids or ()),
             "drafts": drafts,
+            "segments": None if step.plan is None else len(step.plan.segments),
         }
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")

@@ -73,7 +73,17 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """One forward pass over chunks or drafts: parallel lists, one entry a request; and the drafts of each request."""
+    """One forward pass over chunks or drafts: parallel lists, one entry a request; and what all have in common.
+
+    Args:
+        prefix_lens: tokens before the pass.
+        seq_lens: tokens after it.
+        own_start: first position that the request wrote itself.
+        rows: its ring.
+        rids: its name.
+        drafts: of each request.
+        segments: of cached tokens that long chunks attend to; None if no chunk is long.
+    """
 
     prefix_lens: list[int]
     seq_lens: list[int]
@@ -81,6 +91,7 @@ class Chunk:
     rows: list[int]
     rids: list[str]
     drafts: int
+    segments: int | None
 
 
 @dataclass(frozen=True, slots=True)

@@ -9,7 +9,7 @@ from kvarn.core import prefill_plan
 from kvarn.core.attend import attend_reference
 from kvarn.core.attention import attention
 from kvarn.core.merge import merge, merge_reference
-from kvarn.core.prefill_plan import LONG_ROWS, plan_prefill
+from kvarn.core.prefill_plan import LONG_ROWS, PrefillPlan, plan_prefill
 from kvarn.core.restore import restore, restore_reference
 from kvarn.presets import PRESETS
 
@@ -98,6 +98,22 @@ def test_plan_leaves_short_chunks_to_the_kernels_over_tiles():
     assert (plan.short_tokens, plan.short_requests) == (7, 1)
     assert [own.tokens for own in plan.own] == [slice(0, LONG), slice(LONG + 7, 2 * LONG + 7)]
     assert plan.segments == []
+
+
+def test_requests_that_attend_together_are_long_if_their_rows_are_worth_restoring_for():
+    config, flash, place = make_case([0], [1]).layer.config, object(), torch.device("cpu")
+
+    def plan(prefixes: list[int], rows: list[int]) -> PrefillPlan | None:
+        return plan_prefill(config, flash, torch.float16, prefixes, rows, place, together=True)
+
+    assert plan([500], [LONG_ROWS]) is None
+    assert plan([500], [LONG_ROWS + 1]) is not None
+    # one decode row over a short context beside a long chunk, and many over long ones
+    assert plan([5000] * 40 + [0], [1] * 40 + [LONG]) is None
+    found = plan([9, 300], [1, 2 * LONG])
+    assert (found.short_tokens, found.short_requests, found.most_short, found.long_last) == (0, 0, 0, True)
+    assert [own.tokens for own in found.own] == [slice(0, 1 + 2 * LONG)]
+    assert sum(segment.keys for segment in found.segments) == 309
 
 
 @pytest.mark.usefixtures("small_workspace")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from kvarn.bench.shapes import SHAPES
 from kvarn.checkpoint import describe
 from kvarn.cli.main import main
 from kvarn.core.capacity import CacheShape, latent_shape, plan_blocks, plan_capacity
@@ -123,6 +124,14 @@ def test_command_plans_latents_where_they_are_served(tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(config | {"kv_lora_rank": 300}))
     assert main(["plan", str(tmp_path), "--memory", "40"]) == 1
     assert "latents of 300" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("rope_bits", "sglang", "vllm"), [("16", 2.84, 2.80), ("8", 3.36, 3.27)])
+def test_latents_of_a_real_model_hold_as_many_tokens_as_promised(rope_bits, sglang, vllm, monkeypatch):
+    monkeypatch.setenv("KVARN_ROPE_BITS", rope_bits)
+    shape, budget, context = describe(SHAPES["deepseek-v2-lite"]).shape(PRESET, 1), 40 << 30, 32768
+    assert sglang <= plan_capacity(shape, budget, 64).ratio < sglang + 0.01
+    assert vllm <= plan_blocks(shape, budget, context) * shape.raw_request_bytes(context) / budget < vllm + 0.01
 
 
 def test_a_sparse_index_is_seen_in_the_configuration():

@@ -21,7 +21,7 @@ from tiny_models import LATENT, LATENT_DIM, LAYERS, ROPE_DIM, prompt
 
 from kvarn.core.latent.layout import LatentLayout
 from kvarn.core.latent.rows import LatentRows
-from kvarn.core.prefill_plan import PrefillPlan
+from kvarn.core.prefill_plan import LONG_ROWS, PrefillPlan
 from kvarn.core.step import Step
 from kvarn.presets import get_preset
 
@@ -29,6 +29,7 @@ PRESET = "kvarn_k8v4_g128"
 LENGTHS = (5, 128, 200, 300)
 NEW_TOKENS = 20
 EXACT_TAIL = 1024
+SHARED = 256
 # Of the first token, nats. Measured: rounding from exact rows, up to 1e-4 from records of 8 bits.
 MOST_EXACT, MOST = 1e-6, 2e-3
 TORCH_ROTARY = {"custom_ops": ["none", "-rotary_embedding"]}
@@ -39,24 +40,35 @@ def _requests(kind: str) -> list[Request]:
     return [Request(f"{n}/{kind}", prompt(n, seed=n), NEW_TOKENS, distribution=True) for n in LENGTHS]
 
 
+def _sharing(kind: str) -> list[Request]:
+    """Return two prompts, of which the second begins as the first and goes on for more than a short chunk."""
+    first, other = prompt(SHARED + 40, seed=7), prompt(LONG_ROWS + 30, seed=8)
+    return [
+        Request(f"first/{kind}", first, 1, distribution=True),
+        Request(f"second/{kind}", first[:SHARED] + other, 1, distribution=True),
+    ]
+
+
 @contextmanager
 def _counted(calls: Counter[str]) -> Iterator[None]:
     """Count calls by what attends, and segments of cached tokens."""
     from kvarn.vllm_backend import latent_backend
 
-    absorbed, expanded = latent_backend.latent_attention, latent_backend.prefill_latents
+    absorbed, expanded = latent_backend.latent_attention, latent_backend.expanded_attention
 
     def attend(*args: object) -> torch.Tensor:
         calls["absorbed"] += 1
         return absorbed(*args)
 
-    def prefill(q: torch.Tensor, rows: LatentRows, layer: object, step: Step, plan: PrefillPlan, *args: object) -> None:
+    def expand(
+        q: torch.Tensor, rows: LatentRows, layer: object, step: Step, plan: PrefillPlan, *args: object
+    ) -> torch.Tensor:
         calls.update(expanded=1, segments=len(plan.segments))
-        expanded(q, rows, layer, step, plan, *args)
+        return expanded(q, rows, layer, step, plan, *args)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latent_backend, "latent_attention", attend)
-        patch.setattr(latent_backend, "prefill_latents", prefill)
+        patch.setattr(latent_backend, "expanded_attention", expand)
         yield
 
 
@@ -79,7 +91,7 @@ def answers(models: Models) -> Iterator[dict[str, Answer]]:
     """Ask the stock cache; exact tails; records, cold and hit; and with drafts."""
     found: dict[str, Answer] = {}
     with serving(models.folder / LATENT, kv_cache_dtype="auto", compilation_config=TORCH_ROTARY) as engine:
-        found |= engine.ask(*_requests("stock"))
+        found |= engine.ask(*_requests("stock"), *_sharing("stock"))
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KVARN_TAIL_TOKENS", str(EXACT_TAIL))
         calls: Counter[str] = Counter()
@@ -92,6 +104,9 @@ def answers(models: Models) -> Iterator[dict[str, Answer]]:
         assert pool.config.layout == LatentLayout.of(get_preset(PRESET), LATENT_DIM, ROPE_DIM)
         for kind in ("cold", "hit"):
             found |= engine.ask(*_requests(kind))
+        found |= engine.ask(*_sharing("same step"))
+        (step,) = (step for step in engine.steps if "first/same step" in step.query_lens)
+        assert step.prefix_lens == {"first/same step": 0, "second/same step": SHARED}
     with _tiles(models, speculative_config=NGRAM) as engine:
         found |= engine.ask(*_requests("drafts"))
     yield found
@@ -110,6 +125,12 @@ def test_records_give_nearly_that(answers: dict[str, Answer]) -> None:
     assert answers[f"{LENGTHS[-1]}/hit"].cached_tokens > 0
     found = [divergence(answers[f"{n}/{kind}"], answers[f"{n}/stock"]) for n in LENGTHS for kind in ("cold", "hit")]
     assert max(found) < MOST
+
+
+def test_prompt_may_hit_what_another_one_fills_in_the_same_step(answers: dict[str, Answer]) -> None:
+    assert (
+        max(divergence(answers[f"{name}/same step"], answers[f"{name}/stock"]) for name in ("first", "second")) < MOST
+    )
 
 
 def test_drafts_change_no_answer(answers: dict[str, Answer]) -> None:

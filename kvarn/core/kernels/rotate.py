@@ -1,4 +1,4 @@
-"""Rotate the keys and values of a step and round them to the model dtype, optionally into ring and sinks too."""
+"""Rotate the keys and values of a step and round them to the model dtype, into sinks and optionally the ring, too."""
 
 import triton
 import triton.language as tl
@@ -65,11 +65,11 @@ def rotate_kernel(
         out_ptrs = v_out_ptr + (wide * KV_HEADS + head) * D
     raw = tl.minimum(tl.maximum(y, -RAW_MAX), RAW_MAX).to(k_out_ptr.dtype.element_ty)
     tl.store(out_ptrs[:, None] + channels[None, :], raw, mask=mask)
-    if STORE:
+    if STORE or SINK > 0:
         store_rows(
-            raw, token, token_ok, token_ok, which, head, tails_ptr, sinks_ptr, token_request_ptr, token_position_ptr,
-            rows_ptr, sink_slot_ptr, tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride,
-            sink_kv_stride, sink_head_stride, D, RING, SINK,
+            raw, token, token_ok & STORE, token_ok, which, head, tails_ptr, sinks_ptr, token_request_ptr,
+            token_position_ptr, rows_ptr, sink_slot_ptr, tail_row_stride, tail_kv_stride, tail_head_stride,
+            sink_slot_stride, sink_kv_stride, sink_head_stride, D, RING, SINK,
         )  # fmt: skip
 
 

@@ -1,8 +1,8 @@
-"""Rotate a step's latents and store the newest rows: in the request's tail ring, the first ones in its sink slot."""
+"""Rotate a step's latents and store what stays exact: the first rows in a sink slot, the newest in the tail ring."""
 
 import torch
 
-from kvarn.core.append import RAW_MAX, launch_store, store_rows_reference
+from kvarn.core.append import RAW_MAX, launch_store, store_first_reference, store_rows_reference
 from kvarn.core.cache import LayerCache, runs_triton
 from kvarn.core.hadamard import rotate
 from kvarn.core.latent.layout import LatentLayout
@@ -16,14 +16,14 @@ _ELEMENTS_PER_WARP = 512
 
 
 def rotate_latents(rows: LatentRows, layer: LayerCache[LatentLayout], step: Step, *, store: bool) -> torch.Tensor:
-    """Rotate a step's latents; with `store`, also write its rows to rings and sinks.
+    """Rotate a step's latents, and write the first rows to sinks, as `rotate_rows` does; with `store`, also to rings.
 
     Args:
         rows: latents [tokens, latent_dim], normalised as the model caches them, and rope parts [tokens, rope_dim];
             model dtype, token strides are free.
         layer: the layer's cache.
         step: the forward pass.
-        store: write the rows in the same launch. Right only if no query of the step reads a row that they push out.
+        store: write rings in the same launch. Right only if no query of the step reads a row that they push out.
 
     Returns:
         Raw rows, [tokens, 1, row_dim], model dtype: latents rotated, then rope parts.
@@ -32,8 +32,7 @@ def rotate_latents(rows: LatentRows, layer: LayerCache[LatentLayout], step: Step
     """
     if not runs_triton(rows.latent):
         raw = rotate_latents_reference(rows)
-        if store:
-            store_latents_reference(raw, layer, step)
+        store_first_reference(raw[:, None], layer, step, store=store)
         return raw
     from kvarn.core.kernels.latent.rotate import rotate_latents_kernel
 
@@ -57,7 +56,7 @@ def rotate_latents_reference(rows: LatentRows) -> torch.Tensor:
 
 
 def store_latents(raw: torch.Tensor, layer: LayerCache[LatentLayout], step: Step) -> None:
-    """Store the rows of a chunk that rings and sinks keep, after the chunk was attended to.
+    """Store the rows of a chunk that rings keep, after the chunk was attended to.
 
     Determinism: bitwise. Graph-safe: yes.
     """

@@ -23,7 +23,7 @@ def prefill_latents(
     scale: float,
     out: torch.Tensor,
 ) -> None:
-    """Attend the long chunks of a step, before its rows are stored.
+    """Attend the long chunks of a step, its tiles sealed but its rows not stored yet.
 
     Args:
         q: [tokens, heads, key width], model dtype, not absorbed, of the rows after those of short requests; token and

@@ -1,4 +1,4 @@
-"""Rotate latents: of a step's rows, optionally into ring and sinks too, and of its absorbed queries."""
+"""Rotate latents: of a step's rows, into sinks and optionally the ring, too, and of its absorbed queries."""
 
 import triton
 import triton.language as tl
@@ -35,14 +35,15 @@ def rotate_latents_kernel(
     rope = _clamped(x, raw_ptr.dtype.element_ty)
     tl.store(raw_ptr + wide * ROW + channel, latent, mask=ok[:, None])
     tl.store(raw_ptr + wide * ROW + LATENT + rope_channel, rope, mask=ok[:, None])
-    if STORE:
+    if STORE or SINK > 0:
+        ring_ok = ok & STORE
         store_rows(
-            latent, token, ok, ok, 0, 0, tails_ptr, sinks_ptr, token_request_ptr, token_position_ptr, rows_ptr,
+            latent, token, ring_ok, ok, 0, 0, tails_ptr, sinks_ptr, token_request_ptr, token_position_ptr, rows_ptr,
             sink_slot_ptr, tail_row_stride, 0, 0, sink_slot_stride, 0, 0, ROW, RING, SINK,
         )  # fmt: skip
         store_rows(
-            rope, token, ok, ok, 0, 0, tails_ptr + LATENT, sinks_ptr + LATENT, token_request_ptr, token_position_ptr,
-            rows_ptr, sink_slot_ptr, tail_row_stride, 0, 0, sink_slot_stride, 0, 0, ROW, RING, SINK,
+            rope, token, ring_ok, ok, 0, 0, tails_ptr + LATENT, sinks_ptr + LATENT, token_request_ptr,
+            token_position_ptr, rows_ptr, sink_slot_ptr, tail_row_stride, 0, 0, sink_slot_stride, 0, 0, ROW, RING, SINK,
         )  # fmt: skip
 
 
