@@ -16,7 +16,7 @@ from kvarn.core.latent.reference import decode_latents
 from kvarn.core.launch import chained, has_lop3
 from kvarn.core.readable import readable_rows
 from kvarn.core.reference import softmax_attention
-from kvarn.core.step import Step, power_of_two, record_end, task_shape
+from kvarn.core.step import Step, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, most_shares, units_per_share
 
 # Query columns of a program. Pass this to the functions that make steps.

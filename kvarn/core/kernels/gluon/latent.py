@@ -14,7 +14,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
-from kvarn.core.kernels.gluon.attend import row_offsets, span_of
+from kvarn.core.kernels.gluon.attend import span_of
+from kvarn.core.kernels.gluon.latent_rows import BLOCK, allocate_blocks, attend_rows, attend_sinks, tile_shared
 from kvarn.core.kernels.gluon.layouts import (
     begin_copy,
     mma_layout,
@@ -24,31 +25,24 @@ from kvarn.core.kernels.gluon.layouts import (
     vector_copy_layout,
     words_layout,
 )
-from kvarn.core.kernels.gluon.record import halves, repeat, joined_planes
+from kvarn.core.kernels.gluon.record import halves, joined_planes, repeat
 from kvarn.core.kernels.read_rule import record_end
 from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, load_task, part_of_task
 from kvarn.core.kernels.unpack import BIAS, plane_asm, plane_weight, planes
 from kvarn.core.kernels.work import units_of
 
-BLOCK = gl.constexpr(64)
 _WIDTH = gl.constexpr(8)
 
 
 @gluon.constexpr_function
-def tile_shared():
-    """Return the layout of rows of 64 halfs or words in shared memory, for ldmatrix and for 16 bytes a thread."""
-    return gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-
-
-@gluon.constexpr_function
 def queries_shared():
-    """Return the layout of queries in shared memory, [channels, columns]: channels inside, as right operands are read."""
+    """Return the layout of queries in shared memory, [channels, columns]: channels inside, as operands are read."""
     return gl.SwizzledSharedLayout(32, 1, 2, [0, 1])
 
 
 @gluon.jit
 def _load_queries(q_ptr, q_row, ok, q_blocks, warps: gl.constexpr):
-    """Load a task's queries, rotated by an earlier kernel, into shared memory, [blocks, 64, columns]: rope part last."""
+    """Load a task's queries, already rotated, into shared memory, [blocks, 64, columns]: rope part last."""
     BLOCKS: gl.constexpr = q_blocks.shape[0]
     right: gl.constexpr = gl.DotOperandLayout(1, mma_layout(warps), _WIDTH)
     at = gl.convert_layout(q_row, gl.SliceLayout(0, right)) * (BLOCKS * BLOCK)
@@ -157,8 +151,8 @@ def _logits(
         packed = rope.load(words_layout(G, rope.shape[1], _WIDTH, warps))
         # codes of 8 bits stand at the same place of the mantissa in both planes
         x, owed = _fold_block(
-            x, owed, joined_planes(packed, 8, left), q_blocks.index(ROPE_BLOCK), rope_vectors, slot, 0, plane_weight(8, 0, 0),
-            warps,
+            x, owed, joined_planes(packed, 8, left), q_blocks.index(ROPE_BLOCK), rope_vectors, slot, 0,
+            plane_weight(8, 0, 0), warps,
         )  # fmt: skip
     repeated: gl.constexpr = repeat_layout(G, C, warps)
     debt, _ = halves(owed[0] + owed[1], repeated)
@@ -184,18 +178,9 @@ def _weigh_block(
 
 
 @gluon.jit
-def _allocate_blocks(BLOCKS: gl.constexpr, ROWS: gl.constexpr, dtype: gl.constexpr):
-    """Return shared memory for blocks of rows of 64 numbers: one buffer each, because a part of one can't be turned."""
-    blocks = ()
-    for b in gl.static_range(BLOCKS):
-        blocks = blocks + (gl.allocate_shared_memory(dtype, [ROWS, BLOCK], tile_shared()),)
-    return blocks
-
-
-@gluon.jit
 def _zero_blocks(BLOCKS: gl.constexpr, C: gl.constexpr, mma: gl.constexpr):
     blocks = ()
-    for b in gl.static_range(BLOCKS):
+    for _block in gl.static_range(BLOCKS):
         blocks = blocks + (gl.zeros((BLOCK, C), gl.float32, mma),)
     return blocks
 
@@ -219,7 +204,7 @@ def _attend_records(
     left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     repeated: gl.constexpr = repeat_layout(BLOCK, C, warps)
-    words = _allocate_blocks(CHUNKS, G, gl.int16)
+    words = allocate_blocks(CHUNKS, G, gl.int16)
     vectors = (
         gl.allocate_shared_memory(gl.float16, [2, LATENT], plain_shared(1)),
         gl.allocate_shared_memory(gl.float16, [2, LATENT], plain_shared(1)),
@@ -284,91 +269,6 @@ def _attend_records(
     return m, gl.convert_layout(gl.max(mass, axis=0), gl.SliceLayout(0, mma)), acc
 
 
-@gluon.jit
-def _copy_raw(latent, rope, base, offsets, wanted, warps: gl.constexpr):
-    """Begin to copy raw rows, which start at offsets after base, as one group; none if not wanted."""
-    channel = gl.arange(0, BLOCK, layout=gl.SliceLayout(0, rows_copy_layout(2 * BLOCK, warps)))
-    BLOCKS: gl.constexpr = len(latent)
-    if wanted:
-        for b in gl.static_range(BLOCKS):
-            begin_copy(latent[b], base + (offsets[:, None] + b * BLOCK + channel[None, :]))
-        begin_copy(rope, base + (offsets[:, None] + BLOCKS * BLOCK + channel[None, :]))
-    async_copy.commit_group()
-
-
-@gluon.jit
-def _half_of(buffer, layout: gl.constexpr):
-    return buffer.load(layout).to(gl.float32).to(gl.float16)
-
-
-@gluon.jit
-def _attend_raw(m, total, acc, q_blocks, q_scale, latent, rope, base, next_offsets, has_next, ok, warps: gl.constexpr):
-    """Fold a block of raw rows, copied to the buffers, into the running softmax, and copy the next. ok: [rows, columns].
-
-    Rows that no column sees repeat ones that are seen: no memory is read which nothing wrote.
-    """
-    BLOCKS: gl.constexpr = len(latent)
-    R: gl.constexpr = rope.shape[0]
-    C: gl.constexpr = q_blocks.shape[2]
-    mma: gl.constexpr = mma_layout(warps)
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    async_copy.wait_group(0)
-    x = gl.zeros((R, C), gl.float32, mma)
-    for b in gl.static_range(BLOCKS):
-        x = mma_v2(_half_of(latent[b], left), q_blocks.index(b).load(right), x)
-    x = mma_v2(_half_of(rope, left), q_blocks.index(BLOCKS).load(right), x)
-    x = gl.where(ok, x * q_scale[None, :], float("-inf"))
-    m_new = gl.maximum(m, gl.max(x, axis=0))
-    decay = gl.exp2(m - m_new)
-    p = gl.exp2(x - (m_new - WEIGHT_SHIFT)[None, :])
-    p_half = gl.convert_layout(p.to(gl.float16), right)
-    new = ()
-    for b in gl.static_range(BLOCKS):
-        new = new + (mma_v2(_half_of(latent[b].permute((1, 0)), left), p_half, acc[b] * decay[None, :]),)
-    _copy_raw(latent, rope, base, next_offsets, has_next, warps)
-    return m_new, total * decay + gl.sum(p, axis=0), new
-
-
-@gluon.jit
-def _attend_rows(
-    m, total, acc, q_blocks, q_scale, latent, rope, base, first, stop, start, end, origin, row_stride, record_stop,
-    position, col_ok, RING: gl.constexpr, RAW_BLOCK: gl.constexpr, warps: gl.constexpr,
-):  # fmt: skip
-    """Attend blocks first to stop of RAW_BLOCK raw rows at positions start to end, each column those that it may see."""
-    R: gl.constexpr = rope.shape[0]
-    row = gl.arange(0, R, layout=gl.SliceLayout(1, mma_layout(warps)))
-    copied = gl.arange(0, R, layout=gl.SliceLayout(1, rows_copy_layout(2 * BLOCK, warps)))
-    begin = start + first * RAW_BLOCK
-    stop_row = gl.minimum(start + stop * RAW_BLOCK, end)
-    offsets = row_offsets(gl.minimum(begin + copied, stop_row - 1), origin, row_stride, RING)
-    _copy_raw(latent, rope, base, offsets, begin < stop_row, warps)
-    for at in range(begin, stop_row, R):
-        pos = at + row
-        visible = (pos[:, None] >= record_stop[None, :]) & (pos[:, None] <= position[None, :])
-        visible = visible & (pos < stop_row)[:, None] & col_ok[None, :]
-        after = row_offsets(gl.minimum(at + R + copied, stop_row - 1), origin, row_stride, RING)
-        m, total, acc = _attend_raw(
-            m, total, acc, q_blocks, q_scale, latent, rope, base, after, at + R < stop_row, visible, warps
-        )  # fmt: skip
-    return m, total, acc
-
-
-@gluon.jit
-def _attend_sinks(
-    m, total, acc, q_blocks, q_scale, latent, rope, base, record_stop, SINK: gl.constexpr, warps: gl.constexpr
-):
-    """Attend a request's sinks, each column that reads records: it would find them there."""
-    R: gl.constexpr = rope.shape[0]
-    ROW: gl.constexpr = (len(latent) + 1) * BLOCK
-    row = gl.arange(0, R, layout=gl.SliceLayout(1, mma_layout(warps)))
-    copied = gl.arange(0, R, layout=gl.SliceLayout(1, rows_copy_layout(2 * BLOCK, warps)))
-    offsets = gl.minimum(copied, SINK - 1) * ROW
-    _copy_raw(latent, rope, base, offsets, True, warps)
-    visible = (row < SINK)[:, None] & (record_stop > 0)[None, :]
-    return _attend_raw(m, total, acc, q_blocks, q_scale, latent, rope, base, offsets, False, visible, warps)
-
-
 @gluon.jit(do_not_specialize=["tasks", "q_heads", "block_table_stride"])
 def attend_latents_kernel(
     q_ptr, unit_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_ptr, task_request_ptr, task_row_ptr, work_end_ptr,
@@ -426,16 +326,16 @@ def attend_latents_kernel(
             SCALES, ROPE, ROPE_START, ROPE_FIELDS, ROPE_SCALES, ROWS > 1, num_warps,
         )  # fmt: skip
 
-        latent = _allocate_blocks(BLOCKS, BLOCK, tails_ptr.dtype.element_ty)
+        latent = allocate_blocks(BLOCKS, BLOCK, tails_ptr.dtype.element_ty)
         rope = gl.allocate_shared_memory(tails_ptr.dtype.element_ty, [BLOCK, ROPE], tile_shared())
         if SINK > 0:  # noqa: SIM102 (joined, the body would be compiled for no sinks too)
             if (begin <= tiles) & (tiles < end) & (tiles > 0) & (sink_slot >= 0):
-                m, total, acc = _attend_sinks(
+                m, total, acc = attend_sinks(
                     m, total, acc, q_blocks, q_scale, latent, rope, sinks_ptr + sink_slot * sink_slot_stride,
                     record_stop, SINK, num_warps,
                 )  # fmt: skip
         base = tails_ptr + ring_row * tail_row_stride
-        m, total, acc = _attend_rows(
+        m, total, acc = attend_rows(
             m, total, acc, q_blocks, q_scale, latent, rope, base, gl.maximum(begin - tiles, 0),
             gl.minimum(end - tiles, ring_units), raw_start, ring_end, 0, ROW, record_stop, position, col_ok, RING,
             RAW_BLOCK, num_warps,
@@ -443,7 +343,7 @@ def attend_latents_kernel(
         if not ROWS_IN_RING:
             seen = tiles + ring_units
             base = chunk_ptr + query_start.to(gl.int64) * chunk_token_stride
-            m, total, acc = _attend_rows(
+            m, total, acc = attend_rows(
                 m, total, acc, q_blocks, q_scale, latent, rope, base, gl.maximum(begin - seen, 0),
                 gl.minimum(end - seen, chunk_units), chunk_start, length, prefix, chunk_token_stride, record_stop,
                 position, col_ok, 0, RAW_BLOCK, num_warps,
