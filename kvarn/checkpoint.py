@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from kvarn.core.capacity import CacheShape, cache_shape, latent_shape
+from kvarn.core.capacity import CacheShape, cache_shape
 from kvarn.core.layers import LayerKind, count, layer_kinds, window_tokens
 from kvarn.core.support import ModelFacts
 from kvarn.core.windows import WindowShape
@@ -44,11 +44,6 @@ class Checkpoint:
 
     def shape(self, preset: Preset, ranks: int) -> CacheShape:
         """Return what each of so many ranks caches."""
-        if self.facts.latent_dims:
-            latent_dim, rope_dim = self.facts.latent_dims
-            return latent_shape(
-                preset, layers=self.tile_layers, latent_dim=latent_dim, rope_dim=rope_dim, raw_bytes=self.raw_bytes
-            )
         heads = self.heads_of_rank(ranks)
         return cache_shape(
             preset,
@@ -57,6 +52,7 @@ class Checkpoint:
             head_dim=self.facts.head_dim,
             raw_bytes=self.raw_bytes,
             windows=self.windows(heads),
+            latent_dims=self.facts.latent_dims,
         )
 
     @property

@@ -1,8 +1,14 @@
 """Compare an engine's functions with what an adapter relies on."""
 
+import dataclasses
 import inspect
 import pkgutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
+
+
+def signature_differences(rows: Mapping[str, Iterable[str]]) -> list[str]:
+    """Return how functions differ from what is relied on, `signature_difference` of each that does."""
+    return [found for target, names in rows.items() if (found := signature_difference(target, names)) is not None]
 
 
 def signature_difference(target: str, names: Iterable[str]) -> str | None:
@@ -30,3 +36,18 @@ def signature_difference(target: str, names: Iterable[str]) -> str | None:
     takes = [f"no longer takes {', '.join(missing)}"] if missing else []
     demands = [f"also demands {', '.join(added)}"] if added else []
     return f"{target} {' and '.join((*takes, *demands))}"
+
+
+def field_differences(target: str, names: Iterable[str]) -> list[str]:
+    """Return which fields that are relied on a dataclass lacks, as at most one phrase.
+
+    Args:
+        target: dotted path of the class.
+        names: of the fields.
+    """
+    try:
+        fields = {field.name for field in dataclasses.fields(pkgutil.resolve_name(target))}
+    except (AttributeError, ImportError, TypeError):
+        return [f"{target} is not a dataclass"]
+    missing = [name for name in names if name not in fields]
+    return [f"{target} has no {', '.join(missing)}"] if missing else []

@@ -51,7 +51,7 @@ def run(args: argparse.Namespace) -> None:
     from kvarn.core.layers import summary
     from kvarn.core.support import DeviceFacts, unsupported_reasons
     from kvarn.presets import PRESETS
-    from kvarn.sglang_backend.settings import BESIDE_TILES as IN_SGLANG
+    from kvarn.sglang_backend.compat_tables import BESIDE_TILES as IN_SGLANG
     from kvarn.vllm_backend.compat_tables import BESIDE_TILES as IN_VLLM
 
     if min(args.memory, args.context, args.tensor_parallel, 1 if args.requests is None else args.requests) <= 0:
@@ -94,7 +94,7 @@ def _print_notes(args: argparse.Namespace, model: Checkpoint, *, in_sglang: bool
 def _in_sglang(shape: CacheShape, budget: int, context: int, requests: int | None) -> str:
     from kvarn.core.capacity import plan_capacity
     from kvarn.core.window_pool import WindowPool, scaled_ratio
-    from kvarn.sglang_backend.settings import WINDOW_RATIO
+    from kvarn.sglang_backend.compat_tables import WINDOW_RATIO
 
     tile, windows = shape.preset.tile_tokens, shape.windows
     shape = replace(shape, windows=None)

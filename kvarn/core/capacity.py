@@ -157,6 +157,16 @@ class CacheShape:
         enough = min(sizes.values()) * _WORTH_A_LARGER_BLOCK
         return next(tiles for tiles, size in sizes.items() if size <= enough)
 
+    def best_block_tokens(self, context: int, least: int) -> int:
+        """Return the tokens of a block, so many at least, with which a request of so many tokens takes few bytes."""
+        return max(least, self.best_tiles_per_block(context) * self.preset.tile_tokens)
+
+    def window_page_bytes(self, block_tokens: int) -> int | None:
+        """Return the bytes of a page of a layer with a window, where blocks have so many tokens; None if none do."""
+        if self.windows is None:
+            return None
+        return self.window_page_tokens(block_tokens // self.preset.tile_tokens) * self.windows.token_bytes
+
     def raw_request_bytes(self, context: int) -> int:
         """Bytes of a request of so many tokens with all layers in the model's dtype."""
         windows = 0 if self.windows is None else self.windows.bytes_per_request(context)
@@ -209,8 +219,26 @@ def cache_shape(
     raw_bytes: int,
     draft_tokens: int = 0,
     windows: WindowShape | None = None,
+    latent_dims: tuple[int, int] | None = None,
 ) -> CacheShape:
-    """Return what one rank caches, exact tokens taken from preset and environment."""
+    """Return what one rank caches, exact tokens taken from preset and environment.
+
+    Args:
+        preset: the preset in use.
+        layers: as of CacheShape, like all that follow.
+        kv_heads: means nothing for latents.
+        head_dim: means nothing for latents.
+        raw_bytes: of a number.
+        draft_tokens: of a step.
+        windows: beside tiles.
+        latent_dims: channels of the latents and of their rope parts, as of `latent_shape`; None if there are none.
+    """
+    if latent_dims is not None:
+        latent_dim, rope_dim = latent_dims
+        return latent_shape(
+            preset, layers=layers, latent_dim=latent_dim, rope_dim=rope_dim, raw_bytes=raw_bytes,
+            draft_tokens=draft_tokens,
+        )  # fmt: skip
     tail_tokens, sink_tokens = exact_tokens(preset)
     return CacheShape(preset, layers, kv_heads, head_dim, raw_bytes, tail_tokens, sink_tokens, draft_tokens, windows)
 

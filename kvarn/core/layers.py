@@ -88,6 +88,11 @@ def count(kinds: Sequence[LayerKind], kind: LayerKind) -> int:
     return sum(found is kind for found in kinds)
 
 
+def places(kinds: Sequence[LayerKind], kind: LayerKind) -> list[int]:
+    """Return which layers are of a kind."""
+    return [place for place, found in enumerate(kinds) if found is kind]
+
+
 def summary(kinds: Sequence[LayerKind]) -> str:
     """Return how many layers there are of each kind, for a message: ``3 in tiles, 15 in model dtype``."""
     found = ((kind.value, count(kinds, kind)) for kind in LayerKind)

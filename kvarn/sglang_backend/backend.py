@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,6 +10,7 @@ from sglang.srt.layers.attention.base_attn_backend import AttentionBackend
 
 from kvarn.core.attention import attention
 from kvarn.core.flash import flash_for
+from kvarn.core.prefill_plan import plan_prefill
 from kvarn.core.step import Step
 from kvarn.core.warm_up import warm_up
 from kvarn.sglang_backend import compat, compat_layers
@@ -57,7 +59,8 @@ class TileAttentionBackend(AttentionBackend):
             engine=compat.flash_attention(tails.device),
         )
         warm_up(pool.layers[0], q_heads, flash)
-        return StepBuilder(pool.state, pool.layers, table, q_heads // pool.head_num, flash)
+        plan = partial(plan_prefill, pool.state.config, flash, tails.dtype, device=tails.device)
+        return StepBuilder(pool.state, pool.layers, table, q_heads // pool.head_num, plan)
 
     def init_forward_metadata_out_graph(self, forward_batch: ForwardBatch, in_capture: bool = False) -> None:
         """Describe a chunk. A step that decodes or verifies is described inside the graph."""

@@ -5,15 +5,13 @@ Private SGLang symbols stand in the ``compat`` modules and nowhere else.
 
 from __future__ import annotations
 
-import dataclasses
-import logging
-import pkgutil
 from typing import TYPE_CHECKING, Any
 
 import kvarn
 from kvarn import env
 from kvarn.core.layers import LayerKind, count, layer_kinds, summary
-from kvarn.errors import EngineIncompatible
+from kvarn.core.table_pool import PoolSettings, pool_settings
+from kvarn.engine import Engine
 from kvarn.presets import is_preset_name
 from kvarn.sglang_backend import compat_tables as tables
 from kvarn.sglang_backend.compat_facts import (
@@ -24,8 +22,7 @@ from kvarn.sglang_backend.compat_facts import (
     shape_of,
 )
 from kvarn.sglang_backend.compat_layers import tile_pool_of, window_pool
-from kvarn.sglang_backend.settings import BACKEND_NAME, PoolSettings, pool_settings
-from kvarn.signatures import signature_difference
+from kvarn.signatures import field_differences, signature_differences
 
 if TYPE_CHECKING:
     import torch
@@ -33,7 +30,7 @@ if TYPE_CHECKING:
 
     from kvarn.core.flash import FlashAttention
 
-logger = logging.getLogger(__name__)
+_SGLANG = Engine("SGLang", "sglang", tables.TESTED_VERSIONS, tables.RECOMMENDED_VERSION)
 _FLASH_CAPABILITIES = (8, 9)
 
 
@@ -44,15 +41,15 @@ def engine_version() -> str:
     return str(__version__)
 
 
-def signature_differences(*, drafts: bool = False) -> list[str]:
+def differences(*, drafts: bool = False) -> list[str]:
     """Compare SGLang with the table; one phrase for each difference. Imports SGLang's memory and model modules.
 
     Args:
         drafts: whether speculative decoding was asked for.
     """
     rows = {**tables.SIGNATURES, **(tables.DRAFT_SIGNATURES if drafts else {})}
-    found = (signature_difference(target, names) for target, names in rows.items())
-    return [difference for difference in (*found, _field_difference()) if difference is not None]
+    configurator = tables.BUILD_POOL.rpartition(".")[0]
+    return [*signature_differences(rows), *field_differences(configurator, tables.CONFIGURATOR_FIELDS)]
 
 
 def require_tested_version() -> None:
@@ -61,15 +58,7 @@ def require_tested_version() -> None:
     Raises:
         EngineIncompatible: names the installed and the tested versions, and what to do.
     """
-    version = engine_version()
-    if version.partition("+")[0] in tables.TESTED_VERSIONS:
-        return
-    if not env.allow_untested_engine():
-        raise _incompatible(
-            f"SGLang {version} is not among them.",
-            "or set KVARN_ALLOW_UNTESTED_ENGINE=1 to accept any version whose signatures match",
-        )
-    logger.warning("KVarN %s was not tested with SGLang %s; accepted on request.", kvarn.__version__, version)
+    _SGLANG.require_tested(engine_version())
 
 
 def draft_version_reasons() -> list[str]:
@@ -93,10 +82,7 @@ def require_compatible(*, drafts: bool = False) -> None:
         EngineIncompatible: names the versions, what differs, and what to do.
     """
     require_tested_version()
-    differences = signature_differences(drafts=drafts)
-    if differences:
-        listed = "; ".join(differences)
-        raise _incompatible(f"This SGLang {engine_version()} differs from them: {listed}.", "or a newer KVarN")
+    _SGLANG.require_alike(engine_version(), differences(drafts=drafts))
 
 
 def verify_active(runner: ModelRunner) -> None:
@@ -108,7 +94,7 @@ def verify_active(runner: ModelRunner) -> None:
     targets = (*tables.ENGINE_TARGETS, tables.NGRAM_DRAFTS) if drafts_ngrams() else tables.ENGINE_TARGETS
     problems = [*_unapplied_hooks(targets), *_mismatches(runner)]
     if problems:
-        raise _incompatible(
+        raise _SGLANG.incompatible(
             f"KVarN did not become active in this SGLang {engine_version()}: {'; '.join(problems)}.",
             "and look for other plugins that hook the same functions (SGLANG_PLUGINS=kvarn loads only this one)",
         )
@@ -199,24 +185,6 @@ def is_first_rank() -> bool:
     return bool(get_parallel().tp_rank == 0)
 
 
-def _incompatible(what: str, otherwise: str) -> EngineIncompatible:
-    tested = " and ".join(tables.TESTED_VERSIONS)
-    return EngineIncompatible(
-        f"KVarN {kvarn.__version__} is tested with SGLang {tested}. {what} "
-        f"Install a tested version (pip install sglang=={tables.RECOMMENDED_VERSION}), {otherwise}."
-    )
-
-
-def _field_difference() -> str | None:
-    target = tables.BUILD_POOL.rpartition(".")[0]
-    try:
-        fields = {field.name for field in dataclasses.fields(pkgutil.resolve_name(target))}
-    except (AttributeError, ImportError, TypeError):
-        return f"{target} is not a dataclass"
-    missing = [name for name in tables.CONFIGURATOR_FIELDS if name not in fields]
-    return f"{target} has no {', '.join(missing)}" if missing else None
-
-
 def _unapplied_hooks(targets: tuple[str, ...]) -> list[str]:
     from sglang.srt.plugins.hook_registry import HookRegistry
 
@@ -243,7 +211,7 @@ def _mismatches(runner: ModelRunner) -> list[str]:
     token_bytes = shape.bytes_per_token + draft_bytes(configurator) if windows is None else windows.bytes_of_both
     sizes = create_memory_pool_configurator(configurator)
     facts = (
-        ("attention backend", BACKEND_NAME, get_exec().kernel.attention_backend),
+        ("attention backend", tables.BACKEND_NAME, get_exec().kernel.attention_backend),
         ("pool settings", expected, settings if isinstance(settings, PoolSettings) else type(pool).__name__),
         ("page sizes", (tile,) * 3, (runner.page_size, pool.page_size, runner.token_to_kv_pool_allocator.page_size)),
         ("storage dtype", "torch.uint8", str(runner.kv_cache_dtype)),

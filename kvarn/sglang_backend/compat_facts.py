@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from kvarn.core.capacity import CacheShape, cache_shape, latent_shape, raw_token_bytes
+from kvarn.core.capacity import CacheShape, cache_shape, raw_token_bytes
 from kvarn.core.support import DeviceFacts, ModelFacts
 from kvarn.presets import get_preset, is_preset_name
 from kvarn.sglang_backend.compat_layers import kinds_of, layer_ids
-from kvarn.sglang_backend.compat_tables import UNSUPPORTED_ENVIRONMENT
-from kvarn.sglang_backend.settings import BACKEND_NAME
+from kvarn.sglang_backend.compat_tables import BACKEND_NAME, UNSUPPORTED_ENVIRONMENT
 
 if TYPE_CHECKING:
     from sglang.srt.configs.model_config import ModelConfig
@@ -26,21 +25,15 @@ def shape_of(configurator: KVCacheConfigurator) -> CacheShape:
     """Return what this rank caches."""
     from sglang.srt.runtime_context import get_parallel
 
-    config, layers = configurator.model_config, len(layer_ids(configurator))
-    preset, raw_bytes = get_preset(str(configurator.kv_cache_dtype_str)), configurator.model_dtype.itemsize
-    if (dims := latent_dims(config)) is not None:
-        latent_dim, rope_dim = dims
-        return latent_shape(
-            preset, layers=layers, latent_dim=latent_dim, rope_dim=rope_dim, raw_bytes=raw_bytes,
-            draft_tokens=draft_tokens(),
-        )  # fmt: skip
+    config = configurator.model_config
     return cache_shape(
-        preset,
-        layers=layers,
+        get_preset(str(configurator.kv_cache_dtype_str)),
+        layers=len(layer_ids(configurator)),
         kv_heads=config.get_num_kv_heads(get_parallel().attn_tp_size),
         head_dim=config.head_dim,
-        raw_bytes=raw_bytes,
+        raw_bytes=configurator.model_dtype.itemsize,
         draft_tokens=draft_tokens(),
+        latent_dims=latent_dims(config),
     )
 
 

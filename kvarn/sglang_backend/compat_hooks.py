@@ -15,7 +15,7 @@ from typing import Any
 from kvarn.errors import EngineIncompatible
 from kvarn.presets import PRESETS, is_preset_name
 from kvarn.sglang_backend import compat_tables as tables
-from kvarn.sglang_backend.settings import BACKEND_NAME
+from kvarn.sglang_backend.compat_tables import BACKEND_NAME
 
 # Hooks take whatever the function they wrap takes.
 Hook = Callable[..., Any]

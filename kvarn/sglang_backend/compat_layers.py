@@ -10,12 +10,11 @@ import inspect
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
-from kvarn.core.layers import LayerKind, layer_kinds
+from kvarn.core.layers import LayerKind, layer_kinds, places
 from kvarn.core.window_pool import WindowPool, scaled_ratio
 from kvarn.core.windows import WindowShape
 from kvarn.presets import is_preset_name
 from kvarn.sglang_backend import compat_tables as tables
-from kvarn.sglang_backend.settings import BESIDE_TILES, WINDOW_RATIO
 
 if TYPE_CHECKING:
     import torch
@@ -41,12 +40,10 @@ def kinds_of(config: ModelConfig) -> frozenset[LayerKind]:
 
 def kept_beside(config: ModelConfig) -> frozenset[LayerKind]:
     """Return the kinds of layers of a model that SGLang can keep beside tiles: of one kind only."""
-    kinds = kinds_of(config)
-    kept = {
-        LayerKind.MODEL_DTYPE: _split_of(config) is not None,
-        LayerKind.RECURRENT: _hybrid_of(config) is not None,
-    }
-    return frozenset() if kinds >= BESIDE_TILES else frozenset(kind for kind in BESIDE_TILES if kept[kind])
+    if kinds_of(config) >= tables.BESIDE_TILES:
+        return frozenset()
+    found = {LayerKind.MODEL_DTYPE: _split_of(config), LayerKind.RECURRENT: _hybrid_of(config)}
+    return frozenset(kind for kind in tables.BESIDE_TILES if found[kind] is not None)
 
 
 def layer_reasons(view: Any, config: ModelConfig, preset: Preset) -> list[str]:
@@ -141,7 +138,7 @@ def window_pool(configurator: KVCacheConfigurator, shape: CacheShape) -> WindowP
 
     schedule = get_schedule()
     ratio = schedule.swa_full_tokens_ratio
-    typed = getattr(schedule, "_swa_full_tokens_ratio_explicitly_set", ratio != WINDOW_RATIO)
+    typed = getattr(schedule, "_swa_full_tokens_ratio_explicitly_set", ratio != tables.WINDOW_RATIO)
     # Where a number of tokens was typed, memory is not what limits the pools.
     if not typed and schedule.max_total_tokens is None:
         ratio = scaled_ratio(shape, ratio)
@@ -253,6 +250,6 @@ def _split_of(config: ModelConfig) -> tuple[list[int], list[int]] | None:
         return list(windows), list(config.full_attention_layer_ids)
     if name not in tables.SPLIT_BY_US:
         return None
-    types = config.hf_text_config.layer_types
-    windows = [i for i, kind in enumerate(types) if kind == "sliding_attention"]
-    return (windows, [i for i in range(len(types)) if i not in windows]) if windows else None
+    kinds = layer_kinds(config.hf_text_config)
+    windows = places(kinds, LayerKind.MODEL_DTYPE)
+    return (windows, places(kinds, LayerKind.TILES)) if windows else None

@@ -1,16 +1,24 @@
 """The SGLang versions that KVarN was tested with, and the private names and signatures that it relies on.
 
 One row serves every tested version: a function must take every parameter listed, and may take others only if they
-have a default. ``compat.signature_differences`` compares the rows with the installed SGLang.
+have a default. ``compat.differences`` compares the rows with the installed SGLang.
 """
 
 from types import MappingProxyType
 from typing import Final
 
+from kvarn.core.layers import LayerKind
+
 TESTED_VERSIONS: Final = ("0.5.17", "0.5.23")
 RECOMMENDED_VERSION: Final = "0.5.23"
 # Those in which drafts were tested, too.
 DRAFT_VERSIONS: Final = ("0.5.23",)
+
+BACKEND_NAME: Final = "kvarn"
+# Kinds of layers that are served beside those in tiles, though not both in one model.
+BESIDE_TILES: Final = frozenset({LayerKind.MODEL_DTYPE, LayerKind.RECURRENT})
+# SGLang's tokens of windows for one token of the other layers, if --swa-full-tokens-ratio is not typed.
+WINDOW_RATIO: Final = 0.8
 
 # --- hooked in every process that loads plugins; the modules are small and loaded anyway
 ADD_CLI_ARGS: Final = "sglang.srt.server_args.ServerArgs.add_cli_args"

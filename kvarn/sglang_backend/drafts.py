@@ -4,7 +4,7 @@ Works on any object that has the flags as attributes, so that it needs no SGLang
 """
 
 from kvarn.presets import Preset
-from kvarn.sglang_backend.settings import BACKEND_NAME
+from kvarn.sglang_backend.compat_tables import BACKEND_NAME
 
 _WITH_MODEL = ("EAGLE", "EAGLE3", "NEXTN", "STANDALONE")
 _NGRAM = "NGRAM"

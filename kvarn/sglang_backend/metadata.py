@@ -4,53 +4,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
-
-from kvarn import env
-from kvarn.core.cache import LayerCache
-from kvarn.core.flash import FlashAttention
-from kvarn.core.prefill_plan import plan_prefill
-from kvarn.core.step import Step, chunk_step, decode_step, verify_step
-from kvarn.core.tail import TailState, owner_tags
+from kvarn.core.table_steps import TableSteps
 
 if TYPE_CHECKING:
     from sglang.srt.model_executor.forward_batch_info import ForwardBatch
 
+    from kvarn.core.step import Step
 
-class StepBuilder:
-    """Describes forward passes to the core.
 
-    Args:
-        state: ring owners and sinks of the pool.
-        layers: the pool's layers, for scrubbing.
-        req_to_token: SGLang's table, [rows, max_context_len]: slot of every token of every request.
-        group: query heads of one kv head.
-        flash: what attends long chunks, if anything does.
-        columns: the argument `widest` of what makes steps, if it is not the default.
-    """
-
-    def __init__(
-        self,
-        state: TailState,
-        layers: list[LayerCache],
-        req_to_token: torch.Tensor,
-        group: int,
-        flash: FlashAttention | None,
-        **columns: int,
-    ) -> None:
-        self._state = state
-        self._layers = layers
-        self._req_to_token = req_to_token
-        self._group = group
-        self._flash = flash
-        self._columns = columns
-        self._page_starts = torch.arange(0, req_to_token.shape[1], state.config.tile_tokens, device=req_to_token.device)
+class StepBuilder(TableSteps):
+    """Describes forward passes to the core."""
 
     def decode(self, batch: ForwardBatch) -> Step:
         """Describe a decode step. Graph-safe: yes."""
-        rows = batch.req_pool_indices
-        table = self._block_table(rows, self._page_starts.shape[0])
-        return decode_step(self._state, rows.int(), batch.seq_lens.int(), table, self._group, **self._columns)
+        return self.uniform(batch.req_pool_indices, batch.seq_lens, 1)
 
     def verify(self, batch: ForwardBatch) -> Step:
         """Describe a step that verifies as many drafts of every request. Graph-safe: yes.
@@ -59,9 +26,7 @@ class StepBuilder:
         """
         rows = batch.req_pool_indices
         rows_each = batch.input_ids.shape[0] // rows.shape[0]
-        table = self._block_table(rows, self._page_starts.shape[0])
-        lengths = (batch.seq_lens + rows_each).int()
-        return verify_step(self._state, rows.int(), lengths, table, self._group, rows_each, **self._columns)
+        return self.uniform(rows, batch.seq_lens + rows_each, rows_each)
 
     def chunk(self, batch: ForwardBatch) -> Step:
         """Describe a prefill chunk or a mixed batch.
@@ -69,43 +34,11 @@ class StepBuilder:
         Raises:
             RuntimeError: an earlier chunk neither continued its tail ring nor started on a tile boundary.
         """
-        self._state.check_faults()
-        rows = batch.req_pool_indices
-        device = rows.device
-        lengths = [a + b for a, b in zip(batch.extend_prefix_lens_cpu, batch.extend_seq_lens_cpu, strict=True)]
-        tile_tokens = self._state.config.tile_tokens
-        tags = owner_tags(batch.rids or [""] * batch.batch_size)
-        plan = plan_prefill(
-            self._state.config,
-            self._flash,
-            self._layers[0].tails.dtype,
+        return self.ragged(
+            batch.req_pool_indices,
+            batch.extend_prefix_lens,
+            batch.seq_lens,
             batch.extend_prefix_lens_cpu,
             batch.extend_seq_lens_cpu,
-            device,
+            batch.rids or [""] * batch.batch_size,
         )
-        step, continued = chunk_step(
-            self._state,
-            rows.int(),
-            batch.extend_prefix_lens.int(),
-            batch.seq_lens.int(),
-            tags.to(device, non_blocking=True),
-            self._block_table(rows, -(-max(lengths) // tile_tokens)),
-            self._group,
-            sum(batch.extend_seq_lens_cpu),
-            plan,
-            **self._columns,
-        )
-        self._state.watch_faults()
-        if env.scrub():
-            self._scrub(rows, continued)
-        return step
-
-    def _block_table(self, rows: torch.Tensor, pages: int) -> torch.Tensor:
-        """Copy the physical pages of some requests, so that layers never read the scheduler's table."""
-        slots = self._req_to_token[rows[:, None], self._page_starts[None, :pages]]
-        return (slots // self._state.config.tile_tokens).int()
-
-    def _scrub(self, rows: torch.Tensor, continued: torch.Tensor) -> None:
-        keep = continued[:, None, None, None, None]
-        for layer in self._layers:
-            layer.tails[rows] = torch.where(keep, layer.tails[rows], 0)

@@ -14,14 +14,17 @@ from typing import Any
 from kvarn import env
 from kvarn.core.layers import LayerKind
 from kvarn.core.support import DeviceFacts, unsupported_reasons
+from kvarn.core.table_pool import PoolSettings, divide_budget, pool_settings
 from kvarn.errors import EngineIncompatible, UnsupportedConfig
 from kvarn.presets import PRESETS, Preset, get_preset, is_preset_name
 from kvarn.sglang_backend import compat, compat_facts, compat_hooks, compat_layers, resolution
 from kvarn.sglang_backend import compat_tables as tables
 from kvarn.sglang_backend.drafts import declared_draft_flags, drafts_with_model
-from kvarn.sglang_backend.settings import BACKEND_NAME, PoolSettings, divide_budget, pool_settings
 
 logger = logging.getLogger(__name__)
+_SIZE_ADVICE = (
+    "In SGLang these are --max-running-requests and --mem-fraction-static; KVARN_TAIL_TOKENS=0 makes the tails smaller."
+)
 
 
 def register() -> None:
@@ -107,9 +110,9 @@ def decide_flags(server_args: object) -> None:
     preset = _asked_preset(getattr(server_args, "kv_cache_dtype", None))
     if preset is None:
         if resolution.asks_for_backend(server_args):
-            names = ", ".join(PRESETS)
+            name, dtypes = tables.BACKEND_NAME, ", ".join(PRESETS)
             raise UnsupportedConfig(
-                [f"The attention backend {BACKEND_NAME!r} reads records only; pass --kv-cache-dtype, one of {names}."]
+                [f"The attention backend {name!r} reads records only; pass --kv-cache-dtype, one of {dtypes}."]
             )
         return
     view = compat_hooks.flags_of(server_args)
@@ -186,7 +189,7 @@ def charge_exact_rows(budget_bytes: int, configurator: Any, *_args: Any, **_kwar
     windows = compat_layers.window_pool(configurator, shape)
     if windows is not None and requested is None:
         most = windows.most_requests(budget_bytes)
-    plan = divide_budget(shape, budget_bytes, requested, token_cap, draft_bytes, most)
+    plan = divide_budget(shape, budget_bytes, requested, token_cap, draft_bytes, most, _SIZE_ADVICE)
     compat_hooks.publish_request_limit(plan.max_requests)
     if windows is not None:
         return windows.bytes_left(plan)
@@ -233,7 +236,7 @@ def build_pool(original: Callable[..., Any], configurator: Any, **arguments: Any
 
 def keep_chains(trees: tuple[Any, Any], *_args: Any, **_kwargs: Any) -> tuple[Any, Any]:
     """After ``NgramCorpus.batch_get``: let every request verify one chain."""
-    from kvarn.sglang_backend.chains import longest_chains
+    from kvarn.core.chains import longest_chains
 
     return longest_chains(*trees)
 

@@ -9,8 +9,8 @@ from sglang.srt.constants import GPU_MEMORY_TYPE_KV_CACHE
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool
 
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer, layer_bytes
+from kvarn.core.table_pool import PoolSettings
 from kvarn.core.tail import TailState
-from kvarn.sglang_backend.settings import PoolSettings
 
 
 class TilePool(MHATokenToKVPool):
@@ -62,20 +62,11 @@ class TilePool(MHATokenToKVPool):
         """
         self.state.faults += (tgt_loc != src_loc).any()
 
-    def get_key_buffer(self, layer_id: int) -> NoReturn:
-        """Refuse: there are no rows of K."""
-        self._no_rows(layer_id)
-
-    def get_value_buffer(self, layer_id: int) -> NoReturn:
-        """Refuse: there are no rows of V."""
-        self._no_rows(layer_id)
-
     def get_kv_buffer(self, layer_id: int) -> NoReturn:
-        """Refuse: there are no rows of K and V."""
-        self._no_rows(layer_id)
-
-    def _no_rows(self, layer_id: int) -> NoReturn:
+        """Refuse, for keys and values together and alone: there are no rows of them."""
         raise NotImplementedError(
             f"Layer {layer_id} is stored as KVarN records and has no rows of K and V to hand out. "
             "The feature that asked for them can't be used with a kvarn cache dtype."
         )
+
+    get_key_buffer = get_value_buffer = get_kv_buffer

@@ -3,11 +3,10 @@
 Works on any object that has the flags as attributes, so that it needs no SGLang.
 """
 
-from dataclasses import dataclass
-
+from kvarn.limits import Limit, limit_reasons
 from kvarn.presets import Preset
+from kvarn.sglang_backend.compat_tables import BACKEND_NAME
 from kvarn.sglang_backend.drafts import draft_reasons
-from kvarn.sglang_backend.settings import BACKEND_NAME
 
 _BACKEND_FLAGS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 _DISABLED = "disabled"
@@ -21,66 +20,42 @@ _BATCH_DEPENDENT = "results still depend on how a batch is put together"
 _NEWEST_TOKENS = "a request's newest tokens stand in its tail, which no transfer carries"
 
 
-@dataclass(frozen=True, slots=True)
-class FlagLimit:
-    """One flag that must keep its default.
-
-    Args:
-        flag: attribute of ServerArgs; the option is the same with dashes.
-        default: the value that is served, beside None and False.
-        why: why no other value is.
-    """
-
-    flag: str
-    default: object
-    why: str
-
-    def reason(self, view: object) -> str | None:
-        """Return the sentence for a user who set the flag; None if it is unset or this SGLang doesn't have it."""
-        value = getattr(view, self.flag, None)
-        if value is None or value is False or value == self.default:
-            return None
-        option = self.flag.replace("_", "-")
-        typed = f"--{option}" if value is True else f"--{option} {value}"
-        return f"{typed} can't be used, because {self.why}; leave it out or serve with --kv-cache-dtype auto."
-
-
 FLAG_LIMITS = (
-    FlagLimit("enable_hierarchical_cache", None, _HOST_COPIES),
-    FlagLimit("enable_lmcache", None, _HOST_COPIES),
-    FlagLimit("enable_flexkv", None, _HOST_COPIES),
-    FlagLimit("enable_unified_cache_external_linker", None, _HOST_COPIES),
-    FlagLimit("radix_cache_backend", None, _NOT_TESTED),
-    FlagLimit("disaggregation_mode", "null", _NEWEST_TOKENS),
-    FlagLimit("enable_pd_role_switch", None, _NEWEST_TOKENS),
-    FlagLimit("enable_unified_memory", None, _OTHER_POOL),
-    FlagLimit("enable_page_major_kv_layout", None, _OTHER_POOL),
-    FlagLimit("prefill_only_disable_kv_cache", None, "it leaves out the cache that tiles stand in"),
-    FlagLimit("enable_hisparse", None, _OTHER_POOL),
-    FlagLimit("enable_kv_cache_sharding", None, _SPLIT_CACHE),
-    FlagLimit("dcp_size", 1, _SPLIT_CACHE),
-    FlagLimit("attn_cp_size", 1, _SPLIT_CACHE),
-    FlagLimit("enable_prefill_cp", None, _SPLIT_CACHE),
-    FlagLimit("enable_prefill_context_parallel", None, _SPLIT_CACHE),
-    FlagLimit("enable_dsa_prefill_context_parallel", None, _SPLIT_CACHE),
-    FlagLimit("pp_size", 1, "stages would size their caches apart from each other (tensor parallelism works)"),
-    FlagLimit("attn_dp_size", 1, _IDLE_RANKS),
-    FlagLimit("enable_dp_attention", None, _IDLE_RANKS),
-    FlagLimit("enable_two_batch_overlap", None, "two half batches would write the same tails at once"),
-    FlagLimit("enable_pdmux", None, "prefill and decode would write tails on two streams at once"),
-    FlagLimit("dllm_algorithm", None, "a diffusion model rewrites tokens that a sealed tile holds already"),
-    FlagLimit("enable_streaming_session", None, _NOT_TESTED),
-    FlagLimit("enable_session_radix_cache", None, _NOT_TESTED),
-    FlagLimit("uno_lora_path", None, _NOT_TESTED),
-    FlagLimit("decoupled_spec_role", "null", _NOT_TESTED),
-    FlagLimit("enable_deterministic_inference", None, _BATCH_DEPENDENT),
-    FlagLimit("rl_on_policy_target", None, _BATCH_DEPENDENT),
-    FlagLimit("kv_canary", "none", _RAW_ROWS),
-    FlagLimit("enable_mis", None, "it needs the attention mask of the flashinfer backend"),
-    FlagLimit("enable_nvidia_megakernel", None, _RAW_ROWS),
-    FlagLimit("enable_amd_monokernel", None, _RAW_ROWS),
-    FlagLimit("enable_memory_saver", None, "paused memory comes back with arbitrary contents, tails included"),
-    FlagLimit("use_ray", None, "its workers don't inherit what the launching process decided"),
+    Limit("enable_hierarchical_cache", None, _HOST_COPIES),
+    Limit("enable_lmcache", None, _HOST_COPIES),
+    Limit("enable_flexkv", None, _HOST_COPIES),
+    Limit("enable_unified_cache_external_linker", None, _HOST_COPIES),
+    Limit("radix_cache_backend", None, _NOT_TESTED),
+    Limit("disaggregation_mode", "null", _NEWEST_TOKENS),
+    Limit("enable_pd_role_switch", None, _NEWEST_TOKENS),
+    Limit("enable_unified_memory", None, _OTHER_POOL),
+    Limit("enable_page_major_kv_layout", None, _OTHER_POOL),
+    Limit("prefill_only_disable_kv_cache", None, "it leaves out the cache that tiles stand in"),
+    Limit("enable_hisparse", None, _OTHER_POOL),
+    Limit("enable_kv_cache_sharding", None, _SPLIT_CACHE),
+    Limit("dcp_size", 1, _SPLIT_CACHE),
+    Limit("attn_cp_size", 1, _SPLIT_CACHE),
+    Limit("enable_prefill_cp", None, _SPLIT_CACHE),
+    Limit("enable_prefill_context_parallel", None, _SPLIT_CACHE),
+    Limit("enable_dsa_prefill_context_parallel", None, _SPLIT_CACHE),
+    Limit("pp_size", 1, "stages would size their caches apart from each other (tensor parallelism works)"),
+    Limit("attn_dp_size", 1, _IDLE_RANKS),
+    Limit("enable_dp_attention", None, _IDLE_RANKS),
+    Limit("enable_two_batch_overlap", None, "two half batches would write the same tails at once"),
+    Limit("enable_pdmux", None, "prefill and decode would write tails on two streams at once"),
+    Limit("dllm_algorithm", None, "a diffusion model rewrites tokens that a sealed tile holds already"),
+    Limit("enable_streaming_session", None, _NOT_TESTED),
+    Limit("enable_session_radix_cache", None, _NOT_TESTED),
+    Limit("uno_lora_path", None, _NOT_TESTED),
+    Limit("decoupled_spec_role", "null", _NOT_TESTED),
+    Limit("enable_deterministic_inference", None, _BATCH_DEPENDENT),
+    Limit("rl_on_policy_target", None, _BATCH_DEPENDENT),
+    Limit("kv_canary", "none", _RAW_ROWS),
+    Limit("enable_mis", None, "it needs the attention mask of the flashinfer backend"),
+    Limit("enable_nvidia_megakernel", None, _RAW_ROWS),
+    Limit("enable_amd_monokernel", None, _RAW_ROWS),
+    Limit("enable_memory_saver", None, "paused memory comes back with arbitrary contents, tails included"),
+    Limit("use_ray", None, "its workers don't inherit what the launching process decided"),
 )
 
 
@@ -105,12 +80,11 @@ def flag_reasons(view: object, preset: Preset) -> list[str]:
         view: the flags as a user typed them, or as SGLang resolved them.
         preset: the preset asked for.
     """
-    limits = (limit.reason(view) for limit in FLAG_LIMITS)
     return [
         *_backend_reasons(view, preset),
         *_page_reasons(view, preset),
         *draft_reasons(view, preset),
-        *(reason for reason in limits if reason is not None),
+        *limit_reasons(FLAG_LIMITS, view, "leave it out or serve with --kv-cache-dtype auto"),
     ]
 
 

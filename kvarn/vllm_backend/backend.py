@@ -13,15 +13,13 @@ from vllm.v1.kv_cache_layout import KVCacheLayout
 
 from kvarn.core.attention import attention, reserve_scratch
 from kvarn.core.cache import CacheConfig
-from kvarn.core.capacity import cache_shape
-from kvarn.core.flash import flash_for
 from kvarn.core.layout import HEAD_DIMS, TileLayout
 from kvarn.core.warm_up import warm_up
 from kvarn.errors import UnsupportedConfig
 from kvarn.presets import PRESETS, Preset
-from kvarn.vllm_backend import compat, compat_tables, compat_windows, resolution
+from kvarn.vllm_backend import compat, compat_tables, resolution
 from kvarn.vllm_backend.metadata import TileMetadata, TileMetadataBuilder, describe
-from kvarn.vllm_backend.tails import TailCache, add_tail, prepare_for_tiles
+from kvarn.vllm_backend.tails import TailCache, add_tail, join_tail, prepare_for_tiles
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -139,10 +137,7 @@ class TileAttention(AttentionImpl[TileMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Find the layer's place in the model; the first layer also makes the companion of all. May be called again."""
-        config = get_current_vllm_config()
-        layers = compat.layers_with(config, TileAttentionBackend)
-        self._index = next(i for i, layer in enumerate(layers.values()) if layer.impl is self)
-        self._tail = compat.tail_of(config) or _add_tail(config, layers, act_dtype)
+        self._index, self._tail = join_tail(self, TileAttentionBackend, act_dtype, _add_tail)
 
     def warm_up(self, tail: TailCache) -> None:
         """Compile what steps launch; the caches are bound."""
@@ -205,22 +200,5 @@ def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype
                 "which one pool of tiles can't hold; serve it with --kv-cache-dtype auto."
             ]
         )
-    layer = next(iter(layers.values()))
-    shape = cache_shape(
-        layer.attn_backend.preset,
-        layers=len(layers),
-        kv_heads=layer.num_kv_heads,
-        head_dim=layer.head_size,
-        raw_bytes=raw_dtype.itemsize,
-        draft_tokens=compat.draft_tokens(config),
-        windows=compat_windows.window_shape(config),
-    )
-    tail = add_tail(config, layers, shape, raw_dtype)
-    tail.flash = flash_for(
-        CacheConfig.of(shape),
-        raw_dtype,
-        tail.sinks.device,
-        caps_logits=any(layer.impl.caps_logits for layer in layers.values()),
-        engine=compat.flash_attention(tail.sinks.device, shape.head_dim),
-    )
-    return tail
+    caps_logits = any(layer.impl.caps_logits for layer in layers.values())
+    return add_tail(config, layers, raw_dtype, next(iter(heads))[1], caps_logits=caps_logits)

@@ -6,7 +6,6 @@ and then changes nothing.
 
 from __future__ import annotations
 
-import functools
 import inspect
 import logging
 import sys
@@ -15,10 +14,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import kvarn
-from kvarn import env
-from kvarn.errors import EngineIncompatible
+from kvarn.engine import Engine
+from kvarn.patching import is_wrapped, wrap_once
 from kvarn.presets import PRESETS, is_preset_name
-from kvarn.signatures import signature_difference
+from kvarn.signatures import signature_differences
 from kvarn.vllm_backend import compat_tables as tables
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
     from kvarn.core.capacity import CacheShape
     from kvarn.core.flash import FlashAttention
 
-logger = logging.getLogger(__name__)
+_VLLM = Engine("vLLM", "vllm", tables.TESTED_VERSIONS, tables.RECOMMENDED_VERSION)
 _FLASH_VERSIONS = (2, 3)
 
 
@@ -47,17 +46,8 @@ def require_compatible() -> None:
         EngineIncompatible: names the versions, what differs, and what to do.
     """
     version = engine_version()
-    tested = version.partition("+")[0] in tables.TESTED_VERSIONS
-    if not tested and not env.allow_untested_engine():
-        raise _incompatible(
-            f"vLLM {version} is not among them.",
-            "or set KVARN_ALLOW_UNTESTED_ENGINE=1 to accept any version whose signatures match",
-        )
-    differences = [d for target, names in tables.SIGNATURES.items() if (d := signature_difference(target, names))]
-    if differences:
-        raise _incompatible(f"This vLLM {version} differs from them: {'; '.join(differences)}.", "or a newer KVarN")
-    if not tested:
-        logger.warning("KVarN %s was not tested with vLLM %s; accepted on request.", kvarn.__version__, version)
+    _VLLM.require_tested(version)
+    _VLLM.require_alike(version, signature_differences(tables.SIGNATURES))
 
 
 def add_dtypes() -> None:
@@ -89,21 +79,11 @@ def select_backend_by(choose: Callable[[type, Any], str]) -> None:
     """
     from vllm.platforms import current_platform
 
-    platform = type(current_platform)
-    original = platform.get_attn_backend_cls.__func__
-    if getattr(original, tables.MARK, False):
-        return
-
-    @functools.wraps(original)
-    def get_attn_backend_cls(cls: type, *args: Any, **kwargs: Any) -> str:
+    def get_attn_backend_cls(original: Callable[..., str], cls: type, *args: Any, **kwargs: Any) -> str:
         asked = inspect.signature(original).bind(cls, *args, **kwargs).arguments["attn_selector_config"]
-        if is_preset_name(asked.kv_cache_dtype):
-            return choose(cls, asked)
-        path: str = original(cls, *args, **kwargs)
-        return path
+        return choose(cls, asked) if is_preset_name(asked.kv_cache_dtype) else original(cls, *args, **kwargs)
 
-    setattr(get_attn_backend_cls, tables.MARK, True)
-    platform.get_attn_backend_cls = classmethod(get_attn_backend_cls)
+    wrap_once(type(current_platform), "get_attn_backend_cls", get_attn_backend_cls)
 
 
 def register_spec(spec: type, manager: type) -> None:
@@ -121,30 +101,31 @@ def watch_admissions(note: Callable[[Any, list[int]], None]) -> None:
     Blocks change hands without the worker being told; a request's first step, or its first after a preemption, is
     when it gets new ones. Only runners that are imported already are watched: one of them is loading the model.
     """
-    for module in tables.RUNNERS:
-        runner = getattr(sys.modules.get(module), tables.RUNNER_CLASS, None)
-        if runner is None or getattr(runner.execute_model, tables.MARK, False):
-            continue
-        runner.execute_model = _watched(runner.execute_model, note)
+
+    def execute_model(
+        original: Callable[..., Any], runner: Any, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any
+    ) -> Any:
+        tail = tail_of(runner.vllm_config)
+        if tail is not None and tail.is_bound:
+            group = _group_of(runner.kv_cache_config, tail.layer_name)
+            note(tail, _admitted_blocks(scheduler_output, group))
+        return original(runner, scheduler_output, *args, **kwargs)
+
+    for runner in _runners():
+        wrap_once(runner, "execute_model", execute_model)
 
 
 def before_warm_up(call: Callable[[Any], None]) -> None:
     """Call `call` with the TailCache when a worker's caches are there and it begins to warm up."""
     from vllm.v1.worker.gpu_worker import Worker
 
-    warm_up = Worker.compile_or_warm_up_model
-    if getattr(warm_up, tables.MARK, False):
-        return
-
-    @functools.wraps(warm_up)
-    def called(worker: Any) -> Any:
+    def compile_or_warm_up_model(original: Callable[[Any], Any], worker: Any) -> Any:
         tail = tail_of(worker.vllm_config)
         if tail is not None and tail.is_bound:
             call(tail)
-        return warm_up(worker)
+        return original(worker)
 
-    setattr(called, tables.MARK, True)
-    Worker.compile_or_warm_up_model = called
+    wrap_once(Worker, "compile_or_warm_up_model", compile_or_warm_up_model)
 
 
 def require_watched() -> None:
@@ -153,10 +134,10 @@ def require_watched() -> None:
     Raises:
         EngineIncompatible: another package replaced the method that is watched.
     """
-    found = [getattr(sys.modules.get(module), tables.RUNNER_CLASS, None) for module in tables.RUNNERS]
-    lost = [runner.__module__ for runner in found if runner and not getattr(runner.execute_model, tables.MARK, False)]
-    if lost or not any(found):
-        raise _incompatible(
+    runners = _runners()
+    lost = [runner.__module__ for runner in runners if not is_wrapped(runner.execute_model)]
+    if lost or not runners:
+        raise _VLLM.incompatible(
             f"KVarN does not see which requests vLLM {engine_version()} admits ({', '.join(lost) or 'no runner'}).",
             "and look for other plugins that replace execute_model (VLLM_PLUGINS=kvarn loads only this one)",
         )
@@ -291,17 +272,10 @@ def _add_dtypes_to_literal() -> None:
     arg_utils._compute_kwargs.cache_clear()
 
 
-def _watched(execute_model: Callable[..., Any], note: Callable[[Any, list[int]], None]) -> Callable[..., Any]:
-    @functools.wraps(execute_model)
-    def watched(runner: Any, scheduler_output: SchedulerOutput, *args: Any, **kwargs: Any) -> Any:
-        tail = tail_of(runner.vllm_config)
-        if tail is not None and tail.is_bound:
-            group = _group_of(runner.kv_cache_config, tail.layer_name)
-            note(tail, _admitted_blocks(scheduler_output, group))
-        return execute_model(runner, scheduler_output, *args, **kwargs)
-
-    setattr(watched, tables.MARK, True)
-    return watched
+def _runners() -> list[Any]:
+    """Return the classes of model runners that are imported."""
+    found = (getattr(sys.modules.get(module), tables.RUNNER_CLASS, None) for module in tables.RUNNERS)
+    return [runner for runner in found if runner is not None]
 
 
 def _admitted_blocks(output: SchedulerOutput, group: int) -> list[int]:
@@ -316,11 +290,3 @@ def _admitted_blocks(output: SchedulerOutput, group: int) -> list[int]:
 def _group_of(kv_cache_config: Any, layer_name: str) -> int:
     groups = enumerate(kv_cache_config.kv_cache_groups)
     return next(i for i, group in groups if layer_name in group.layer_names)
-
-
-def _incompatible(what: str, otherwise: str) -> EngineIncompatible:
-    tested = " and ".join(tables.TESTED_VERSIONS)
-    return EngineIncompatible(
-        f"KVarN {kvarn.__version__} is tested with vLLM {tested}. {what} "
-        f"Install a tested version (pip install vllm=={tables.RECOMMENDED_VERSION}), {otherwise}."
-    )

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import functools
+from collections.abc import Callable
 from typing import Any
 
-from kvarn.vllm_backend.compat_tables import MARK
+from kvarn.patching import wrap_once
 
 
 def stand_beside_ours() -> None:
@@ -23,18 +23,13 @@ def stand_beside_ours() -> None:
     from vllm.v1.kv_cache_layout import KVCacheLayout
     from vllm.v1.worker.cpu_model_runner import CPUModelRunner
 
-    zero_block_ids = CPUModelRunner._zero_block_ids
-    if getattr(zero_block_ids, MARK, False):
-        return
     layouts = (KVCacheLayout.LBHNC, KVCacheLayout.BLHNC)
     CPUAttentionBackend.supported_kv_cache_layouts = classmethod(lambda _: layouts)
 
-    @functools.wraps(zero_block_ids)
-    def zero_in_all_layers(runner: Any, block_ids: list[int]) -> None:
+    def zero_in_all_layers(original: Callable[..., None], runner: Any, block_ids: list[int]) -> None:
         for layer in runner.compilation_config.static_forward_context.values():
             if getattr(layer, "attn_backend", None) is CPUAttentionBackend:
                 layer.kv_cache[block_ids] = 0
-        zero_block_ids(runner, block_ids)
+        original(runner, block_ids)
 
-    setattr(zero_in_all_layers, MARK, True)
-    CPUModelRunner._zero_block_ids = zero_in_all_layers
+    wrap_once(CPUModelRunner, "_zero_block_ids", zero_in_all_layers)

@@ -17,8 +17,6 @@ BACKEND_MODULE: Final = "kvarn.vllm_backend.backend"
 # Registered beside the first attention layer, under its name and this suffix.
 TAIL_SUFFIX: Final = ".kvarn_tail"
 
-# On what stands in for a function of vLLM.
-MARK: Final = "__kvarn__"
 # What --kv-cache-dtype-skip-layers calls layers with a window.
 SKIP_WINDOWS: Final = "sliding_window"
 

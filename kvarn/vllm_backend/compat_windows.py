@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from kvarn.core.layers import LayerKind, layer_kinds
 from kvarn.core.windows import PAGES, WindowShape
+from kvarn.patching import wrap_once
 from kvarn.presets import is_preset_name
 from kvarn.vllm_backend.compat import tail_of
-from kvarn.vllm_backend.compat_tables import MARK, SKIP_WINDOWS
+from kvarn.vllm_backend.compat_tables import SKIP_WINDOWS
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -22,8 +22,13 @@ def keep_windows_raw() -> None:
     vLLM would raise the tokens of a block until its record is as large as its rows of a layer with a window. That is
     needed where all caches must have pages of one size, and ours needn't.
     """
-    _wrap("check_and_update_config", _exempt)
-    _wrap("update_block_size_for_backend", _size_blocks)
+    from vllm.platforms import current_platform
+
+    platform = type(current_platform)
+    for name, around in (("check_and_update_config", _exempt), ("update_block_size_for_backend", _size_blocks)):
+        # A vLLM that lacks one is refused once a kvarn dtype is asked for.
+        if hasattr(platform, name):
+            wrap_once(platform, name, around)
 
 
 def window_shape(vllm_config: VllmConfig) -> WindowShape | None:
@@ -52,43 +57,26 @@ def _takes(backend: type, tokens: int) -> bool:
     return any(tokens % size.base == 0 if isinstance(size, MultipleOf) else tokens == size for size in sizes)
 
 
-def _exempt(original: Callable[[VllmConfig], None], vllm_config: VllmConfig) -> None:
+def _exempt(original: Callable[..., None], platform: type, vllm_config: VllmConfig) -> None:
     """Before vLLM checks a configuration. If no layer holds tiles, the first that asks for our backend is refused."""
     cache, model = vllm_config.cache_config, vllm_config.model_config
     if model is not None and is_preset_name(cache.cache_dtype):
         kinds = layer_kinds(model.hf_text_config)
         if LayerKind.TILES in kinds and LayerKind.MODEL_DTYPE in kinds:
             cache.kv_cache_dtype_skip_layers = sorted({*cache.kv_cache_dtype_skip_layers, SKIP_WINDOWS})
-    original(vllm_config)
+    original(platform, vllm_config)
 
 
-def _size_blocks(original: Callable[[VllmConfig], None], vllm_config: VllmConfig) -> None:
+def _size_blocks(original: Callable[..., None], platform: type, vllm_config: VllmConfig) -> None:
     """When weights are loaded and backends known: choose the tokens of a block, and of a page of a window."""
     cache = vllm_config.cache_config
     exempt, tail = cache.kv_cache_dtype_skip_layers, tail_of(vllm_config)
     if tail is None or not exempt:
-        original(vllm_config)
+        original(platform, vllm_config)
         return
     cache.kv_cache_dtype_skip_layers = []
-    original(vllm_config)
+    original(platform, vllm_config)
     cache.kv_cache_dtype_skip_layers = exempt
     if not cache.user_specified_block_size:
-        cache.block_size = tail.best_block_size(cache.block_size)
-    cache.skip_page_size_padded = tail.window_page_bytes(cache.block_size)
-
-
-def _wrap(name: str, around: Callable[[Callable[[VllmConfig], None], VllmConfig], None]) -> None:
-    from vllm.platforms import current_platform
-
-    platform = type(current_platform)
-    # A vLLM that lacks it is refused once a kvarn dtype is asked for.
-    original = getattr(getattr(platform, name, None), "__func__", None)
-    if original is None or getattr(original, MARK, False):
-        return
-
-    @functools.wraps(original)
-    def wrapped(cls: type, vllm_config: VllmConfig) -> None:
-        around(functools.partial(original, cls), vllm_config)
-
-    setattr(wrapped, MARK, True)
-    setattr(platform, name, classmethod(wrapped))
+        cache.block_size = tail.shape.best_block_tokens(vllm_config.model_config.max_model_len, cache.block_size)
+    cache.skip_page_size_padded = tail.shape.window_page_bytes(cache.block_size)

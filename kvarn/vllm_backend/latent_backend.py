@@ -14,8 +14,7 @@ from vllm.v1.attention.backend import MLAAttentionImpl
 
 from kvarn import env
 from kvarn.core.cache import CacheConfig, LayerCache
-from kvarn.core.capacity import latent_shape
-from kvarn.core.flash import flash_for, widened
+from kvarn.core.flash import widened
 from kvarn.core.latent.attend import LATENT_COLUMNS, heads_together
 from kvarn.core.latent.attention import append_latents, latent_attention, latent_scratch_bytes
 from kvarn.core.latent.layout import LATENT_DIMS, ROPE_DIMS, LatentLayout
@@ -27,7 +26,7 @@ from kvarn.core.step import Step
 from kvarn.vllm_backend import compat, resolution
 from kvarn.vllm_backend.backend import TileAttentionBackend, backend_named
 from kvarn.vllm_backend.metadata import TileMetadata, TileMetadataBuilder, describe
-from kvarn.vllm_backend.tails import TailCache, add_tail, prepare_for_tiles
+from kvarn.vllm_backend.tails import TailCache, add_tail, join_tail, prepare_for_tiles
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -150,10 +149,7 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
 
     def process_weights_after_loading(self, act_dtype: torch.dtype) -> None:
         """Find the layer's place in the model; the first layer also makes the companion of all. May be called again."""
-        config = get_current_vllm_config()
-        layers = compat.layers_with(config, LatentTileBackend)
-        self._index = next(i for i, layer in enumerate(layers.values()) if layer.impl is self)
-        self._tail = compat.tail_of(config) or _add_tail(config, layers, act_dtype)
+        self._index, self._tail = join_tail(self, LatentTileBackend, act_dtype, _add_tail)
 
     def warm_up(self, tail: TailCache) -> None:
         """Compile what steps launch; the caches are bound."""
@@ -246,30 +242,13 @@ def __getattr__(name: str) -> type[TileAttentionBackend]:
 def _add_tail(config: VllmConfig, layers: dict[str, Any], raw_dtype: torch.dtype) -> TailCache:
     """Make the companion of a model's attention layers and let vLLM allocate its cache."""
     layer = next(iter(layers.values()))
-    layout = LatentLayout.of_row(layer.attn_backend.preset, layer.head_size)
-    shape = latent_shape(
-        layer.attn_backend.preset,
-        layers=len(layers),
-        latent_dim=layout.latent_dim,
-        rope_dim=layout.rope_dim,
-        raw_bytes=raw_dtype.itemsize,
-        draft_tokens=compat.draft_tokens(config),
-    )
-    tail = add_tail(config, layers, shape, raw_dtype)
     impl = layer.impl
-    flash = flash_for(
-        CacheConfig.of(shape),
-        raw_dtype,
-        tail.sinks.device,
-        caps_logits=False,
-        engine=compat.flash_attention(tail.sinks.device, impl.key_width),
-        head_dim=impl.key_width,
-    )
-    tail.flash = None if flash is None else widened(flash)
-    numbers = layout.row_dim + impl.num_heads * 2 * impl.key_width
-    tail.token_numbers = None if flash is None else numbers
+    tail = add_tail(config, layers, raw_dtype, impl.key_width, latent_dims=compat.latent_dims(config))
+    if tail.flash is not None:
+        tail.flash = widened(tail.flash)
+        tail.token_numbers = layer.head_size + impl.num_heads * 2 * impl.key_width
     needed = latent_scratch_bytes(
-        CacheConfig.of(shape),
+        CacheConfig.of(tail.shape),
         config.scheduler_config.max_num_batched_tokens,
         tail.max_requests,
         tail.max_pages,

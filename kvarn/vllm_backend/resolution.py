@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from kvarn.core.layers import LayerKind, layer_kinds
 from kvarn.core.prefill_plan import LONG_ROWS
 from kvarn.core.support import DeviceFacts, ModelFacts, unsupported_reasons
+from kvarn.limits import Limit, limit_reasons
 from kvarn.presets import get_preset, is_preset_name
 from kvarn.vllm_backend import compat
 from kvarn.vllm_backend.compat_tables import SELECTOR_FLAGS, SKIP_WINDOWS
@@ -22,51 +22,25 @@ _CHAINS = ("ngram", "ngram_gpu", "draft_model", "eagle", "eagle3", "mtp")
 _WITHOUT_MODEL = ("ngram", "ngram_gpu")
 
 
-@dataclass(frozen=True, slots=True)
-class Limit:
-    """A setting of vLLM that can't be combined with a kvarn dtype.
-
-    Args:
-        path: attribute of the VllmConfig, dotted.
-        flag: what a user types.
-        harmless: value with which it can be served, beside None.
-        why: ends the sentence "... can't be used, because".
-    """
-
-    path: str
-    flag: str
-    harmless: object
-    why: str
-
-    def reason(self, config: VllmConfig) -> str | None:
-        """Return the sentence for a user; None if the setting is harmless."""
-        value: Any = config
-        for name in self.path.split("."):
-            value = getattr(value, name, None)
-        if value is None or (type(value) is type(self.harmless) and value == self.harmless):
-            return None
-        return f"{self.flag} can't be used, because {self.why}; leave it out."
-
-
 LIMITS = (
-    Limit("cache_config.kv_offloading_size", "--kv-offloading-size", None, "records move without their exact tails"),
-    Limit("cache_config.kv_sharing_fast_prefill", "--kv-sharing-fast-prefill", False, "layers there share caches"),
-    Limit("parallel_config.pipeline_parallel_size", "--pipeline-parallel-size", 1, _NOT_TESTED),
-    Limit("parallel_config.data_parallel_size", "--data-parallel-size", 1, _NOT_TESTED),
+    Limit("cache_config.kv_offloading_size", None, "records move without their exact tails", "--kv-offloading-size"),
+    Limit("cache_config.kv_sharing_fast_prefill", False, "layers there share caches", "--kv-sharing-fast-prefill"),
+    Limit("parallel_config.pipeline_parallel_size", 1, _NOT_TESTED, "--pipeline-parallel-size"),
+    Limit("parallel_config.data_parallel_size", 1, _NOT_TESTED, "--data-parallel-size"),
     Limit(
         "parallel_config.use_ubatching",
-        "--enable-dbo or --ubatch-size above 1",
         False,
         "two half batches would write the same tails at once",
+        "--enable-dbo or --ubatch-size above 1",
     ),
-    Limit("attention_config.backend", "--attention-backend", None, "only KVarN's own reads tiles"),
+    Limit("attention_config.backend", None, "only KVarN's own reads tiles", "--attention-backend"),
     Limit(
         "scheduler_config.disable_hybrid_kv_cache_manager",
-        "--disable-hybrid-kv-cache-manager",
         False,
         "records and tails are caches of two kinds",
+        "--disable-hybrid-kv-cache-manager",
     ),
-    Limit("model_config.enable_sleep_mode", "--enable-sleep-mode", False, _NOT_TESTED),
+    Limit("model_config.enable_sleep_mode", False, _NOT_TESTED, "--enable-sleep-mode"),
 )
 
 
@@ -83,7 +57,6 @@ def reasons_against(fields: Mapping[str, Any], config: VllmConfig, capability: t
     text = config.model_config.hf_text_config
     # vLLM exempts layers with a window from a cache dtype, but not these.
     asked += ["has layers with chunked attention"] * bool(getattr(text, "attention_chunk_size", None))
-    limits = (limit.reason(config) for limit in LIMITS)
     beside = frozenset(layer_kinds(text)) - {LayerKind.TILES}
     return [
         *unsupported_reasons(_facts(fields, config), preset, _device(config, capability), beside, latents=True),
@@ -95,7 +68,7 @@ def reasons_against(fields: Mapping[str, Any], config: VllmConfig, capability: t
             hybrid=config.model_config.is_hybrid,
             windows=LayerKind.MODEL_DTYPE in beside,
         ),
-        *(reason for reason in limits if reason is not None),
+        *limit_reasons(LIMITS, config),
     ]
 
 

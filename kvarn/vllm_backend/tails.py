@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
+from vllm.config import get_current_vllm_config
 from vllm.model_executor.layers.attention_layer_base import AttentionLayerBase
 from vllm.v1.attention.backend import AttentionBackend, AttentionCGSupport, AttentionMetadata, AttentionMetadataBuilder
 
-from kvarn.core.cache import CacheConfig, LayerCache
-from kvarn.core.capacity import CacheShape
-from kvarn.core.flash import FlashAttention
+from kvarn.core.block_pool import BlockPool, allocate_sinks
+from kvarn.core.cache import CacheConfig
+from kvarn.core.capacity import CacheShape, cache_shape
+from kvarn.core.flash import FlashAttention, flash_for
 from kvarn.core.layers import layer_kinds, summary
-from kvarn.core.tail import TailState
 from kvarn.errors import UnsupportedConfig
-from kvarn.vllm_backend import compat, compat_cpu, compat_tables
+from kvarn.vllm_backend import compat, compat_cpu, compat_tables, compat_windows
 from kvarn.vllm_backend.spec import TailSpec
 
 if TYPE_CHECKING:
@@ -78,23 +80,6 @@ def forget_rings(tail: TailCache, blocks: list[int]) -> None:
         tail.pool.state.forget(rows.to(tail.kv_cache.device, non_blocking=True))
 
 
-class TilePool:
-    """The caches of all layers, over the memory that vLLM allocated.
-
-    Args:
-        config: shared numbers.
-        layers: of every attention layer in order, over records, rings and sinks.
-        state: ring owners and sinks. A ring is known by its request's first tail block.
-        rings_per_block: layers whose rings share a column of the tail's block table.
-    """
-
-    def __init__(self, config: CacheConfig, layers: list[LayerCache], state: TailState, rings_per_block: int) -> None:
-        self.config = config
-        self.layers = layers
-        self.state = state
-        self.rings_per_block = rings_per_block
-
-
 class TailCache(torch.nn.Module, AttentionLayerBase):
     """Companion of a model's attention layers: its cache holds the rings, itself the sinks and the state.
 
@@ -134,9 +119,7 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         self._announced = False
         slots = shape.sink_slots(min(max_requests, _REQUESTS_WITH_SINKS))
         # Taken before vLLM measures what is left for the cache, so that it is charged.
-        parts, width = shape.layout.raw_shape
-        rows = (shape.layers, slots, parts, shape.kv_heads, shape.sink_tokens, width)
-        self.sinks = torch.zeros(rows, dtype=raw_dtype, device=device)
+        self.sinks = allocate_sinks(shape, slots, raw_dtype, device)
 
     def get_attn_backend(self) -> type[TailBackend]:
         """Return the backend that hands out the tail's block table."""
@@ -159,23 +142,6 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
             blocks_per_request=self.shape.tail_blocks(tiles),
         )
 
-    def best_block_size(self, least: int) -> int:
-        """Return the tokens of a block, so many at least, with which the longest request takes few bytes."""
-        tile = self.shape.preset.tile_tokens
-        return max(least, tile * self.shape.best_tiles_per_block(self.max_pages * tile))
-
-    def window_page_bytes(self, block_size: int) -> int | None:
-        """Return the bytes of a page of a layer with a window; None where there are none.
-
-        Args:
-            block_size: tokens of a block.
-        """
-        windows = self.shape.windows
-        if windows is None:
-            return None
-        tiles = block_size // self.shape.preset.tile_tokens
-        return self.shape.window_page_tokens(tiles) * windows.token_bytes
-
     def bind_kv_cache(self, kv_cache: torch.Tensor) -> None:
         """Take the memory of the rings; caches made over an earlier one are dropped."""
         self.kv_cache = kv_cache
@@ -187,7 +153,7 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         return self.kv_cache.numel() > 0
 
     @property
-    def pool(self) -> TilePool:
+    def pool(self) -> BlockPool:
         """The caches of all layers; made when first asked for, with every layer's memory bound."""
         if self._pool is None:
             object.__setattr__(self, "_pool", self._make_pool())
@@ -197,34 +163,56 @@ class TailCache(torch.nn.Module, AttentionLayerBase):
         """Compile what steps launch; the caches are bound."""
         self.layers[0].impl.warm_up(self)
 
-    def _make_pool(self) -> TilePool:
-        records = [_records(layer.kv_cache, self.shape) for layer in self.layers]
-        blocks, tiles = records[0].shape[:2]
+    def _make_pool(self) -> BlockPool:
+        pool = BlockPool(self.shape, [layer.kv_cache for layer in self.layers], self.kv_cache, self.sinks)
         if not self._announced:
             # not before: vLLM settles the size of a block after the weights are loaded
-            compat.announce(self.shape, self.kinds, self.raw_dtype, self.shape.tail_blocks(tiles))
+            blocks = self.shape.tail_blocks(pool.config.tiles_per_block)
+            compat.announce(self.shape, self.kinds, self.raw_dtype, blocks)
             self._announced = True
-        config = CacheConfig.of(self.shape, tiles)
-        rings_per_block = self.shape.rings_per_block(tiles)
-        layers = [
-            LayerCache(config, memory, self._rings(i % rings_per_block), sinks)
-            for i, (memory, sinks) in enumerate(zip(records, self.sinks, strict=True))
-        ]
-        state = TailState(config, blocks, blocks, self.sinks.shape[1], self.sinks.device)
-        return TilePool(config, layers, state, rings_per_block)
-
-    def _rings(self, place: int) -> torch.Tensor:
-        """View one place of every block as a ring, [blocks, raw rows of a token, kv_heads, ring_tokens, width]."""
-        shape = self.shape
-        blocks, _, tokens, content = self.kv_cache.shape
-        memory = self.kv_cache.as_strided((blocks, tokens * content), (self.kv_cache.stride(0), 1))
-        ring = memory[:, place * shape.ring_bytes : (place + 1) * shape.ring_bytes].view(self.raw_dtype)
-        parts, width = shape.layout.raw_shape
-        return ring.unflatten(1, (parts, shape.kv_heads, shape.ring_tokens, width))
+        return pool
 
 
-def add_tail(config: VllmConfig, layers: dict[str, Any], shape: CacheShape, raw_dtype: torch.dtype) -> TailCache:
-    """Make the companion of a model's attention layers and let vLLM allocate its cache."""
+def join_tail(
+    impl: object, backend: type, raw_dtype: torch.dtype, make: Callable[..., TailCache]
+) -> tuple[int, TailCache]:
+    """Return a layer's place among a model's layers of its backend, and their companion, which `make` makes once."""
+    config = get_current_vllm_config()
+    layers = compat.layers_with(config, backend)
+    index = next(i for i, layer in enumerate(layers.values()) if layer.impl is impl)
+    return index, compat.tail_of(config) or make(config, layers, raw_dtype)
+
+
+def add_tail(
+    config: VllmConfig,
+    layers: dict[str, Any],
+    raw_dtype: torch.dtype,
+    key_width: int,
+    *,
+    caps_logits: bool = False,
+    latent_dims: tuple[int, int] | None = None,
+) -> TailCache:
+    """Make the companion of a model's attention layers and let vLLM allocate its cache.
+
+    Args:
+        config: vLLM's configuration.
+        layers: the attention layers by name, in the model's order.
+        raw_dtype: dtype of the model.
+        key_width: channels of a head's keys, as long chunks attend to them.
+        caps_logits: some layer has a soft cap.
+        latent_dims: channels of the latents and of their rope parts; None if there are none.
+    """
+    layer = next(iter(layers.values()))
+    shape = cache_shape(
+        layer.attn_backend.preset,
+        layers=len(layers),
+        kv_heads=layer.num_kv_heads,
+        head_dim=layer.head_size,
+        raw_bytes=raw_dtype.itemsize,
+        draft_tokens=compat.draft_tokens(config),
+        windows=compat_windows.window_shape(config),
+        latent_dims=latent_dims,
+    )
     tail = TailCache(
         next(iter(layers)) + compat_tables.TAIL_SUFFIX,
         list(layers.values()),
@@ -233,6 +221,11 @@ def add_tail(config: VllmConfig, layers: dict[str, Any], shape: CacheShape, raw_
         config.scheduler_config.max_num_seqs,
         config.model_config.max_model_len,
         config.device_config.device,
+    )
+    device = tail.sinks.device
+    engine = compat.flash_attention(device, key_width)
+    tail.flash = flash_for(
+        CacheConfig.of(shape), raw_dtype, device, caps_logits=caps_logits, engine=engine, head_dim=key_width
     )
     tail.kinds = summary(layer_kinds(config.model_config.hf_text_config))
     compat.add_layer(config, tail.layer_name, tail)
@@ -261,18 +254,3 @@ def prepare_for_tiles(config: VllmConfig, reasons: list[str]) -> None:
     compat_cpu.stand_beside_ours()
     compat.watch_admissions(forget_rings)
     compat.before_warm_up(TailCache.warm_up)
-
-
-def _records(kv_cache: torch.Tensor, shape: CacheShape) -> torch.Tensor:
-    """View a layer's blocks, [blocks, kv_heads, tokens, bytes a token], as [blocks, tiles, kv_heads, record_bytes]."""
-    if kv_cache.dim() == 3:  # of latents, without heads
-        kv_cache = kv_cache[:, None]
-    blocks, heads, tokens, content = kv_cache.shape
-    tile = shape.preset.tile_tokens
-    if content * tile != shape.layout.record_bytes or kv_cache.stride()[2:] != (content, 1):
-        raise RuntimeError(
-            f"vLLM laid the cache out as {tuple(kv_cache.shape)} with strides {kv_cache.stride()}, which doesn't keep "
-            f"a record of {shape.layout.record_bytes} bytes in one piece."
-        )
-    strides = (kv_cache.stride(0), tile * content, kv_cache.stride(1), 1)
-    return kv_cache.as_strided((blocks, tokens // tile, heads, tile * content), strides, kv_cache.storage_offset())

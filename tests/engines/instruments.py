@@ -90,7 +90,7 @@ def _trace_steps(path: Path) -> None:
     chunk, decode, verify = (getattr(metadata.StepBuilder, name) for name in ("chunk", "decode", "verify"))
 
     def check(builder: StepBuilder) -> None:
-        state = builder._state
+        state = builder.state
         state.check_integrity()
         if int(state.faults):
             raise RuntimeError(f"{int(state.faults)} chunks lost their open tile")
@@ -132,11 +132,11 @@ def _trace_steps(path: Path) -> None:
 
 def _poison(builder: StepBuilder, batch: Any) -> None:
     """Overwrite what drafts may have left behind, which nobody may read."""
-    config = builder._state.config
-    table = builder._block_table(batch.req_pool_indices, builder._page_starts.shape[0])
+    config = builder.state.config
+    table = builder.pages(batch.req_pool_indices)
     for row, pages, done in zip(batch.req_pool_indices, table, batch.seq_lens.tolist(), strict=True):
         provisional = pages[done // config.tile_tokens : -(-(done + config.draft_tokens + 1) // config.tile_tokens)]
         wrong = torch.arange(done, done + config.draft_tokens) % config.ring_tokens
-        for layer in builder._layers:
+        for layer in builder.layers:
             layer.records[provisional.long()] = 0xFF
             layer.tails[row, :, :, wrong] = torch.nan

@@ -14,7 +14,7 @@ from kvarn.checkpoint import describe, read_config
 from kvarn.core.support import DeviceFacts, unsupported_reasons
 from kvarn.errors import KVarNError
 from kvarn.presets import get_preset
-from kvarn.sglang_backend.settings import BESIDE_TILES
+from kvarn.sglang_backend.compat_tables import BESIDE_TILES
 
 LONGEST = 129 * 1024
 

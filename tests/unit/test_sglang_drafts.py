@@ -119,7 +119,7 @@ def mask_of(parents):
     ids=["chain", "padding", "nothing", "a branch before it", "two of a length", "no drafts"],
 )
 def test_longest_path_comes_first_and_is_a_chain(tokens, parents, chain):
-    from kvarn.sglang_backend.chains import longest_chains
+    from kvarn.core.chains import longest_chains
 
     # beside another request, whose tree is another
     others = list(range(len(tokens)))

@@ -10,12 +10,12 @@ import pytest
 from kvarn.core.capacity import CacheShape, plan_capacity
 from kvarn.core.layers import LayerKind
 from kvarn.core.support import ModelFacts
+from kvarn.core.table_pool import PoolSettings, divide_budget, pool_settings
 from kvarn.core.window_pool import WindowPool
 from kvarn.core.windows import WindowShape
 from kvarn.errors import CapacityError, EngineIncompatible, UnknownPreset, UnsupportedConfig
 from kvarn.presets import PRESETS, get_preset
 from kvarn.sglang_backend import compat, compat_facts, compat_hooks, compat_layers, plugin, resolution
-from kvarn.sglang_backend.settings import PoolSettings, divide_budget, pool_settings
 
 PRESET = get_preset("kvarn_k4v2_g128")
 SHAPE = CacheShape(PRESET, layers=28, kv_heads=2, head_dim=128, raw_bytes=2, tail_tokens=128, sink_tokens=4)
@@ -41,7 +41,7 @@ TYPED = {
 
 def flags(**changes):
     """Flags as SGLang has them when nothing was typed."""
-    defaults = {limit.flag: limit.default if limit.default is not None else False for limit in resolution.FLAG_LIMITS}
+    defaults = {limit.path: limit.default if limit.default is not None else False for limit in resolution.FLAG_LIMITS}
     unset = dict.fromkeys(
         ("attention_backend", "prefill_attention_backend", "decode_attention_backend", "page_size")
         + ("chunked_prefill_size", "max_total_tokens", "cuda_graph_backend_prefill", "cuda_graph_config")
@@ -61,10 +61,10 @@ class TestFlags:
         assert resolution.flag_reasons(flags(), PRESET) == []
         assert resolution.final_reasons(resolved(), PRESET) == []
 
-    @pytest.mark.parametrize("limit", resolution.FLAG_LIMITS, ids=lambda limit: limit.flag)
+    @pytest.mark.parametrize("limit", resolution.FLAG_LIMITS, ids=lambda limit: limit.path)
     def test_each_limited_flag_gives_one_sentence_with_reason_and_remedy(self, limit):
-        (reason,) = resolution.flag_reasons(flags(**{limit.flag: TYPED.get(limit.flag, True)}), PRESET)
-        assert reason.startswith(f"--{limit.flag.replace('_', '-')} ")
+        (reason,) = resolution.flag_reasons(flags(**{limit.path: TYPED.get(limit.path, True)}), PRESET)
+        assert reason.startswith(f"--{limit.path.replace('_', '-')} ")
         assert f"because {limit.why}" in reason
         assert "leave it out" in reason
 
@@ -142,9 +142,9 @@ class TestBudget:
     def test_typed_limit_is_honoured_under_a_token_cap(self):
         assert divide_budget(SHAPE, 10 * GIB, 200, 1024).max_requests == 200
 
-    def test_tails_that_leave_no_page_are_refused_with_the_flags_to_change(self):
-        with pytest.raises(CapacityError, match=r"4000 requests.*--max-running-requests and --mem-fraction-static"):
-            divide_budget(SHAPE, GIB, 4000, None)
+    def test_tails_that_leave_no_page_are_refused(self):
+        with pytest.raises(CapacityError, match=r"4000 requests.*more memory\. Pass --fewer\.$"):
+            divide_budget(SHAPE, GIB, 4000, None, advice="Pass --fewer.")
 
 
 class TilePool:
@@ -206,6 +206,11 @@ class TestPoolHooks:
         left = plugin.charge_exact_rows(10 * GIB, configurator, 0)
         assert left == plan_capacity(SHAPE, 10 * GIB, 7).tokens * SHAPE.bytes_per_token
         assert configurator.published == [7]
+
+    def test_tails_that_leave_no_page_are_refused_with_the_flags_to_change(self, configurator, monkeypatch):
+        monkeypatch.setattr(compat_facts, "limits_of_schedule", lambda: (4000, None))
+        with pytest.raises(CapacityError, match=r"4000 requests.*--max-running-requests and --mem-fraction-static"):
+            plugin.charge_exact_rows(GIB, configurator, 0)
 
     def test_window_that_only_the_loaded_model_tells_of_is_refused(self, configurator):
         configurator.sliding_window_size = 4096

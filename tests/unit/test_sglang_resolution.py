@@ -135,7 +135,7 @@ for window in (-1, 511):
     for call in ("forward_decode", "forward_extend"):
         getattr(layered, call)(None, None, None, SimpleNamespace(sliding_window_size=window), None)
 answers["layered"] = [tiles.called, windows.called]
-answers["differences"] = compat.signature_differences(drafts=True)
+answers["differences"] = compat.differences(drafts=True)
 print("ANSWERS" + json.dumps(answers))
 """
 

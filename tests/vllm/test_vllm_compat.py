@@ -11,9 +11,10 @@ from engine_process import Models
 from tiny_models import LLAMA_GROUP_3
 
 from kvarn.errors import EngineIncompatible
+from kvarn.limits import Limit
 from kvarn.vllm_backend import compat
 from kvarn.vllm_backend.compat_tables import RECOMMENDED_VERSION, SELECTOR_FLAGS, TESTED_VERSIONS
-from kvarn.vllm_backend.resolution import LIMITS, Limit, reasons_against
+from kvarn.vllm_backend.resolution import LIMITS, reasons_against
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -1,14 +1,17 @@
-"""One chain of drafts out of SGLang's trees: what its n-gram corpus proposes is a tree, even at breadth 1."""
+"""One chain of drafts out of a tree: what a corpus of n-grams proposes is a tree, even at breadth 1."""
+
+from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 
 
-def longest_chains(tokens: np.ndarray, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def longest_chains(tokens: NDArray[Any], mask: NDArray[Any]) -> tuple[NDArray[Any], NDArray[Any]]:
     """Turn every request's tree into a chain of as many tokens: its longest path first, then whatever else there was.
 
-    At breadth 1 suffixes of different lengths still propose tokens of their own, and SGLang pads a tree with children
-    of its root. What is verified as a chain must be one, or a draft would attend to drafts that aren't before it. What
-    follows the path is a guess like any other: it is accepted only if it is what comes next.
+    At breadth 1 suffixes of different lengths still propose tokens of their own, and an engine may pad a tree with
+    children of its root. What is verified as a chain must be one, or a draft would attend to drafts that aren't before
+    it. What follows the path is a guess like any other: it is accepted only if it is what comes next.
 
     Args:
         tokens: [requests * n], drafts of every request, the first one certain; parents stand before their children.

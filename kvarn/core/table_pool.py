@@ -1,6 +1,6 @@
-"""What the halves of the SGLang adapter share: names, the pool's settings, and how the budget is divided.
+"""A pool of pages beside a table of requests, each of whose rows has a tail ring: its settings, and its budget.
 
-The arithmetic is that of :mod:`kvarn.core.capacity`; SGLang is told its results, never a formula of our own.
+Arithmetic is that of :mod:`kvarn.core.capacity`. Imports neither torch nor an engine.
 """
 
 from __future__ import annotations
@@ -9,26 +9,19 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from kvarn.core.capacity import CacheShape, CapacityPlan, plan_capacity
-from kvarn.core.layers import LayerKind
 from kvarn.errors import CapacityError
 
 if TYPE_CHECKING:
     import torch
 
-BACKEND_NAME = "kvarn"
-# Kinds of layers that are served beside those in tiles, though not both in one model.
-BESIDE_TILES = frozenset({LayerKind.MODEL_DTYPE, LayerKind.RECURRENT})
-# SGLang's tokens of windows for one token of the other layers, if --swa-full-tokens-ratio is not typed.
-WINDOW_RATIO = 0.8
-
 
 @dataclass(frozen=True, slots=True)
 class PoolSettings:
-    """What a TilePool can't read from SGLang's own constructor arguments.
+    """What a pool is made with beside its pages.
 
     Args:
         shape: what this rank caches.
-        num_rows: rows of ``req_to_token``, the padding row included; one tail ring each.
+        num_rows: rows of the table, the padding row included; one tail ring each.
         sink_slots: slots of the sink store.
         raw_dtype: dtype of the model, in which tails and sinks are kept.
     """
@@ -40,13 +33,8 @@ class PoolSettings:
 
 
 def pool_settings(shape: CacheShape, num_rows: int, raw_dtype: torch.dtype) -> PoolSettings:
-    """Return the settings of a pool whose ``req_to_token`` has that many rows, the padding row included."""
-    return PoolSettings(
-        shape=shape,
-        num_rows=num_rows,
-        sink_slots=shape.sink_slots(num_rows - 1),
-        raw_dtype=raw_dtype,
-    )
+    """Return the settings of a pool beside a table of that many rows, the padding row included."""
+    return PoolSettings(shape, num_rows, shape.sink_slots(num_rows - 1), raw_dtype)
 
 
 def divide_budget(
@@ -56,16 +44,18 @@ def divide_budget(
     token_cap: int | None,
     draft_bytes: int = 0,
     most_requests: int | None = None,
+    advice: str = "",
 ) -> CapacityPlan:
-    """Divide the bytes that SGLang gives the cache into tails, sinks and tiles.
+    """Divide the bytes that an engine gives the cache into tails, sinks and tiles.
 
     Args:
         shape: what this rank caches.
-        budget_bytes: bytes that SGLang profiled for the cache.
-        requested: ``--max-running-requests``; None derives the limit from the budget.
-        token_cap: ``--max-total-tokens``, which SGLang applies afterwards; None if there is none.
+        budget_bytes: bytes for the cache.
+        requested: the request limit that was typed; None derives one from the budget.
+        token_cap: a limit of tokens that the engine applies afterwards; None if there is none.
         draft_bytes: what a draft model caches of each token.
         most_requests: requests that can run at once for another reason; None if there is none.
+        advice: ends the error: by which flags a user lowers the request limit or gives more memory.
 
     Raises:
         CapacityError: tails and sinks leave no room for a page.
@@ -80,7 +70,4 @@ def divide_budget(
         most = min(pages, most_requests or pages)
         return plan if plan.max_requests <= most else plan_capacity(shape, budget_bytes, most, draft_bytes)
     except CapacityError as error:
-        raise CapacityError(
-            f"{error} In SGLang these are --max-running-requests and --mem-fraction-static; "
-            "KVARN_TAIL_TOKENS=0 makes the tails smaller."
-        ) from error
+        raise CapacityError(f"{error} {advice}".rstrip()) from error
