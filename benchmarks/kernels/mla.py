@@ -91,10 +91,10 @@ def run(bench: Bench, out: Path, shapes: Sequence[Shape] = SHAPES, dtype: torch.
     rows = []
     for shape in shapes:
         rows.append(row := _measure(shape, bench, dtype))
+        peer = f"bf16 {row['bf16_us']:8.1f} us ({row['bf16_peer']}), ratio {row['ratio']:.2f}" if row["bf16_us"] else ""
         print(
-            f"{row['heads']:4} heads {row['batch']:3} x {row['context']:6,}: {row['us']:8.1f} us, bf16 "
-            f"{row['bf16_us']:8.1f} us ({row['bf16_peer']}), ratio {row['ratio']:.2f}; {row['packed_tbps']:.2f} TB/s, "
-            f"error {row['gate_err']:.1e}",
+            f"{row['heads']:4} heads {row['batch']:3} x {row['context']:6,}: {row['us']:8.1f} us, "
+            f"{row['packed_tbps']:.2f} TB/s, error {row['gate_err']:.1e}; {peer}",
             flush=True,
         )
         results.write(out, rows)
@@ -146,6 +146,8 @@ def _measure(shape: Shape, bench: Bench, dtype: torch.dtype) -> dict[str, Any]:
     q = work.q
     del work
     times = dict(_bf16_times(shape, bench, q))
+    if not times:
+        return row | {"bf16_us": None, "bf16_peer": None, "ratio": None}
     peer = min(times, key=times.__getitem__)
     return row | {"bf16_us": times[peer], "bf16_peer": peer, "ratio": times[peer] / time.us}
 

@@ -32,6 +32,8 @@ class CombineShape:
 _BY_MATRIX = CombineShape(16, 2, 4)
 # One warp has no barriers: merging 64 rows of 8 heads took 15 us less than with four.
 _FEW = CombineShape(2, 4, 1)
+# Rows as wide as latents fill the registers of four warps.
+_WIDE, _FEW_WIDE = 512, CombineShape(1, 8, 4)
 
 
 def combine_shape(programs: int, tasks: int, config: CacheConfig[Any]) -> CombineShape:
@@ -39,9 +41,10 @@ def combine_shape(programs: int, tasks: int, config: CacheConfig[Any]) -> Combin
     layout = config.layout
     if layout.padded_dim != layout.head_dim:
         return _BY_MATRIX
+    many = 4 * _MANY_PARTS if layout.head_dim >= _WIDE else _MANY_PARTS
     # batch-invariant: the same order of summing whatever else is in the batch
-    if programs // tasks < _MANY_PARTS or config.batch_invariant:
-        return _FEW
+    if programs // tasks < many or config.batch_invariant:
+        return _FEW_WIDE if layout.head_dim >= _WIDE else _FEW
     return CombineShape(1, 64, max(4, layout.head_dim // 32))
 
 

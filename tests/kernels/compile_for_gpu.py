@@ -2,7 +2,7 @@
 
 A case is PRESET/HEAD_DIM/GROUP: the attention kernel with explicit layouts; with /ROWS for several query rows, and
 after that /verify where they are in the ring, or /canonical. Or KERNEL/PRESET/HEAD_DIM, with KERNEL one of KERNELS. Or
-latent/KERNEL/COLUMNS/ROPE_BITS, with KERNEL one of LATENT_KERNELS.
+latent/KERNEL/ROPE_BITS, with KERNEL one of LATENT_KERNELS.
 Prints a JSON object a case: registers of a thread, bytes of stack, and, of the attention kernel, programs that a
 multiprocessor is asked to run and can. Needs an interpreter in which TRITON_INTERPRET is not set: Triton's own accepts
 code that its compiler refuses.
@@ -27,6 +27,7 @@ from kvarn.core.cache import layout_constants
 from kvarn.core.kernels.attend import attend_kernel as plain_attend_kernel
 from kvarn.core.kernels.combine import combine_kernel
 from kvarn.core.kernels.gluon.attend import attend_kernel
+from kvarn.core.kernels.gluon.latent import attend_latents_kernel as explicit_latents_kernel
 from kvarn.core.kernels.latent.attend import attend_latents_kernel
 from kvarn.core.kernels.latent.restore import restore_latents_kernel
 from kvarn.core.kernels.latent.rotate import rotate_latents_kernel, rotate_queries_kernel
@@ -37,7 +38,7 @@ from kvarn.core.kernels.rotate import rotate_kernel, store_tail_kernel
 from kvarn.core.kernels.seal import seal_kernel
 from kvarn.core.kernels.step import verify_step_kernel
 from kvarn.core.kernels.work import count_work_kernel
-from kvarn.core.latent.attend import latent_launch
+from kvarn.core.latent.attend import LATENT_COLUMNS
 from kvarn.core.latent.layout import LatentLayout, latent_constants
 from kvarn.core.layout import TileLayout
 from kvarn.core.reference import SCALE_MAX
@@ -61,6 +62,7 @@ KERNELS = {
 }
 LATENT_KERNELS = {
     "attend": attend_latents_kernel,
+    "explicit": explicit_latents_kernel,
     "queries": rotate_queries_kernel,
     "restore": restore_latents_kernel,
     "rotate": rotate_latents_kernel,
@@ -82,7 +84,7 @@ def main() -> None:
     for case in sys.argv[1:]:
         first, second, third, *more = case.split("/")
         if first == "latent":
-            found = latent_resources(second, int(third), int(more[0]))
+            found = latent_resources(second, int(third))
         elif first in KERNELS:
             found = plain_resources(first, second, int(third))
         else:
@@ -122,17 +124,16 @@ def plain_resources(kernel: str, preset: str, head_dim: int) -> dict[str, int]:
     return _usage(made.asm["cubin"])
 
 
-def latent_resources(kernel: str, columns: int, rope_bits: int) -> dict[str, int]:
+def latent_resources(kernel: str, rope_bits: int) -> dict[str, int]:
     """Return what a kernel over latents of DeepSeek's widths takes, in a decode step of 4-bit latents."""
     layout = LatentLayout.of(get_preset("kvarn_k4v2_g128"), 512, 64, rope_bits)
-    shape = latent_launch(columns)
     constants = _constants(TileLayout.of(get_preset("kvarn_k4v2_g128"), 128), **latent_constants(layout))
-    tokens = 16 if kernel == "restore" else shape.tokens
-    constants |= {"COLUMNS": columns, "GROUP": columns, "TOKENS": tokens, "STAGES": shape.stages}
-    constants |= {"BLOCK": 32 if kernel == "seal" else 4, "CHANNELS": 128, "LATENT_CLIP": 1.0}
-    constants |= {"LATENT_BITS": layout.latent_bits, "ROPE_BITS": rope_bits}
-    warps = {"attend": shape.warps, "seal": 8}.get(kernel, 4)
-    source = ASTSource(LATENT_KERNELS[kernel], **_arguments(LATENT_KERNELS[kernel], constants))
+    warps = {"seal": 8}.get(kernel, 4)
+    constants |= {"COLUMNS": LATENT_COLUMNS, "GROUP": LATENT_COLUMNS, "TOKENS": 16 if kernel == "restore" else 32}
+    constants |= {"STAGES": 3, "BLOCK": 32 if kernel == "seal" else 4, "CHANNELS": 128, "LATENT_CLIP": 1.0}
+    constants |= {"LATENT_BITS": layout.latent_bits, "ROPE_BITS": rope_bits, "num_warps": warps}
+    made_of = GluonASTSource if kernel == "explicit" else ASTSource
+    source = made_of(LATENT_KERNELS[kernel], **_arguments(LATENT_KERNELS[kernel], constants))
     made = triton.compile(source, target=_TARGET, options={"num_warps": warps, "launch_pdl": True})
     return {**_usage(made.asm["cubin"]), "shared": made.metadata.shared}
 

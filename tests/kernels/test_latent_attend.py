@@ -81,4 +81,4 @@ def test_chunk_matches_reference_where_it_reads_otherwise(settings, device):
 
 
 def test_heads_are_split_evenly():
-    assert [heads_together(heads) for heads in (1, 16, 20, 40, 96, 128)] == [1, 16, 20, 20, 32, 32]
+    assert [heads_together(heads) for heads in (1, 16, 20, 40, 96, 128)] == [1, 16, 10, 10, 16, 16]

@@ -2,6 +2,7 @@
 
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 
@@ -15,13 +16,13 @@ from kvarn.core.latent.reference import decode_latents
 from kvarn.core.launch import chained, has_lop3
 from kvarn.core.readable import readable_rows
 from kvarn.core.reference import softmax_attention
-from kvarn.core.step import Step, power_of_two, record_end, task_shape
+from kvarn.core.step import Step, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, most_shares, units_per_share
 
-# Most query columns of a program. Pass this to the functions that make steps. With 64, Triton 3.6 takes the MMAs of a
-# warp group, and spills.
-LATENT_COLUMNS = 32
-_FEWEST_COLUMNS = 16
+# Query columns of a program. Pass this to the functions that make steps.
+LATENT_COLUMNS = 16
+# What the kernel with explicit layouts serves: blocks of so many words and rope channels.
+_BLOCK = 64
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,15 +31,14 @@ class LatentLaunch:
 
     Args:
         warps: of a program.
-        stages: of the pipeline that loads records, of which the page table takes one.
-        tokens: of a record that are restored at a time.
         programs_per_sm: programs a multiprocessor, those of all blocks of heads together.
+        options: constants that one kernel alone takes: tokens of a record that are restored at a time, and stages of
+            the pipeline that loads records, of which the page table takes one.
     """
 
     warps: int
-    stages: int
-    tokens: int
     programs_per_sm: int
+    options: dict[str, Any]
 
 
 def heads_together(q_heads: int) -> int:
@@ -46,11 +46,22 @@ def heads_together(q_heads: int) -> int:
     return max(heads for heads in range(1, min(q_heads, LATENT_COLUMNS) + 1) if q_heads % heads == 0)
 
 
-def latent_launch(columns: int) -> LatentLaunch:
-    """Return the shape for the query columns of a program."""
-    if columns <= _FEWEST_COLUMNS:
-        return LatentLaunch(warps=4, stages=3, tokens=32, programs_per_sm=2)
-    return LatentLaunch(warps=8, stages=3, tokens=32, programs_per_sm=1)
+def has_explicit_latents(layout: LatentLayout, device: torch.device) -> bool:
+    """Return whether the kernel with explicit layouts (`kernels.gluon.latent`) serves a layout on a device.
+
+    It needs an NVIDIA GPU, and latents and rope parts of whole blocks of 64.
+    """
+    if device.type != "cuda" or torch.version.hip is not None:
+        return False
+    fields = layout.latent_fields
+    return len(fields) == 1 and fields[0].words % _BLOCK == 0 and layout.rope_dim == _BLOCK
+
+
+def latent_launch(layout: LatentLayout, device: torch.device) -> LatentLaunch:
+    """Return the shape for a layout: two programs of four warps fill a multiprocessor's registers."""
+    if has_explicit_latents(layout, device):
+        return LatentLaunch(warps=4, programs_per_sm=2, options={})
+    return LatentLaunch(warps=4, programs_per_sm=2, options={"TOKENS": 32, "STAGES": 3, "USE_ASM": has_lop3(device)})
 
 
 def num_latent_programs(
@@ -82,15 +93,14 @@ def most_latent_partial_bytes(
         device: where the step runs.
     """
     group = heads_together(heads)
-    columns = max(LATENT_COLUMNS, power_of_two(group))
-    kinds = [(columns, tokens // (columns // group) + requests, False)]
+    kinds = [(tokens // (LATENT_COLUMNS // group) + requests, False)]
     for rows_each in range(1, config.draft_tokens + 2):
-        rows_per_task, columns = task_shape(group, rows_each, LATENT_COLUMNS)
-        kinds.append((max(columns, _FEWEST_COLUMNS), requests * -(-rows_each // rows_per_task), True))
-    blocks, rows = heads // group, []
-    for columns, tasks, rows_in_ring in kinds:
-        programs = num_latent_programs(config, latent_launch(columns), blocks, tasks, pages, rows_in_ring, device)
-        rows.append((programs + tasks) * blocks * columns)
+        rows_per_task, _ = task_shape(group, rows_each, LATENT_COLUMNS)
+        kinds.append((requests * -(-rows_each // rows_per_task), True))
+    blocks, rows, shape = heads // group, [], latent_launch(config.layout, device)
+    for tasks, rows_in_ring in kinds:
+        programs = num_latent_programs(config, shape, blocks, tasks, pages, rows_in_ring, device)
+        rows.append((programs + tasks) * blocks * LATENT_COLUMNS)
     return max(rows) * (config.layout.latent_dim + 1) * torch.float32.itemsize
 
 
@@ -125,32 +135,40 @@ def attend_latents(
     if not runs_triton(layer.records):
         result, lse = attend_latents_reference(q_latent, q_rope, raw, layer, step, scale)
         return (result.to(layer.tails.dtype) if out is None else out.copy_(result)), lse
-    from kvarn.core.kernels.latent.attend import attend_latents_kernel
-
     config, layout, device = layer.config, layer.config.layout, q_latent.device
     heads = q_latent.shape[1]
     if out is None:
         out = torch.empty(q_latent.shape, dtype=layer.tails.dtype, device=device)
     q, unit = rotate_queries(q_latent, q_rope, layout)
-    group, columns = heads_together(heads), max(step.columns, _FEWEST_COLUMNS)
-    shape, tasks = latent_launch(columns), step.task_request.shape[0]
+    group, tasks = heads_together(heads), step.task_request.shape[0]
+    shape = latent_launch(layout, device)
     pages = step.block_table.shape[1]
     programs = num_latent_programs(config, shape, heads // group, tasks, pages, step.rows_in_ring, device)
-    parts = (programs + tasks, heads // group, columns)
+    parts = (programs + tasks, heads // group, LATENT_COLUMNS)
     partial_out = torch.empty(*parts, layout.latent_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
-    attend_latents_kernel[(programs, heads // group)](
+    _attend_kernel(layout, device)[(programs, heads // group)](
         q, unit, layer.records, layer.tails, layer.sinks, raw, step.task_request, step.task_row, step.work_end,
         step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
         step.block_table, partial_out, partial_lse, scale, tasks, heads, *layer.records.stride()[:2],
         layer.tails.stride(0), layer.sinks.stride(0), raw.stride(0), step.block_table.stride(0),
-        **latent_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=columns, TOKENS=shape.tokens,
+        **latent_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=LATENT_COLUMNS,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical, RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=task_block(tasks),
-        SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring), STAGES=shape.stages,
-        USE_ASM=has_lop3(device), **chained(device), num_warps=shape.warps,
+        SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring), **shape.options, **chained(device),
+        num_warps=shape.warps,
     )  # fmt: skip
     return out, combine(partial_out, partial_lse, layer, step, out)
+
+
+def _attend_kernel(layout: LatentLayout, device: torch.device) -> Any:
+    if has_explicit_latents(layout, device):
+        from kvarn.core.kernels.gluon.latent import attend_latents_kernel as explicit_kernel
+
+        return explicit_kernel
+    from kvarn.core.kernels.latent.attend import attend_latents_kernel
+
+    return attend_latents_kernel
 
 
 def attend_latents_reference(

@@ -166,7 +166,7 @@ def _attend_raw(
 
 
 @gluon.jit
-def _row_offsets(pos, origin, row_stride, RING: gl.constexpr):
+def row_offsets(pos, origin, row_stride, RING: gl.constexpr):
     """Return where rows of some positions start, in elements after the row at origin, or after a ring of RING rows."""
     at = pos - origin
     if RING > 0:
@@ -184,7 +184,7 @@ def _attend_rows(
     D: gl.constexpr = k_buffer.shape[1]
     block = gl.arange(0, ROWS, layout=gl.SliceLayout(1, mma_layout(warps)))
     copied = gl.arange(0, ROWS, layout=gl.SliceLayout(1, rows_copy_layout(2 * D, warps)))
-    offsets = _row_offsets(gl.minimum(start + first * ROWS + copied, end - 1), origin, row_stride, RING)
+    offsets = row_offsets(gl.minimum(start + first * ROWS + copied, end - 1), origin, row_stride, RING)
     _copy_raw(k_buffer, k_base, offsets, first < stop, warps)
     _copy_raw(v_buffer, v_base, offsets, first < stop, warps)
     for unit in range(first, stop):
@@ -194,7 +194,7 @@ def _attend_rows(
         after = gl.minimum(start + (unit + 1) * ROWS + copied, end - 1)
         m, total, acc = _attend_raw(
             m, total, acc, q_parts, q_scale, k_buffer, v_buffer, k_base, v_base,
-            _row_offsets(after, origin, row_stride, RING), unit + 1 < stop, visible, SOFTCAP, warps,
+            row_offsets(after, origin, row_stride, RING), unit + 1 < stop, visible, SOFTCAP, warps,
         )  # fmt: skip
     return m, total, acc
 
@@ -219,7 +219,7 @@ def _attend_sinks(
 
 
 @gluon.jit
-def _span(program, programs, work_end_ptr, tasks, BLOCK: gl.constexpr, warps: gl.constexpr):
+def span_of(program, programs, work_end_ptr, tasks, BLOCK: gl.constexpr, warps: gl.constexpr):
     """Return a program's shares, [begin, end), and the tasks to which its first and last belong.
 
     If BLOCK tasks are all there are, one load tells it all.
@@ -265,7 +265,7 @@ def attend_kernel(
     mma: gl.constexpr = mma_layout(num_warps)
     column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, mma))
     channel = gl.arange(0, D, layout=gl.SliceLayout(1, mma))
-    share_begin, share_end, first_task, last_task = _span(
+    share_begin, share_end, first_task, last_task = span_of(
         program, gl.num_programs(0), work_end_ptr, tasks, TASK_BLOCK, num_warps
     )
     if share_begin == share_end:

@@ -64,7 +64,7 @@ def _copy_vector(buffer, ptr, warps: gl.constexpr):
 
 
 @gluon.jit
-def _unpack(words, BITS: gl.constexpr, layout: gl.constexpr):
+def joined_planes(words, BITS: gl.constexpr, layout: gl.constexpr):
     """Return ``1024 + code * 2**position`` of every lane, [rows, lanes], float16, as an MMA's left operand."""
     parts = ()
     for plane in gl.static_range(planes(BITS)):
@@ -88,7 +88,7 @@ def _lane_weights(LANES: gl.constexpr, BITS: gl.constexpr, LOW_BIT: gl.constexpr
 
 
 @gluon.jit
-def _halves(x, layout: gl.constexpr):
+def halves(x, layout: gl.constexpr):
     """Return a row of x, [16, columns], whose rows 0-7 are alike, and one of rows 8-15: [8, columns] each."""
     C: gl.constexpr = x.shape[1]
     first, second = gl.split(gl.permute(gl.reshape(x, (2, 8, C)), (1, 2, 0)))
@@ -98,7 +98,7 @@ def _halves(x, layout: gl.constexpr):
 
 
 @gluon.jit
-def _repeat(x, ROWS: gl.constexpr, layout: gl.constexpr, mma: gl.constexpr):
+def repeat(x, ROWS: gl.constexpr, layout: gl.constexpr, mma: gl.constexpr):
     """Repeat x, [8, columns] with equal rows, down to [ROWS, columns], as an MMA's result."""
     C: gl.constexpr = x.shape[1]
     many, _ = gl.broadcast(gl.expand_dims(x, 0), gl.zeros((ROWS // 8, 8, C), gl.float32, layout))
@@ -145,12 +145,12 @@ def key_logits(
             carried = mma_v2(own, scaled, carried)
             rows = words[f].index(slot).slice(group * GROUP_TOKENS, GROUP_TOKENS)
             packed = rows.load(words_layout(GROUP_TOKENS, FIELDS[f][3], width, warps))
-            x = mma_v2(_unpack(packed, FIELDS[f][0], left), scaled, x)
+            x = mma_v2(joined_planes(packed, FIELDS[f][0], left), scaled, x)
         logits = logits + (x,)
-    first, second = _halves(bias + carried, repeated)
-    x = logits[0] + _repeat(first, GROUP_TOKENS, repeated, mma)
+    first, second = halves(bias + carried, repeated)
+    x = logits[0] + repeat(first, GROUP_TOKENS, repeated, mma)
     if GROUPS > 1:
-        after = logits[1] + _repeat(second, GROUP_TOKENS, repeated, mma)
+        after = logits[1] + repeat(second, GROUP_TOKENS, repeated, mma)
         x = gl.convert_layout(one_below_other(x, after), mma, assert_trivial=True)
     return x
 
@@ -184,6 +184,6 @@ def weigh_values(
         scaled = p * weights[:, None] * scale[:, None]
         sums += mma_v2(minus, scaled, zeros)
         packed = words[f].index(slot).load(words_layout(D, FIELDS[f][3], width, warps))
-        o = mma_v2(_unpack(packed, FIELDS[f][0], left), scaled, o)
-    bias, mass = _halves(sums, repeated)
-    return o + _repeat(bias, D, repeated, mma), mass
+        o = mma_v2(joined_planes(packed, FIELDS[f][0], left), scaled, o)
+    bias, mass = halves(sums, repeated)
+    return o + repeat(bias, D, repeated, mma), mass

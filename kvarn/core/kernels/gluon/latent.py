@@ -1,0 +1,359 @@
+"""Attention over latent records with layouts chosen by hand: what `kernels.latent.attend` computes.
+
+Columns stand on the narrow side of both MMAs, as in `gluon.attend`. Codes are unpacked twice, in registers: as rows of
+tokens for the product with queries, and transposed, two tokens a register, for the product with weights. Nothing but
+words is read from shared memory for either.
+
+Channels go in blocks of 64, as the planes of 64 words give them: block b is what plane ``b // CHUNKS`` of words
+``64 * (b % CHUNKS)`` and on carries.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
+
+from kvarn.core.kernels.address import find_record
+from kvarn.core.kernels.chain import allow_next, wait_for_previous
+from kvarn.core.kernels.gluon.attend import span_of
+from kvarn.core.kernels.gluon.latent_rows import BLOCK, allocate_blocks, attend_rows, attend_sinks, tile_shared
+from kvarn.core.kernels.gluon.layouts import (
+    begin_copy,
+    mma_layout,
+    plain_shared,
+    repeat_layout,
+    rows_copy_layout,
+    vector_copy_layout,
+    words_layout,
+)
+from kvarn.core.kernels.gluon.record import halves, joined_planes, repeat
+from kvarn.core.kernels.read_rule import record_end
+from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, load_task, part_of_task
+from kvarn.core.kernels.unpack import BIAS, plane_asm, plane_weight, planes
+from kvarn.core.kernels.work import units_of
+
+_WIDTH = gl.constexpr(8)
+
+
+@gluon.constexpr_function
+def queries_shared():
+    """Return the layout of queries in shared memory, [channels, columns]: channels inside, as operands are read."""
+    return gl.SwizzledSharedLayout(32, 1, 2, [0, 1])
+
+
+@gluon.jit
+def _load_queries(q_ptr, q_row, ok, q_blocks, warps: gl.constexpr):
+    """Load a task's queries, already rotated, into shared memory, [blocks, 64, columns]: rope part last."""
+    BLOCKS: gl.constexpr = q_blocks.shape[0]
+    right: gl.constexpr = gl.DotOperandLayout(1, mma_layout(warps), _WIDTH)
+    at = gl.convert_layout(q_row, gl.SliceLayout(0, right)) * (BLOCKS * BLOCK)
+    mask = gl.convert_layout(ok, gl.SliceLayout(0, right))
+    channel = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, right))
+    for b in gl.static_range(BLOCKS):
+        q = gl.load(q_ptr + at[None, :] + (b * BLOCK + channel)[:, None], mask=mask[None, :], other=0.0)
+        q_blocks.index(b).store(q)
+
+
+@gluon.jit
+def _copy_rows(buffer, ptr, row_stride: gl.constexpr, warps: gl.constexpr):
+    """Begin to copy rows that stand row_stride elements apart."""
+    R: gl.constexpr = buffer.shape[0]
+    W: gl.constexpr = buffer.shape[1]
+    layout: gl.constexpr = rows_copy_layout(2 * W, warps)
+    row = gl.arange(0, R, layout=gl.SliceLayout(1, layout))
+    at = gl.arange(0, W, layout=gl.SliceLayout(0, layout))
+    begin_copy(buffer, ptr + (row * row_stride)[:, None] + at[None, :])
+
+
+@gluon.jit
+def _copy_vectors(buffers, slot, halfs, SCALES: gl.constexpr, warps: gl.constexpr):
+    """Begin to copy scales and offsets. SCALES: the bytes where they stand."""
+    for i in gl.static_range(2):
+        buffer = buffers[i].index(slot)
+        at = gl.arange(0, buffer.shape[0], layout=vector_copy_layout(buffer.shape[0], warps))
+        begin_copy(buffer, halfs + SCALES[i] // 2 + at)
+
+
+@gluon.jit
+def _copy_codes(words, vectors, slot, record, FIELDS: gl.constexpr, SCALES: gl.constexpr, warps: gl.constexpr):
+    """Begin to copy the codes of a record's latents, and their scales and offsets into a slot."""
+    ptr = record.to(gl.pointer_type(gl.int16)) + FIELDS[0][2] // 2
+    for c in gl.static_range(len(words)):
+        _copy_rows(words[c], ptr + c * BLOCK, FIELDS[0][3], warps)
+    _copy_vectors(vectors, slot, record.to(gl.pointer_type(gl.float16)), SCALES, warps)
+
+
+@gluon.jit
+def _copy_rope(
+    rope, vectors, slot, record, START: gl.constexpr, FIELDS: gl.constexpr, SCALES: gl.constexpr, warps: gl.constexpr
+):
+    """Begin to copy the rope part of a record: fp16, or codes with scales and offsets."""
+    if len(FIELDS) == 0:
+        _copy_rows(rope, record.to(gl.pointer_type(gl.float16)) + START // 2, rope.shape[1], warps)
+    else:
+        _copy_rows(rope, record.to(gl.pointer_type(gl.int16)) + START // 2, rope.shape[1], warps)
+        _copy_vectors(vectors, slot, record.to(gl.pointer_type(gl.float16)), SCALES, warps)
+
+
+@gluon.jit
+def _plane(words, BITS: gl.constexpr, PLANE: gl.constexpr, layout: gl.constexpr):
+    """Return ``1024 + code * 2**position`` of one plane of packed words, float16."""
+    codes = gl.inline_asm_elementwise(
+        plane_asm(BITS, PLANE * BITS), "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2
+    )
+    return gl.convert_layout(codes, layout, assert_trivial=True)
+
+
+@gluon.jit
+def _fold_block(x, owed, codes, q, vectors, slot, B: gl.constexpr, WEIGHT: gl.constexpr, warps: gl.constexpr):
+    """Add the product of block B's unpacked codes, [tokens, 64], with their queries, [64, columns].
+
+    owed: what every token owes for offsets, and for the 1024 of every code, [16, columns] of equal rows each.
+    """
+    mma: gl.constexpr = mma_layout(warps)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, _WIDTH)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, _WIDTH)
+    scale = vectors[0].index(slot).slice(B * BLOCK, BLOCK).load(gl.SliceLayout(1, right))
+    offset = vectors[1].index(slot).slice(B * BLOCK, BLOCK).load(gl.SliceLayout(0, left))
+    q = q.load(right)
+    scaled = q * WEIGHT * scale[:, None]
+    minus = gl.full((16, BLOCK), -BIAS, gl.float16, left)
+    _, offset = gl.broadcast(minus, offset[None, :])
+    return mma_v2(codes, scaled, x), (mma_v2(offset, q, owed[0]), mma_v2(minus, scaled, owed[1]))
+
+
+@gluon.jit
+def _logits(
+    words, vectors, rope, rope_vectors, slot, q_blocks, FIELDS: gl.constexpr, ROPE_FIELDS: gl.constexpr,
+    warps: gl.constexpr,
+):  # fmt: skip
+    """Return q . k of the tokens of a record in shared memory, [G, columns], as an MMA's result."""
+    G: gl.constexpr = rope.shape[0]
+    CHUNKS: gl.constexpr = len(words)
+    ROPE_BLOCK: gl.constexpr = q_blocks.shape[0] - 1
+    C: gl.constexpr = q_blocks.shape[2]
+    mma: gl.constexpr = mma_layout(warps)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, _WIDTH)
+    narrow_left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    narrow_right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    x = gl.zeros((G, C), gl.float32, mma)
+    zeros = gl.zeros((16, C), gl.float32, mma)
+    owed = (zeros, zeros)
+    for c in gl.static_range(CHUNKS):
+        packed = words[c].load(words_layout(G, BLOCK, _WIDTH, warps))
+        for plane in gl.static_range(planes(FIELDS[0][0])):
+            x, owed = _fold_block(
+                x, owed, _plane(packed, FIELDS[0][0], plane, left), q_blocks.index(plane * CHUNKS + c), vectors, slot,
+                plane * CHUNKS + c, plane_weight(FIELDS[0][0], FIELDS[0][1], plane), warps,
+            )  # fmt: skip
+    if len(ROPE_FIELDS) == 0:
+        x = mma_v2(rope.load(narrow_left), q_blocks.index(ROPE_BLOCK).load(narrow_right), x)
+    else:
+        packed = rope.load(words_layout(G, rope.shape[1], _WIDTH, warps))
+        # codes of 8 bits stand at the same place of the mantissa in both planes
+        x, owed = _fold_block(
+            x, owed, joined_planes(packed, 8, left), q_blocks.index(ROPE_BLOCK), rope_vectors, slot, 0,
+            plane_weight(8, 0, 0), warps,
+        )  # fmt: skip
+    repeated: gl.constexpr = repeat_layout(G, C, warps)
+    debt, _ = halves(owed[0] + owed[1], repeated)
+    return x + repeat(debt, G, repeated, mma)
+
+
+@gluon.jit
+def _weigh_block(
+    acc, words, p, sums, decay, vectors, slot, B: gl.constexpr, PLANE: gl.constexpr, BITS: gl.constexpr,
+    LOW_BIT: gl.constexpr, warps: gl.constexpr,
+):  # fmt: skip
+    """Let block B of the output decay, and add the sum of weight * latent over a record's tokens.
+
+    words: of 64 rows, transposed, [64, tokens]; p: weights, [tokens, columns]; sums: of the weights, in equal rows.
+    """
+    mma: gl.constexpr = mma_layout(warps)
+    codes = _plane(words, BITS, PLANE, gl.DotOperandLayout(0, mma, 2))
+    o = mma_v2(codes, p, gl.zeros((BLOCK, p.shape[1]), gl.float32, mma)) - BIAS * sums
+    scale = vectors[0].index(slot).slice(B * BLOCK, BLOCK).load(gl.SliceLayout(1, mma)).to(gl.float32)
+    offset = vectors[1].index(slot).slice(B * BLOCK, BLOCK).load(gl.SliceLayout(1, mma)).to(gl.float32)
+    scale *= plane_weight(BITS, LOW_BIT, PLANE)
+    return acc * decay[None, :] + offset[:, None] * sums + scale[:, None] * o
+
+
+@gluon.jit
+def _zero_blocks(BLOCKS: gl.constexpr, C: gl.constexpr, mma: gl.constexpr):
+    blocks = ()
+    for _block in gl.static_range(BLOCKS):
+        blocks = blocks + (gl.zeros((BLOCK, C), gl.float32, mma),)
+    return blocks
+
+
+@gluon.jit
+def _attend_records(
+    records_ptr, table, begin, stop, sinks, record_stop, q_blocks, q_scale, block_stride, tile_stride,
+    LATENT: gl.constexpr, G: gl.constexpr, TILES: gl.constexpr, FIELDS: gl.constexpr, SCALES: gl.constexpr,
+    ROPE: gl.constexpr, ROPE_START: gl.constexpr, ROPE_FIELDS: gl.constexpr, ROPE_SCALES: gl.constexpr,
+    MASK_COLUMNS: gl.constexpr, warps: gl.constexpr,
+):  # fmt: skip
+    """Attend tiles begin to stop of a request from their records. Return running maximum, sum and blocks of output.
+
+    sinks: tokens at the request's beginning that are read elsewhere; record_stop: [columns], where each column's
+    reading of records ends, looked at with MASK_COLUMNS.
+    """
+    C: gl.constexpr = q_blocks.shape[2]
+    CHUNKS: gl.constexpr = FIELDS[0][3] // BLOCK
+    BLOCKS: gl.constexpr = LATENT // BLOCK
+    mma: gl.constexpr = mma_layout(warps)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    repeated: gl.constexpr = repeat_layout(BLOCK, C, warps)
+    words = allocate_blocks(CHUNKS, G, gl.int16)
+    vectors = (
+        gl.allocate_shared_memory(gl.float16, [2, LATENT], plain_shared(1)),
+        gl.allocate_shared_memory(gl.float16, [2, LATENT], plain_shared(1)),
+    )
+    rope_vectors = vectors
+    if len(ROPE_FIELDS) == 0:
+        rope = gl.allocate_shared_memory(gl.float16, [G, ROPE], tile_shared())
+    else:
+        rope = gl.allocate_shared_memory(gl.int16, [G, ROPE_FIELDS[0][3]], plain_shared(2))
+        rope_vectors = (
+            gl.allocate_shared_memory(gl.float16, [2, ROPE], plain_shared(1)),
+            gl.allocate_shared_memory(gl.float16, [2, ROPE], plain_shared(1)),
+        )
+    if begin < stop:
+        record = find_record(records_ptr, gl.load(table + begin), 0, block_stride, tile_stride, 0, TILES)
+        _copy_rope(rope, rope_vectors, 0, record, ROPE_START, ROPE_FIELDS, ROPE_SCALES, warps)
+        _copy_codes(words, vectors, 0, record, FIELDS, SCALES, warps)
+    async_copy.commit_group()
+    tokens = gl.arange(0, G, layout=gl.SliceLayout(1, mma))
+    m = gl.full((C,), NEVER, gl.float32, gl.SliceLayout(0, mma))
+    mass = gl.zeros((8, C), gl.float32, gl.SliceLayout(0, repeated))
+    acc = _zero_blocks(BLOCKS, C, mma)
+    page = gl.load(table + gl.maximum(gl.minimum(begin + 1, stop - 1), 0))
+    slot = 0
+    for tile in range(begin, stop):
+        record = find_record(records_ptr, page, 0, block_stride, tile_stride, 0, TILES)
+        page = gl.load(table + gl.minimum(tile + 2, stop - 1))
+        async_copy.wait_group(0)
+        x = _logits(words, vectors, rope, rope_vectors, slot, q_blocks, FIELDS, ROPE_FIELDS, warps)
+        if tile + 1 < stop:
+            _copy_rope(rope, rope_vectors, 1 - slot, record, ROPE_START, ROPE_FIELDS, ROPE_SCALES, warps)
+        if tile * G < sinks:
+            x = gl.where((tile * G + tokens >= sinks)[:, None], x, float("-inf"))
+        if MASK_COLUMNS:
+            x = gl.where(((tile + 1) * G <= record_stop)[None, :], x, float("-inf"))
+        m_new = gl.maximum(m, gl.max(x, axis=0) * q_scale)
+        decay = gl.exp2(m - m_new)
+        p = gl.exp2(x * q_scale[None, :] - (m_new - WEIGHT_SHIFT)[None, :]).to(gl.float16)
+        p = gl.convert_layout(p, right)
+        added, _ = halves(
+            mma_v2(gl.full((16, G), 1.0, gl.float16, left), p, gl.zeros((16, C), gl.float32, mma)), repeated
+        )
+        mass = mass * gl.convert_layout(decay, gl.SliceLayout(0, mass.type.layout))[None, :] + added
+        sums = repeat(added, BLOCK, repeated, mma)
+        turned = ()
+        for c in gl.static_range(CHUNKS):
+            turned = turned + (words[c].permute((1, 0)).load(left),)
+        if tile + 1 < stop:
+            _copy_codes(words, vectors, 1 - slot, record, FIELDS, SCALES, warps)
+        async_copy.commit_group()
+        new = ()
+        for b in gl.static_range(BLOCKS):
+            new = new + (
+                _weigh_block(
+                    acc[b], turned[b % CHUNKS], p, sums, decay, vectors, slot, b, b // CHUNKS, FIELDS[0][0],
+                    FIELDS[0][1], warps,
+                ),
+            )  # fmt: skip
+        acc = new
+        m = m_new
+        slot = 1 - slot
+    return m, gl.convert_layout(gl.max(mass, axis=0), gl.SliceLayout(0, mma)), acc
+
+
+@gluon.jit(do_not_specialize=["tasks", "q_heads", "block_table_stride"])
+def attend_latents_kernel(
+    q_ptr, unit_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_ptr, task_request_ptr, task_row_ptr, work_end_ptr,
+    rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr, query_start_ptr, block_table_ptr, partial_ptr,
+    partial_lse_ptr, scale, tasks, q_heads, record_block_stride, record_tile_stride, tail_row_stride,
+    sink_slot_stride, chunk_token_stride, block_table_stride,
+    LATENT: gl.constexpr, ROPE: gl.constexpr, G: gl.constexpr, FIELDS: gl.constexpr, SCALES: gl.constexpr,
+    ROPE_START: gl.constexpr, ROPE_FIELDS: gl.constexpr, ROPE_SCALES: gl.constexpr, GROUP: gl.constexpr,
+    ROWS: gl.constexpr, COLUMNS: gl.constexpr, RING: gl.constexpr, TILES: gl.constexpr, TAIL: gl.constexpr,
+    SINK: gl.constexpr, ROWS_IN_RING: gl.constexpr, CANONICAL: gl.constexpr, RAW_BLOCK: gl.constexpr,
+    TASK_BLOCK: gl.constexpr, SHARE: gl.constexpr, CHAINED: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    """As `kernels.latent.attend.attend_latents_kernel`."""
+    allow_next(CHAINED)
+    wait_for_previous(CHAINED)
+    program = gl.program_id(0)
+    head_block = gl.program_id(1)
+    mma: gl.constexpr = mma_layout(num_warps)
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, mma))
+    channel = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, mma))
+    ROW: gl.constexpr = LATENT + ROPE
+    BLOCKS: gl.constexpr = LATENT // BLOCK
+    share_begin, share_end, first_task, last_task = span_of(
+        program, gl.num_programs(0), work_end_ptr, tasks, TASK_BLOCK, num_warps
+    )
+    if share_begin == share_end:
+        last_task = first_task - 1
+    for task in range(first_task, last_task + 1):
+        begin, end = part_of_task(task, share_begin, share_end, work_end_ptr, SHARE)
+        request, first_row, query_start, query_rows, prefix, length, own_start, sink_slot, ring_row = load_task(
+            task, task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
+            rows_ptr,
+        )  # fmt: skip
+        row = first_row + column // GROUP
+        col_ok = (column < ROWS * GROUP) & (row < query_rows)
+        position = prefix + row
+        last = prefix + gl.minimum(first_row + ROWS, query_rows) - 1
+        tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = units_of(
+            prefix + first_row, last, prefix, length, own_start, G, TAIL, RAW_BLOCK, ROWS_IN_RING, CANONICAL
+        )
+        committed = prefix
+        if CANONICAL:
+            committed = length
+        record_stop = gl.where(col_ok, record_end(committed, position, own_start, TAIL, G), 0)
+        sinks = 0
+        if sink_slot >= 0:
+            sinks = SINK
+        q_row = (query_start + row).to(gl.int64) * q_heads + head_block * GROUP + column % GROUP
+        q_blocks = gl.allocate_shared_memory(gl.float16, [BLOCKS + 1, BLOCK, COLUMNS], queries_shared())
+        _load_queries(q_ptr, q_row, col_ok, q_blocks, num_warps)
+        q_scale = gl.load(unit_ptr + q_row, mask=col_ok, other=0.0) * (scale * LOG2E)
+        m, total, acc = _attend_records(
+            records_ptr, block_table_ptr + request.to(gl.int64) * block_table_stride, begin, gl.minimum(end, tiles),
+            sinks, record_stop, q_blocks, q_scale, record_block_stride, record_tile_stride, LATENT, G, TILES, FIELDS,
+            SCALES, ROPE, ROPE_START, ROPE_FIELDS, ROPE_SCALES, ROWS > 1, num_warps,
+        )  # fmt: skip
+
+        latent = allocate_blocks(BLOCKS, BLOCK, tails_ptr.dtype.element_ty)
+        rope = gl.allocate_shared_memory(tails_ptr.dtype.element_ty, [BLOCK, ROPE], tile_shared())
+        if SINK > 0:  # noqa: SIM102 (joined, the body would be compiled for no sinks too)
+            if (begin <= tiles) & (tiles < end) & (tiles > 0) & (sink_slot >= 0):
+                m, total, acc = attend_sinks(
+                    m, total, acc, q_blocks, q_scale, latent, rope, sinks_ptr + sink_slot * sink_slot_stride,
+                    record_stop, SINK, num_warps,
+                )  # fmt: skip
+        base = tails_ptr + ring_row * tail_row_stride
+        m, total, acc = attend_rows(
+            m, total, acc, q_blocks, q_scale, latent, rope, base, gl.maximum(begin - tiles, 0),
+            gl.minimum(end - tiles, ring_units), raw_start, ring_end, 0, ROW, record_stop, position, col_ok, RING,
+            RAW_BLOCK, num_warps,
+        )  # fmt: skip
+        if not ROWS_IN_RING:
+            seen = tiles + ring_units
+            base = chunk_ptr + query_start.to(gl.int64) * chunk_token_stride
+            m, total, acc = attend_rows(
+                m, total, acc, q_blocks, q_scale, latent, rope, base, gl.maximum(begin - seen, 0),
+                gl.minimum(end - seen, chunk_units), chunk_start, length, prefix, chunk_token_stride, record_stop,
+                position, col_ok, 0, RAW_BLOCK, num_warps,
+            )  # fmt: skip
+
+        out_row = ((program + task).to(gl.int64) * gl.num_programs(1) + head_block) * COLUMNS + column
+        lse = gl.where(total > 0, m + gl.log2(gl.maximum(total, 1e-37)) - WEIGHT_SHIFT, float("-inf"))
+        gl.store(partial_lse_ptr + out_row, lse, mask=col_ok)
+        mask = (col_ok & (total > 0))[None, :]
+        for b in gl.static_range(BLOCKS):
+            out_ptrs = partial_ptr + out_row[None, :] * LATENT + (b * BLOCK + channel)[:, None]
+            gl.store(out_ptrs, acc[b] / gl.maximum(total, 1e-37)[None, :], mask=mask)
+    wait_for_previous(CHAINED)
