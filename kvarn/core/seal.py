@@ -8,7 +8,9 @@ from kvarn.core.launch import chained
 from kvarn.core.reference import SCALE_MAX, encode, key_clip, value_clip
 from kvarn.core.step import Step
 
-_TILE_ELEMENTS_PER_WARP = 4096
+# Chunks fill many tiles. In a decode step few or none are filled, and more warps with fewer registers find that sooner.
+_CHUNK_ELEMENTS_PER_WARP = 4096
+_DECODE_ELEMENTS_PER_WARP = 2048
 # In a decode step few requests fill a tile: not many more programs than run at once, each looking at so many requests.
 _DECODE_PROGRAMS = 256
 SEAL_TASK_BLOCK = 32
@@ -34,6 +36,7 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
 
     config, layout = layer.config, layer.config.layout
     constants = layout_constants(layout)
+    elements_per_warp = _DECODE_ELEMENTS_PER_WARP if step.rows_in_ring else _CHUNK_ELEMENTS_PER_WARP
     seal_kernel[(seal_programs(step, 2 * config.kv_heads), config.kv_heads, 2)](
         layer.tails, rotated.k, rotated.v, layer.records, step.seal_request, step.seal_tile, step.rows,
         step.prefix_lens, step.seq_lens, step.query_start, step.block_table, step.seal_tile.shape[0],
@@ -43,7 +46,7 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
         KEY_CLIP=key_clip(layout.key_bits), VALUE_CLIP=value_clip(layout.value_bits),
         SCALE_MAX=SCALE_MAX, ROWS_IN_RING=step.rows_in_ring,
         BLOCK=SEAL_TASK_BLOCK if step.rows_in_ring else 1, **chained(layer.records.device),
-        num_warps=min(16, max(4, layout.tile_tokens * constants["DP"] // _TILE_ELEMENTS_PER_WARP)),
+        num_warps=min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp)),
     )  # fmt: skip
 
 
