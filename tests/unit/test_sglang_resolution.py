@@ -64,6 +64,7 @@ BAD_FLAGS = ("--page-size", "64", "--enable-hierarchical-cache", "--speculative-
 # "dense" stands for the folder of that model.
 DRAFT_MODEL = ("--speculative-draft-model-path", "dense")
 FIVE_STEPS = ("--speculative-num-steps", "5", "--speculative-eagle-topk", "1")
+NGRAMS = ("--speculative-algorithm", "ngram", "--speculative-ngram-max-bfs-breadth", "1")
 TYPED_BACKEND = ("--speculative-draft-attention-backend", "triton")
 CASES = {
     "auto": ("dense", ()),
@@ -74,17 +75,19 @@ CASES = {
     "windows, afterwards": ("windows", ()),
     "windows in one pool": ("windows", (*KVARN, "--disable-hybrid-swa-memory")),
     "windows and trees of drafts": ("windows", (*KVARN, "--speculative-algorithm", "NGRAM")),
+    "windows and n-grams": ("windows", (*KVARN, *NGRAMS)),
     "windows only": ("windows only", KVARN),
     "windows and learned sinks": ("windows and learned sinks", KVARN),
     "learned sinks, afterwards": ("windows and learned sinks", ("--attention-backend", "triton")),
     "states": ("states", (*KVARN, "--disable-radix-cache")),
     "states and hits": ("states", (*KVARN, "--mamba-track-interval", "100")),
     "latents": ("latents", KVARN),
+    "latents and n-grams": ("latents", (*KVARN, *NGRAMS)),
     "kvarn": ("dense", KVARN),
     "eagle": ("dense", (*KVARN, "--speculative-algorithm", "EAGLE", *DRAFT_MODEL)),
     "mtp": ("dense", (*KVARN, "--speculative-algorithm", "NEXTN", *DRAFT_MODEL, *FIVE_STEPS)),
     "draft model": ("dense", (*KVARN, "--speculative-algorithm", "STANDALONE", *DRAFT_MODEL, *TYPED_BACKEND)),
-    "n-grams": ("dense", (*KVARN, "--speculative-algorithm", "ngram", "--speculative-ngram-max-bfs-breadth", "1")),
+    "n-grams": ("dense", (*KVARN, *NGRAMS)),
     "n-gram trees": ("dense", (*KVARN, "--speculative-algorithm", "NGRAM")),
     "as decided": ("dense", (*KVARN, "--page-size", "128", "--attention-backend", "kvarn")),
 }
@@ -196,6 +199,8 @@ def test_everything_follows_from_the_dtype(answers, case):
         ("mtp", "EAGLE", 6, "intel_amx"),
         ("draft model", "STANDALONE", 4, "triton"),
         ("n-grams", "NGRAM", 12, None),
+        ("windows and n-grams", "NGRAM", 12, None),
+        ("latents and n-grams", "NGRAM", 12, None),
     ],
 )
 def test_drafts_are_one_chain_and_a_draft_model_keeps_an_attention_of_sglangs(
