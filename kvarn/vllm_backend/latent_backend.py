@@ -156,10 +156,10 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
 
     def do_kv_cache_update(
         self, kv_c_normed: torch.Tensor, k_pe: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor,
-        kv_cache_dtype: str, k_scale: torch.Tensor,
+        kv_cache_dtype: str, k_scale: torch.Tensor, skip_scale: bool = False,
     ) -> None:  # fmt: skip
         """Keep a step's rows for the attention of the same layer, which follows and stores them."""
-        del kv_cache, slot_mapping, kv_cache_dtype, k_scale
+        del kv_cache, slot_mapping, kv_cache_dtype, k_scale, skip_scale
         self._rows, self._is_described = LatentRows(kv_c_normed, k_pe.flatten(1)), False
 
     def forward_mha(

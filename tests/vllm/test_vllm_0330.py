@@ -16,6 +16,8 @@ from __future__ import annotations
 import importlib.util
 import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -74,3 +76,12 @@ def test_rings_of_started_and_resumed_requests_are_forgotten(found: Found) -> No
     assert any(answer.retractions for answer in found.answers.values())
     assert found.forgotten == found.admitted
     assert sum(map(len, found.admitted)) > len(found.answers)
+
+
+@pytest.mark.parametrize("file", ["test_vllm_latents.py", "test_vllm_learned_sinks.py"])
+def test_tests_of_the_older_vllm_pass(models: Models, file: str) -> None:
+    overlay = _overlay(models.scratch("0330-tests") / "overlay")
+    path = os.pathsep.join([str(overlay), *sys.path])
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", str(Path(__file__).with_name(file))]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": path}, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stdout[-3000:]

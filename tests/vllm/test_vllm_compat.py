@@ -128,8 +128,8 @@ def test_every_flag_of_the_selector_is_known() -> None:
     assert set(AttentionSelectorConfig._fields) - NOT_FLAGS == {*SELECTOR_FLAGS, *KNOWN_BY_OTHER_NAMES}
 
 
-# Latents are served; which of them, the model's widths tell.
-@pytest.mark.parametrize("flag", sorted({*SELECTOR_FLAGS, *KNOWN_BY_OTHER_NAMES} - {"use_mla"}))
+# Latents and learned sinks are served; which of them, the model tells.
+@pytest.mark.parametrize("flag", sorted({*SELECTOR_FLAGS, *KNOWN_BY_OTHER_NAMES} - {"use_mla", "has_sink"}))
 def test_flag_of_the_selector_is_refused(config: VllmConfig, flag: str) -> None:
     from vllm.v1.attention.selector import AttentionSelectorConfig
 
