@@ -5,8 +5,9 @@
 #
 # tests: kernels against the references; kernels: writing, prefill and decode; compare: SGLang, or vLLM if
 # KVARN_GPU_ENGINE=vllm, with and without tiles; verify and speculate: drafts, alone and in the engine (after
-# install.sh draft); serving: `kvarn bench serve` with WORKLOADS. Every step stops after STEP_SECONDS. Writes
-# OUT/*-h100.json, serving-*.json and logs; copy the results to benchmarks/results afterwards.
+# install.sh draft); serving: `kvarn bench serve` of SHAPE with WORKLOADS, beside PEERS, with SERVER_FLAGS more. Every step
+# stops after STEP_SECONDS. Writes OUT/*-h100.json, serving-*.json and logs; copy the results to benchmarks/results
+# afterwards, under the name of the GPU that they tell.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:?a folder for the results}
@@ -61,9 +62,11 @@ speculate() {
 }
 
 serving() {
-  limited python3 -m kvarn bench serve --engine "$engine" --shape qwen3-8b --tokenizer "$KVARN_GPU_MODEL" \
-    --dtypes "kvarn_k4v2_g128,$peers" --workload "${WORKLOADS:-burst,slope}" --out "$out/serving-$engine.json" \
-    --logs "$out/logs" -- "${server[@]}"
+  local shape=${SHAPE:-qwen3-8b} more=()
+  read -ra more <<<"${SERVER_FLAGS-}"
+  limited python3 -m kvarn bench serve --engine "$engine" --shape "$shape" --tokenizer "$KVARN_GPU_MODEL" \
+    --dtypes "kvarn_k4v2_g128,${PEERS:-$peers}" --workload "${WORKLOADS:-burst,slope}" \
+    --out "$out/serving-$engine-$shape.json" --logs "$out/logs" -- "${server[@]}" ${more+"${more[@]}"}
 }
 
 [ $# -gt 0 ] || set -- tests kernels compare
