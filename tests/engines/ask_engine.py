@@ -40,13 +40,15 @@ def replace_rows(backend: str, path: Path) -> None:
     saved: dict[int, torch.Tensor] = {}
     sealed: list[list[int]] = []
 
-    def replaced(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, step: Any, *rest: Any) -> torch.Tensor:
+    def replaced(
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: Any, step: Any, *rest: Any, **options: Any
+    ) -> torch.Tensor:
         index = indices.setdefault(id(layer), len(indices))
         position = step.token_position[: k.shape[0]].long()
         rank = torch.distributed.get_rank()
         heads = slice(rank * k.shape[1], (rank + 1) * k.shape[1])
         k, v = (table[index, which][position, heads].to(k.dtype) for which in (0, 1))
-        out = attention(q, k, v, layer, step, *rest)
+        out = attention(q, k, v, layer, step, *rest, **options)
         tiles = int(step.seq_lens[0]) // layer.config.tile_tokens
         saved[index] = layer.records[layer.pages_of(step.block_table[0, :tiles].long())].clone()
         if index == LAYERS - 1:
