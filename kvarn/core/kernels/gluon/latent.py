@@ -17,18 +17,22 @@ from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.gluon.attend import span_of
 from kvarn.core.kernels.gluon.latent_rows import BLOCK, allocate_blocks, attend_rows, attend_sinks, tile_shared
 from kvarn.core.kernels.gluon.layouts import (
-    begin_copy,
     mma_layout,
     plain_shared,
     repeat_layout,
-    rows_copy_layout,
-    vector_copy_layout,
     words_layout,
 )
-from kvarn.core.kernels.gluon.record import halves, joined_planes, repeat
+from kvarn.core.kernels.gluon.record import (
+    copy_rows,
+    copy_vectors,
+    halves,
+    joined_planes,
+    repeat,
+    unpacked_plane,
+)
 from kvarn.core.kernels.read_rule import record_end
 from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, load_task, part_of_task
-from kvarn.core.kernels.unpack import BIAS, plane_asm, plane_weight, planes
+from kvarn.core.kernels.unpack import BIAS, plane_weight, planes
 from kvarn.core.kernels.work import units_of
 
 _WIDTH = gl.constexpr(8)
@@ -54,32 +58,12 @@ def _load_queries(q_ptr, q_row, ok, q_blocks, warps: gl.constexpr):
 
 
 @gluon.jit
-def _copy_rows(buffer, ptr, row_stride: gl.constexpr, warps: gl.constexpr):
-    """Begin to copy rows that stand row_stride elements apart."""
-    R: gl.constexpr = buffer.shape[0]
-    W: gl.constexpr = buffer.shape[1]
-    layout: gl.constexpr = rows_copy_layout(2 * W, warps)
-    row = gl.arange(0, R, layout=gl.SliceLayout(1, layout))
-    at = gl.arange(0, W, layout=gl.SliceLayout(0, layout))
-    begin_copy(buffer, ptr + (row * row_stride)[:, None] + at[None, :])
-
-
-@gluon.jit
-def _copy_vectors(buffers, slot, halfs, SCALES: gl.constexpr, warps: gl.constexpr):
-    """Begin to copy scales and offsets. SCALES: the bytes where they stand."""
-    for i in gl.static_range(2):
-        buffer = buffers[i].index(slot)
-        at = gl.arange(0, buffer.shape[0], layout=vector_copy_layout(buffer.shape[0], warps))
-        begin_copy(buffer, halfs + SCALES[i] // 2 + at)
-
-
-@gluon.jit
 def _copy_codes(words, vectors, slot, record, FIELDS: gl.constexpr, SCALES: gl.constexpr, warps: gl.constexpr):
     """Begin to copy the codes of a record's latents, and their scales and offsets into a slot."""
     ptr = record.to(gl.pointer_type(gl.int16)) + FIELDS[0][2] // 2
     for c in gl.static_range(len(words)):
-        _copy_rows(words[c], ptr + c * BLOCK, FIELDS[0][3], warps)
-    _copy_vectors(vectors, slot, record.to(gl.pointer_type(gl.float16)), SCALES, warps)
+        copy_rows(words[c], ptr + c * BLOCK, FIELDS[0][3], warps)
+    copy_vectors(vectors, slot, record, SCALES, warps)
 
 
 @gluon.jit
@@ -88,19 +72,16 @@ def _copy_rope(
 ):
     """Begin to copy the rope part of a record: fp16, or codes with scales and offsets."""
     if len(FIELDS) == 0:
-        _copy_rows(rope, record.to(gl.pointer_type(gl.float16)) + START // 2, rope.shape[1], warps)
+        copy_rows(rope, record.to(gl.pointer_type(gl.float16)) + START // 2, rope.shape[1], warps)
     else:
-        _copy_rows(rope, record.to(gl.pointer_type(gl.int16)) + START // 2, rope.shape[1], warps)
-        _copy_vectors(vectors, slot, record.to(gl.pointer_type(gl.float16)), SCALES, warps)
+        copy_rows(rope, record.to(gl.pointer_type(gl.int16)) + START // 2, rope.shape[1], warps)
+        copy_vectors(vectors, slot, record, SCALES, warps)
 
 
 @gluon.jit
 def _plane(words, BITS: gl.constexpr, PLANE: gl.constexpr, layout: gl.constexpr):
-    """Return ``1024 + code * 2**position`` of one plane of packed words, float16."""
-    codes = gl.inline_asm_elementwise(
-        plane_asm(BITS, PLANE * BITS), "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2
-    )
-    return gl.convert_layout(codes, layout, assert_trivial=True)
+    """Return one plane of packed words as an MMA's left operand."""
+    return gl.convert_layout(unpacked_plane(words, BITS, PLANE), layout, assert_trivial=True)
 
 
 @gluon.jit

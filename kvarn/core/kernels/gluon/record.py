@@ -40,27 +40,38 @@ def copy_half(
 ):  # fmt: skip
     """Begin to copy the keys or the values of a record into a slot. OFFSETS: bytes of scales and of offsets."""
     for f in gl.static_range(len(FIELDS)):
-        _copy_words(words[f].index(slot), record, FIELDS[f][2], warps)
-    halfs = record.to(gl.pointer_type(gl.float16))
-    for i in gl.static_range(2):
-        _copy_vector(vectors[i].index(slot), halfs + OFFSETS[i] // 2, warps)
+        ptr = record.to(gl.pointer_type(gl.int16)) + FIELDS[f][2] // 2
+        copy_rows(words[f].index(slot), ptr, FIELDS[f][3], warps)
+    copy_vectors(vectors, slot, record, OFFSETS, warps)
 
 
 @gluon.jit
-def _copy_words(buffer, record, OFFSET: gl.constexpr, warps: gl.constexpr):
+def copy_rows(buffer, ptr, row_stride: gl.constexpr, warps: gl.constexpr):
+    """Begin to copy rows that stand row_stride elements apart."""
     R: gl.constexpr = buffer.shape[0]
     W: gl.constexpr = buffer.shape[1]
     layout: gl.constexpr = rows_copy_layout(2 * W, warps)
     row = gl.arange(0, R, layout=gl.SliceLayout(1, layout))
-    word = gl.arange(0, W, layout=gl.SliceLayout(0, layout))
-    ptr = record.to(gl.pointer_type(gl.int16)) + OFFSET // 2
-    begin_copy(buffer, ptr + (row * W)[:, None] + word[None, :])
+    at = gl.arange(0, W, layout=gl.SliceLayout(0, layout))
+    begin_copy(buffer, ptr + (row * row_stride)[:, None] + at[None, :])
 
 
 @gluon.jit
-def _copy_vector(buffer, ptr, warps: gl.constexpr):
-    at = gl.arange(0, buffer.shape[0], layout=vector_copy_layout(buffer.shape[0], warps))
-    begin_copy(buffer, ptr + at)
+def copy_vectors(vectors, slot, record, OFFSETS: gl.constexpr, warps: gl.constexpr):
+    """Begin to copy scales and offsets into a slot. OFFSETS: the bytes of a record where they stand."""
+    halfs = record.to(gl.pointer_type(gl.float16))
+    for i in gl.static_range(2):
+        buffer = vectors[i].index(slot)
+        at = gl.arange(0, buffer.shape[0], layout=vector_copy_layout(buffer.shape[0], warps))
+        begin_copy(buffer, halfs + OFFSETS[i] // 2 + at)
+
+
+@gluon.jit
+def unpacked_plane(words, BITS: gl.constexpr, PLANE: gl.constexpr):
+    """Return ``1024 + code * 2**position`` of one plane of packed words, float16, as the words lie."""
+    return gl.inline_asm_elementwise(
+        plane_asm(BITS, PLANE * BITS), "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2
+    )
 
 
 @gluon.jit
@@ -68,10 +79,7 @@ def joined_planes(words, BITS: gl.constexpr, layout: gl.constexpr):
     """Return ``1024 + code * 2**position`` of every lane, [rows, lanes], float16, as an MMA's left operand."""
     parts = ()
     for plane in gl.static_range(planes(BITS)):
-        part = gl.inline_asm_elementwise(
-            plane_asm(BITS, plane * BITS), "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2
-        )
-        parts = parts + (part,)
+        parts = parts + (unpacked_plane(words, BITS, plane),)
     for _ in gl.static_range(planes(BITS).bit_length() - 1):
         pairs = ()
         for i in gl.static_range(0, len(parts), 2):
