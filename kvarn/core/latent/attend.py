@@ -1,6 +1,5 @@
 """Attend: absorbed queries over latent records, exact tail, sinks and the step's own rows, in one softmax."""
 
-from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -23,22 +22,10 @@ from kvarn.core.work import RAW_BLOCK, most_shares, units_per_share
 LATENT_COLUMNS = 16
 # What the kernel with explicit layouts serves: blocks of so many words and rope channels.
 _BLOCK = 64
-
-
-@dataclass(frozen=True, slots=True)
-class LatentLaunch:
-    """How the kernel is launched.
-
-    Args:
-        warps: of a program.
-        programs_per_sm: programs a multiprocessor, those of all blocks of heads together.
-        options: constants that one kernel alone takes: tokens of a record that are restored at a time, and stages of
-            the pipeline that loads records, of which the page table takes one.
-    """
-
-    warps: int
-    programs_per_sm: int
-    options: dict[str, Any]
+# Of either kernel: two programs of four warps fill a multiprocessor's registers.
+_WARPS, _PROGRAMS_PER_SM = 4, 2
+# Tokens of a record that the Triton kernel restores at a time, and its stages, of which the page table takes one.
+_TOKENS, _STAGES = 32, 3
 
 
 def heads_together(q_heads: int) -> int:
@@ -57,16 +44,8 @@ def has_explicit_latents(layout: LatentLayout, device: torch.device) -> bool:
     return len(fields) == 1 and fields[0].words % _BLOCK == 0 and layout.rope_dim == _BLOCK
 
 
-def latent_launch(layout: LatentLayout, device: torch.device) -> LatentLaunch:
-    """Return the shape for a layout: two programs of four warps fill a multiprocessor's registers."""
-    if has_explicit_latents(layout, device):
-        return LatentLaunch(warps=4, programs_per_sm=2, options={})
-    return LatentLaunch(warps=4, programs_per_sm=2, options={"TOKENS": 32, "STAGES": 3, "USE_ASM": has_lop3(device)})
-
-
 def num_latent_programs(
     config: CacheConfig[LatentLayout],
-    shape: LatentLaunch,
     head_blocks: int,
     tasks: int,
     pages: int,
@@ -76,7 +55,7 @@ def num_latent_programs(
     """Return how many programs share the work of one block of heads. It follows from shapes alone."""
     if config.batch_invariant:
         return most_shares(config, tasks, pages, rows_in_ring=rows_in_ring)
-    return max(1, sm_count(device) * shape.programs_per_sm // head_blocks)
+    return max(1, sm_count(device) * _PROGRAMS_PER_SM // head_blocks)
 
 
 def most_latent_partial_bytes(
@@ -97,9 +76,9 @@ def most_latent_partial_bytes(
     for rows_each in range(1, config.draft_tokens + 2):
         rows_per_task, _ = task_shape(group, rows_each, LATENT_COLUMNS)
         kinds.append((requests * -(-rows_each // rows_per_task), True))
-    blocks, rows, shape = heads // group, [], latent_launch(config.layout, device)
+    blocks, rows = heads // group, []
     for tasks, rows_in_ring in kinds:
-        programs = num_latent_programs(config, shape, blocks, tasks, pages, rows_in_ring, device)
+        programs = num_latent_programs(config, blocks, tasks, pages, rows_in_ring, device)
         rows.append((programs + tasks) * blocks * LATENT_COLUMNS)
     return max(rows) * (config.layout.latent_dim + 1) * torch.float32.itemsize
 
@@ -141,13 +120,13 @@ def attend_latents(
         out = torch.empty(q_latent.shape, dtype=layer.tails.dtype, device=device)
     q, unit = rotate_queries(q_latent, q_rope, layout)
     group, tasks = heads_together(heads), step.task_request.shape[0]
-    shape = latent_launch(layout, device)
+    kernel, options = _attend_kernel(layout, device)
     pages = step.block_table.shape[1]
-    programs = num_latent_programs(config, shape, heads // group, tasks, pages, step.rows_in_ring, device)
+    programs = num_latent_programs(config, heads // group, tasks, pages, step.rows_in_ring, device)
     parts = (programs + tasks, heads // group, LATENT_COLUMNS)
     partial_out = torch.empty(*parts, layout.latent_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
-    _attend_kernel(layout, device)[(programs, heads // group)](
+    kernel[(programs, heads // group)](
         q, unit, layer.records, layer.tails, layer.sinks, raw, step.task_request, step.task_row, step.work_end,
         step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
         step.block_table, partial_out, partial_lse, scale, tasks, heads, *layer.records.stride()[:2],
@@ -155,20 +134,21 @@ def attend_latents(
         **latent_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=LATENT_COLUMNS,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical, RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=task_block(tasks),
-        SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring), **shape.options, **chained(device),
-        num_warps=shape.warps,
+        SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring), **options, **chained(device),
+        num_warps=_WARPS,
     )  # fmt: skip
     return out, combine(partial_out, partial_lse, layer, step, out)
 
 
-def _attend_kernel(layout: LatentLayout, device: torch.device) -> Any:
+def _attend_kernel(layout: LatentLayout, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """Return the kernel for a layout and the constants that it alone takes."""
     if has_explicit_latents(layout, device):
         from kvarn.core.kernels.gluon.latent import attend_latents_kernel as explicit_kernel
 
-        return explicit_kernel
+        return explicit_kernel, {}
     from kvarn.core.kernels.latent.attend import attend_latents_kernel
 
-    return attend_latents_kernel
+    return attend_latents_kernel, {"TOKENS": _TOKENS, "STAGES": _STAGES, "USE_ASM": has_lop3(device)}
 
 
 def attend_latents_reference(
