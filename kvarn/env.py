@@ -40,6 +40,11 @@ def batch_invariant() -> bool:
     return _flag("KVARN_BATCH_INVARIANT")
 
 
+def order_is_fixed() -> bool:
+    """Return whether both are set: what a row reads and in which order it sums no longer depends on the batch."""
+    return canonical() and batch_invariant()
+
+
 def tail_tokens() -> int | None:
     """KVARN_TAIL_TOKENS (unset: the preset's): newest tokens that are always read exact."""
     return _optional_count("KVARN_TAIL_TOKENS")

@@ -53,6 +53,11 @@ class Engine(ABC):
     def speculation(method: str, draft: str | None, drafts: int) -> dict[str, Any]:
         """Return what the engine is started with besides, to verify so many drafts a step and to count them."""
 
+    @staticmethod
+    @abstractmethod
+    def invariance() -> tuple[dict[str, Any], dict[str, str]]:
+        """Return arguments and environment that make a row's result independent of the batch. On GPUs alone."""
+
     @abstractmethod
     def verified(self) -> tuple[int, int]:
         """Return how many verifying steps of a request there were up to now, and how many drafts they accepted."""
@@ -124,6 +129,11 @@ class SGLang(Engine):
         model = {"speculative_draft_model_path": draft} if draft else {}
         return {"speculative_algorithm": _SGLANG_METHODS[method], **chain, **model}
 
+    @staticmethod
+    def invariance() -> tuple[dict[str, Any], dict[str, str]]:
+        """Return arguments and environment that make a row's result independent of the batch. On GPUs alone."""
+        return {"enable_deterministic_inference": True}, {}
+
     def verified(self) -> tuple[int, int]:
         """Return how many verifying steps of a request there were up to now, and how many drafts they accepted."""
         return self._steps, self._accepted
@@ -187,6 +197,11 @@ class VLLM(Engine):
             "speculative_config": {"method": method, "num_speculative_tokens": drafts, **how},
             "disable_log_stats": False,
         }
+
+    @staticmethod
+    def invariance() -> tuple[dict[str, Any], dict[str, str]]:
+        """Return arguments and environment that make a row's result independent of the batch. On GPUs alone."""
+        return {}, {"VLLM_BATCH_INVARIANT": "1"}
 
     def verified(self) -> tuple[int, int]:
         """Return how many verifying steps of a request there were up to now, and how many drafts they accepted."""

@@ -14,7 +14,9 @@ class EngineFailed(Exception):
     """An engine didn't do what it was asked to; says its last words."""
 
 
-def run_job(engine: str, job: dict[str, Any], work: Path, name: str) -> dict[str, Any]:
+def run_job(
+    engine: str, job: dict[str, Any], work: Path, name: str, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
     """Return the result of a job that `benchmarks.serving.worker` does.
 
     Args:
@@ -22,6 +24,7 @@ def run_job(engine: str, job: dict[str, Any], work: Path, name: str) -> dict[str
         job: what the worker is to do.
         work: folder for files.
         name: of the job, for file names. Logs stay in the folder that KVARN_BENCH_LOGS names.
+        environment: more variables of the worker.
 
     Raises:
         EngineFailed: the worker ended without a result.
@@ -31,7 +34,8 @@ def run_job(engine: str, job: dict[str, Any], work: Path, name: str) -> dict[str
     log_dir = Path(os.environ.get("KVARN_BENCH_LOGS", work))
     with (log_dir / f"{name}.log").open("w") as log:
         command = [sys.executable, "-m", "benchmarks.serving.worker", engine, str(path)]
-        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False).returncode
+        variables = {**os.environ, **(environment or {})}
+        code = subprocess.run(command, stdout=log, stderr=subprocess.STDOUT, check=False, env=variables).returncode
     if code or not result.exists():
         said = (log_dir / f"{name}.log").read_text()[-4000:]
         raise EngineFailed(f"The engine for {name} failed with code {code}:\n{said}")

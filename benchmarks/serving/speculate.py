@@ -3,19 +3,21 @@
     python -m benchmarks.serving.speculate --engine vllm --model DIR --draft DIR --text FILE --work FOLDER --out FILE
 
 Every engine is a process of its own, whose result is kept in the folder: a run that is cut off goes on where it was.
-First greedy answers are compared in canonical mode; beside them stand the engine's own, in the model dtype, since
-matrix products of another shape round differently whatever the cache is. No speed is measured if more answers differ
-than are allowed. Speeds are of one stream, over contexts of text.
+First greedy answers are compared in canonical and batch-invariant mode, which the engine's matrix products follow on a
+GPU, and nothing else is measured if more differ than are allowed.
+Then, as served, every cache dtype answers the same prompts with and without drafts: answers differ in the model dtype,
+too, since matrix products of another shape round differently. Speeds are of one stream, over contexts of text.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.serving.compare import cut_prompts, first_divergence, model_config, read_tokens
 from benchmarks.serving.engines import BASELINE, ENGINES, add_arguments, started_with
@@ -31,14 +33,17 @@ def main() -> None:
     args = _arguments()
     args.work.mkdir(parents=True, exist_ok=True)
     ids = read_tokens(args.model, args.text)
-    gate = _gate(args, ids)
-    rows = [{**gate, "tok_s": None, "tok_s_without": None}]
-    results.write(args.out, rows, engine=args.engine)
-    print(json.dumps(gate), flush=True)
-    if gate["mismatches"] > args.mismatches:
-        sys.exit(f"{gate['mismatches']} answers differ, more than {args.mismatches}: no speed is measured.")
-    rows = [{**gate, **speeds} for speeds in _speeds(args, ids)]
-    results.write(args.out, rows, engine=args.engine)
+    prompts = cut_prompts(ids, args.prompts, args.prompt_tokens)
+    greedy = {"greedy": {"prompts": prompts, "new_tokens": args.new_tokens}}
+    canonical = [_run(args, f"canonical-{on}", args.dtype, on, greedy, canonical=True) for on in (False, True)]
+    mismatches = _mismatches(*canonical)
+    print(f"{mismatches} of {args.prompts} answers differ with drafts", flush=True)
+    if mismatches > args.mismatches:
+        sys.exit(f"{mismatches} answers differ, more than {args.mismatches}: no speed is measured.")
+    served = {dtype: _serve(args, dtype, ids, greedy) for dtype in (args.dtype, BASELINE, *_peers(args))}
+    row = _answers(args, canonical, served)
+    rows = [{**row, "context": context, **_speeds(args, served, i)} for i, context in enumerate(args.contexts)]
+    results.write(args.out, rows or [row], engine=args.engine)
     for row in rows:
         print(json.dumps(row))
 
@@ -70,13 +75,27 @@ def _arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def _gate(args: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
-    """Return how many answers differ, and the keys that all rows share."""
-    prompts = cut_prompts(ids, args.prompts, args.prompt_tokens)
-    greedy = {"greedy": {"prompts": prompts, "new_tokens": args.new_tokens}}
-    canonical = [_run(args, f"canonical-{on}", args.dtype, on, greedy, canonical=True) for on in (False, True)]
-    exact = [_run(args, f"greedy-{BASELINE}-{on}", BASELINE, on, greedy) for on in (False, True)]
-    mine = _run(args, f"greedy-{args.dtype}", args.dtype, True, greedy)
+def _peers(args: argparse.Namespace) -> list[str]:
+    return [ENGINES[args.engine].fp8] if args.peers is None else args.peers
+
+
+def _serve(
+    args: argparse.Namespace, dtype: str, ids: list[int], greedy: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what an engine without drafts and one with them answer and how fast they are, for one cache dtype."""
+    case = {"batch": 1, "new_tokens": args.decode_tokens, "repeats": args.repeats, "text": ids}
+    case["vocab"] = model_config(args.model)["vocab_size"]
+    job = greedy | {"decode": [{**case, "context": context} for context in args.contexts]}
+    name = "-".join(map(str, ("served", dtype, *args.contexts)))
+    return _run(args, f"{name}-False", dtype, False, job), _run(args, f"{name}-True", dtype, True, job)
+
+
+def _answers(
+    args: argparse.Namespace,
+    canonical: list[dict[str, Any]],
+    served: dict[str, tuple[dict[str, Any], dict[str, Any]]],
+) -> dict[str, Any]:
+    """Return what all rows share: the setting, how many answers differ, and how many tokens a step gave."""
     return {
         "engine": args.engine,
         "model": Path(args.model).name,
@@ -87,12 +106,21 @@ def _gate(args: argparse.Namespace, ids: list[int]) -> dict[str, Any]:
         "prompts": args.prompts,
         "new_tokens": args.new_tokens,
         "mismatches": _mismatches(*canonical),
-        "fp16_mismatches": _mismatches(*exact),
-        "acceptance_length": mine["greedy_acceptance_length"],
         "canonical_acceptance_length": canonical[1]["greedy_acceptance_length"],
-        "fp16_acceptance_length": exact[1]["greedy_acceptance_length"],
         "verify4_over_1": _verify_ratio(args),
+        **{
+            f"{_prefix(args, dtype)}{name}": value
+            for dtype, found in served.items()
+            for name, value in (
+                ("acceptance_length", found[1]["greedy_acceptance_length"]),
+                ("served_mismatches", _mismatches(*found)),
+            )
+        },
     }
+
+
+def _prefix(args: argparse.Namespace, dtype: str) -> str:
+    return {args.dtype: "", BASELINE: "fp16_"}.get(dtype, f"{dtype}_")
 
 
 def _mismatches(without: dict[str, Any], with_drafts: dict[str, Any]) -> int:
@@ -100,22 +128,19 @@ def _mismatches(without: dict[str, Any], with_drafts: dict[str, Any]) -> int:
     return sum(first_divergence(a, b) < len(a) for a, b in pairs)
 
 
-def _speeds(args: argparse.Namespace, ids: list[int]) -> list[dict[str, Any]]:
-    """Return tokens a second of one stream over each context, with and without drafts, of every cache dtype."""
-    case = {"batch": 1, "new_tokens": args.decode_tokens, "repeats": args.repeats, "text": ids}
-    case["vocab"] = model_config(args.model)["vocab_size"]
-    job = {"decode": [{**case, "context": context} for context in args.contexts]}
-    rows: list[dict[str, Any]] = [{"context": context} for context in args.contexts]
-    peers = [ENGINES[args.engine].fp8] if args.peers is None else args.peers
-    for dtype in (args.dtype, BASELINE, *peers):
-        prefix = {args.dtype: "", BASELINE: "fp16_"}.get(dtype, f"{dtype}_")
-        for on in (True, False):
-            name = "-".join(map(str, ("speed", dtype, on, *args.contexts)))
-            for row, found in zip(rows, _run(args, name, dtype, on, job)["decode"], strict=True):
-                row[f"{prefix}tok_s" + ("" if on else "_without")] = round(found["decode_tok_s"], 2)
-        for row in rows:
-            row[f"{prefix}gain"] = round(row[f"{prefix}tok_s"] / row[f"{prefix}tok_s_without"], 3)
-    return rows
+def _speeds(
+    args: argparse.Namespace, served: dict[str, tuple[dict[str, Any], dict[str, Any]]], which: int
+) -> dict[str, float]:
+    """Return tokens a second of one stream over one of the contexts, with and without drafts, of every cache dtype."""
+    found = {}
+    for dtype, both in served.items():
+        without, drafting = (answer["decode"][which] for answer in both)
+        prefix = _prefix(args, dtype)
+        for name, speed in (("tok_s", drafting), ("tok_s_without", without)):
+            for spread in ("", "_low", "_high"):
+                found[f"{prefix}{name}{spread}"] = round(speed[f"decode_tok_s{spread}"], 2)
+        found[f"{prefix}gain"] = round(found[f"{prefix}tok_s"] / found[f"{prefix}tok_s_without"], 3)
+    return found
 
 
 def _run(
@@ -129,8 +154,13 @@ def _run(
     arguments = started_with(args.engine, args.model, args.model_dtype, dtype, args.requests, args.arguments | others)
     if drafts:
         arguments |= ENGINES[args.engine].speculation(args.method, args.draft, args.drafts)
-    os.environ["KVARN_CANONICAL"] = str(int(canonical))
-    found = run_job(args.engine, {"engine": arguments, "drafts": drafts, **job}, args.work, name)
+    environment = {}
+    if canonical:
+        environment = {"KVARN_CANONICAL": "1", "KVARN_BATCH_INVARIANT": "1"}
+        if torch.cuda.is_available():
+            more, variables = ENGINES[args.engine].invariance()
+            arguments, environment = arguments | more, environment | variables
+    found = run_job(args.engine, {"engine": arguments, "drafts": drafts, **job}, args.work, name, environment)
     kept.write_text(json.dumps(found))
     return found
 

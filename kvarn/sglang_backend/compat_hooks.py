@@ -91,11 +91,16 @@ def choose_latent_attention(expands: Callable[[], bool]) -> None:
 
 
 def add_backend_choice() -> None:
-    """Let users name the attention backend."""
-    from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
+    """Let users name the attention backend, with deterministic inference and its prefix cache, too."""
+    from sglang.srt import server_args
 
-    if BACKEND_NAME not in ATTENTION_BACKEND_CHOICES:
-        add_attention_backend_choices([BACKEND_NAME])
+    for choices in (
+        server_args.ATTENTION_BACKEND_CHOICES,
+        server_args.DETERMINISTIC_ATTENTION_BACKEND_CHOICES,
+        server_args.RADIX_SUPPORTED_DETERMINISTIC_ATTENTION_BACKEND,
+    ):
+        if BACKEND_NAME not in choices:
+            choices.append(BACKEND_NAME)
 
 
 def add_dtype_choices(parser: argparse.ArgumentParser) -> None:

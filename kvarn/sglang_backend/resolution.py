@@ -3,6 +3,7 @@
 Works on any object that has the flags as attributes, so that it needs no SGLang.
 """
 
+from kvarn import env
 from kvarn.limits import Limit, limit_reasons
 from kvarn.presets import Preset
 from kvarn.sglang_backend.compat_tables import BACKEND_NAME
@@ -16,7 +17,7 @@ _SPLIT_CACHE = "it spreads one request's cache over ranks, and its exact tail st
 _OTHER_POOL = "it brings a cache layout of its own"
 _RAW_ROWS = "it reads raw K and V rows, and the cache holds records"
 _IDLE_RANKS = "idle ranks run batches without requests, which has not been tested with tiles"
-_BATCH_DEPENDENT = "results still depend on how a batch is put together"
+_BATCH_DEPENDENT = "results depend on how a batch is put together"
 _NEWEST_TOKENS = "a request's newest tokens stand in its tail, which no transfer carries"
 
 
@@ -48,7 +49,6 @@ FLAG_LIMITS = (
     Limit("enable_session_radix_cache", None, _NOT_TESTED),
     Limit("uno_lora_path", None, _NOT_TESTED),
     Limit("decoupled_spec_role", "null", _NOT_TESTED),
-    Limit("enable_deterministic_inference", None, _BATCH_DEPENDENT),
     Limit("rl_on_policy_target", None, _BATCH_DEPENDENT),
     Limit("kv_canary", "none", _RAW_ROWS),
     Limit("enable_mis", None, "it needs the attention mask of the flashinfer backend"),
@@ -56,6 +56,11 @@ FLAG_LIMITS = (
     Limit("enable_amd_monokernel", None, _RAW_ROWS),
     Limit("enable_memory_saver", None, "paused memory comes back with arbitrary contents, tails included"),
     Limit("use_ray", None, "its workers don't inherit what the launching process decided"),
+)
+_DETERMINISTIC = Limit(
+    "enable_deterministic_inference",
+    None,
+    f"{_BATCH_DEPENDENT} unless KVARN_CANONICAL=1 and KVARN_BATCH_INVARIANT=1 are set",
 )
 
 
@@ -80,11 +85,12 @@ def flag_reasons(view: object, preset: Preset) -> list[str]:
         view: the flags as a user typed them, or as SGLang resolved them.
         preset: the preset asked for.
     """
+    limits = FLAG_LIMITS if env.order_is_fixed() else (*FLAG_LIMITS, _DETERMINISTIC)
     return [
         *_backend_reasons(view, preset),
         *_page_reasons(view, preset),
         *draft_reasons(view, preset),
-        *limit_reasons(FLAG_LIMITS, view, "leave it out or serve with --kv-cache-dtype auto"),
+        *limit_reasons(limits, view, "leave it out or serve with --kv-cache-dtype auto"),
     ]
 
 

@@ -11,6 +11,7 @@ from vllm.config import get_current_vllm_config
 from vllm.v1.attention.backend import AttentionBackend, AttentionImpl, MultipleOf
 from vllm.v1.kv_cache_layout import KVCacheLayout
 
+from kvarn import env
 from kvarn.core.attention import attention, reserve_scratch
 from kvarn.core.cache import CacheConfig
 from kvarn.core.layout import HEAD_DIMS, TileLayout
@@ -76,6 +77,11 @@ class TileAttentionBackend(AttentionBackend):
             return spec
         layout = TileLayout.of(cls.preset, spec.head_size)
         return replace(spec, state_content_bytes=layout.record_bytes // layout.tile_tokens)
+
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """Return whether a row's result doesn't depend on the batch."""
+        return env.order_is_fixed()
 
     @classmethod
     def supports_kv_connector(cls) -> bool:

@@ -56,6 +56,7 @@ SIGNATURES: Final = MappingProxyType(
     }
 )
 
+BATCH_INVARIANT: Final = "use_batch_invariant"
 # Flags of the attention selector that ask for something, and what it is.
 SELECTOR_FLAGS: Final = MappingProxyType(
     {
@@ -64,8 +65,8 @@ SELECTOR_FLAGS: Final = MappingProxyType(
         "use_per_head_quant_scales": "brings fp8 scales per head",
         "use_non_causal": "attends without a causal mask",
         "use_rswa": "uses reference sliding-window attention",
-        "use_batch_invariant": "asks for batch invariance (VLLM_BATCH_INVARIANT), and here a row's order of summation "
-        "depends on the batch",
+        BATCH_INVARIANT: "asks for batch invariance (VLLM_BATCH_INVARIANT), which KVARN_CANONICAL=1 and "
+        "KVARN_BATCH_INVARIANT=1 give",
         "use_kv_connector": "moves the cache through a KV connector, which would move records but not exact tails",
         "use_pcp": "splits prefills over ranks (PCP)",
         "use_dcp": "splits the cache over ranks (DCP)",

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from kvarn import env
 from kvarn.core.layers import LayerKind, layer_kinds
 from kvarn.core.prefill_plan import LONG_ROWS
 from kvarn.core.support import DeviceFacts, ModelFacts, unsupported_reasons
 from kvarn.limits import Limit, limit_reasons
 from kvarn.presets import get_preset, is_preset_name
 from kvarn.vllm_backend import compat
-from kvarn.vllm_backend.compat_tables import SELECTOR_FLAGS, SKIP_WINDOWS
+from kvarn.vllm_backend.compat_tables import BATCH_INVARIANT, SELECTOR_FLAGS, SKIP_WINDOWS
 
 if TYPE_CHECKING:
     from vllm.config import SpeculativeConfig, VllmConfig
@@ -53,7 +54,8 @@ def reasons_against(fields: Mapping[str, Any], config: VllmConfig, capability: t
         capability: CUDA compute capability; None without an NVIDIA GPU.
     """
     preset = get_preset(fields["kv_cache_dtype"])
-    asked = [why for flag, why in SELECTOR_FLAGS.items() if fields.get(flag)]
+    served = {BATCH_INVARIANT} if env.order_is_fixed() else set()
+    asked = [why for flag, why in SELECTOR_FLAGS.items() if fields.get(flag) and flag not in served]
     text = config.model_config.hf_text_config
     # vLLM exempts layers with a window from a cache dtype, but not these.
     asked += ["has layers with chunked attention"] * bool(getattr(text, "attention_chunk_size", None))
