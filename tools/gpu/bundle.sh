@@ -16,7 +16,7 @@
 #   .gpu/fa3-0..fa3-5/    sgl_kernel's FlashAttention 3, which SGLang attends with on Hopper
 #
 # Every folder has a NAME.sha256 that receive.sh checks. prose.txt is 40,000 characters of the Debian package
-# `anarchism` (GPL-2), prose-long.txt the same and 160,000 more; neither they nor the weights may be committed.
+# `anarchism` (GPL-2), prose-long.txt the same and 560,000 more; neither they nor the weights may be committed.
 set -euo pipefail
 HERE=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 OUT=$(cd "$HERE/../.." && pwd)/.gpu
@@ -96,9 +96,9 @@ for name in sorted(sys.argv[1:]):
     page = html.unescape(re.sub(r"<[^>]+>", "", page))
     lines = (re.sub(r"\s+", " ", line).strip() for line in re.sub(r"[ \t\r]*\n[ \t\r]*(?=\S)", " ", page).split("\n"))
     text += "\n".join(line for line in lines if line) + "\n"
-    if len(text) > 260_000:
+    if len(text) > 660_000:
         break
-sys.stdout.write(text[60_000:260_000])
+sys.stdout.write(text[60_000:660_000])
 PY
   python3 -c 'import sys; print(end=sys.stdin.read(40_000))' <"$OUT/tasks/prose-long.txt" >"$OUT/engine/prose.txt"
   sums tasks

@@ -18,20 +18,27 @@ export PYTHONPATH=$PWD:$PYTHONPATH KVARN_BENCH_LOGS=$out/logs
 engine=${KVARN_GPU_ENGINE:-sglang}
 mkdir -p "$out/logs"
 
+# Loads follow the capacity, and shares of a larger memory would make them last longer.
+gib=$(($(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1) / 1024))
+share=$([ "$gib" -gt 100 ] && echo 0.47 || echo 0.8)
+server_share=$([ "$gib" -gt 100 ] && echo 0.5 || echo 0.85)
+
 if [ "$engine" = sglang ]; then
-  arguments='{"sampling_backend":"pytorch","mem_fraction_static":0.8,"cuda_graph_max_bs_decode":64}'
+  arguments='{"sampling_backend":"pytorch","mem_fraction_static":'$share',"cuda_graph_max_bs_decode":64}'
   # FlashAttention 3 is not part of the first pieces.
   backend=$([ -e "$KVARN_GPU_HOME/fa3.done" ] && echo fa3 || echo triton)
   baseline='{"attention_backend":"'$backend'","disable_prefill_cuda_graph":true}'
   dtypes=(kvarn_k4v2_g128)
   peers=fp8_e4m3
-  server=(--mem-fraction-static 0.85 --max-running-requests 64)
+  server=(--mem-fraction-static "$server_share" --max-running-requests 64 --sampling-backend pytorch)
+  drafting=$arguments
 else
-  arguments='{"max_model_len":40960,"gpu_memory_utilization":0.8}'
+  arguments='{"max_model_len":40960,"gpu_memory_utilization":'$share'}'
+  drafting='{"gpu_memory_utilization":'$share'}'
   baseline='{}'
   dtypes=(kvarn_k4v2_g128 turboquant_4bit_nc)
   peers=fp8,turboquant_4bit_nc
-  server=(--gpu-memory-utilization 0.85 --max-num-seqs 64)
+  server=(--gpu-memory-utilization "$server_share" --max-num-seqs 64)
 fi
 
 limited() { timeout -s TERM "${STEP_SECONDS:-560}" "$@"; }
@@ -55,10 +62,13 @@ verify() {
   limited python3 -m benchmarks.kernels decode --only '1x64k/gqa(4|8)/q4|16x16k/gqa(4|8)/q4' --peers --out "$out/verify.json"
 }
 
-speculate() {
-  limited python3 -m benchmarks.serving.speculate --engine "$engine" --model "$KVARN_GPU_MODEL" --draft "$KVARN_GPU_DRAFT" --drafts 3 \
-    --text "$KVARN_GPU_PROSE" --arguments "$arguments" --other-arguments "$baseline" --work "$out/speculate" \
-    --kernels "$out/verify.json" --contexts ${CONTEXTS-} --peers ${PEERS-} --out "$out/spec-h100.json"
+speculate() { # over contexts longer than the models were trained for
+  python3 tools/gpu/longer.py "$KVARN_GPU_MODEL" "$KVARN_GPU_MODEL-yarn" 4
+  python3 tools/gpu/longer.py "$KVARN_GPU_DRAFT" "$KVARN_GPU_DRAFT-yarn" 4
+  limited python3 -m benchmarks.serving.speculate --engine "$engine" --model "$KVARN_GPU_MODEL-yarn" \
+    --draft "$KVARN_GPU_DRAFT-yarn" --drafts 3 --text "$KVARN_GPU_HOME/in/prose-long.txt" --arguments "$drafting" \
+    --other-arguments "$baseline" --mismatches "${MISMATCHES-0}" --work "$out/speculate-$engine" \
+    --kernels "$out/verify.json" --contexts ${CONTEXTS-32768 114688} --out "$out/spec-$engine-h100.json"
 }
 
 serving() {
