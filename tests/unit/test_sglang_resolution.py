@@ -89,6 +89,8 @@ CASES = {
     "draft model": ("dense", (*KVARN, "--speculative-algorithm", "STANDALONE", *DRAFT_MODEL, *TYPED_BACKEND)),
     "n-grams": ("dense", (*KVARN, *NGRAMS)),
     "n-gram trees": ("dense", (*KVARN, "--speculative-algorithm", "NGRAM")),
+    "deterministic": ("dense", (*KVARN, "--enable-deterministic-inference")),
+    "deterministic in a fixed order": ("dense", (*KVARN, "--enable-deterministic-inference")),
     "as decided": ("dense", (*KVARN, "--page-size", "128", "--attention-backend", "kvarn")),
 }
 GRAPH_CALLS = (
@@ -96,7 +98,7 @@ GRAPH_CALLS = (
     *("init_forward_metadata_in_graph", "on_after_cuda_graph_warmup"),
 )
 SCRIPT = """
-import json, sys
+import json, os, sys
 from types import SimpleNamespace
 from kvarn.sglang_backend import compat, compat_hooks, plugin
 from sglang.srt.configs.model_config import ModelConfig
@@ -115,7 +117,7 @@ def resolve(folder, typed):
     split = ModelConfig.from_server_args(args).is_hybrid_swa
     names = ("kv_cache_dtype", "attention_backend", "page_size", "disable_prefill_cuda_graph", "chunked_prefill_size")
     names += ("speculative_algorithm", "speculative_num_draft_tokens", "speculative_eagle_topk")
-    names += ("speculative_draft_attention_backend",)
+    names += ("speculative_draft_attention_backend", "disable_radix_cache")
     found = {name: getattr(view, name) for name in names}
     return {**found, "prefill": view.cuda_graph_config.prefill.backend, "split": split}
 def state():
@@ -123,6 +125,8 @@ def state():
     return {"unapplied": len(compat._unapplied_hooks(compat.tables.ENGINE_TARGETS)), "hooks": hooks}
 answers = {"installed": state()}
 for name, (folder, typed) in json.loads(sys.argv[1]).items():
+    fixed = str(int(name.endswith("in a fixed order")))
+    os.environ.update(KVARN_CANONICAL=fixed, KVARN_BATCH_INVARIANT=fixed)
     answers[name] = resolve(folder, typed)
     answers[name]["state"] = state()
 class Backend:
@@ -217,6 +221,13 @@ def test_drafts_are_one_chain_and_a_draft_model_keeps_an_attention_of_sglangs(
 def test_trees_of_drafts_are_refused_with_what_to_do(answers):
     assert answers["n-gram trees"]["error"] == "UnsupportedConfig"
     assert "pass --speculative-ngram-max-bfs-breadth 1" in answers["n-gram trees"]["message"]
+
+
+def test_deterministic_inference_is_served_where_the_order_is_fixed(answers):
+    assert "KVARN_CANONICAL=1 and KVARN_BATCH_INVARIANT=1" in answers["deterministic"]["message"]
+    decided = answers["deterministic in a fixed order"]
+    assert decided["attention_backend"] == "kvarn"
+    assert not decided["disable_radix_cache"]
 
 
 def test_windows_get_their_pool_for_a_kvarn_dtype_only(answers):

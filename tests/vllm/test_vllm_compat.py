@@ -128,6 +128,18 @@ def test_every_flag_of_the_selector_is_known() -> None:
     assert set(AttentionSelectorConfig._fields) - NOT_FLAGS == {*SELECTOR_FLAGS, *KNOWN_BY_OTHER_NAMES}
 
 
+def test_batch_invariance_is_served_where_the_order_is_fixed(
+    config: VllmConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from vllm.v1.attention.selector import AttentionSelectorConfig
+
+    asked = AttentionSelectorConfig(64, torch.float32, "kvarn_k4v2_g128", None)._replace(use_batch_invariant=True)
+    monkeypatch.setenv("KVARN_CANONICAL", "1")
+    assert len(reasons_against(asked._asdict(), config, None)) == 1
+    monkeypatch.setenv("KVARN_BATCH_INVARIANT", "1")
+    assert reasons_against(asked._asdict(), config, None) == []
+
+
 # Latents and learned sinks are served; which of them, the model tells.
 @pytest.mark.parametrize("flag", sorted({*SELECTOR_FLAGS, *KNOWN_BY_OTHER_NAMES} - {"use_mla", "has_sink"}))
 def test_flag_of_the_selector_is_refused(config: VllmConfig, flag: str) -> None:

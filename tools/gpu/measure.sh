@@ -72,10 +72,10 @@ speculate() { # over contexts longer than the models were trained for
 }
 
 serving() {
-  local shape=${SHAPE:-qwen3-8b} more=()
+  local shape=${SHAPE:-qwen3-8b} others=${PEERS-$peers} more=()
   read -ra more <<<"${SERVER_FLAGS-}"
-  limited python3 -m kvarn bench serve --engine "$engine" --shape "$shape" --tokenizer "$KVARN_GPU_MODEL" \
-    --dtypes "kvarn_k4v2_g128,${PEERS:-$peers}" --workload "${WORKLOADS:-burst,slope}" \
+  limited python3 -m kvarn bench serve --engine "$engine" --shape "$shape" --tokenizer "${TOKENIZER:-$KVARN_GPU_MODEL}" \
+    --dtypes "kvarn_k4v2_g128${others:+,$others}" --workload "${WORKLOADS:-burst,slope}" \
     --out "$out/serving-$engine-$shape.json" --logs "$out/logs" -- "${server[@]}" ${more+"${more[@]}"}
 }
 
