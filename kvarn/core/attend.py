@@ -14,7 +14,7 @@ from kvarn.core.launch import chained, has_lop3
 from kvarn.core.layout import TileLayout
 from kvarn.core.readable import readable_rows
 from kvarn.core.reference import decode_record, softmax_attention
-from kvarn.core.step import CHUNK_COLUMNS, DECODE_COLUMNS, Step, power_of_two, record_end, task_shape
+from kvarn.core.step import DECODE_COLUMNS, Step, chunk_task_shape, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, TASK_BLOCK, most_shares, units_per_share
 
 # What the kernel with explicit layouts serves: head_dim, and words of a row of codes.
@@ -115,10 +115,10 @@ def most_partial_rows(
         group: query heads of one kv head.
         device: where the step runs.
     """
-    columns = max(CHUNK_COLUMNS, power_of_two(group))
-    kinds = [(columns, tokens // (columns // group) + requests, False)]
+    rows_per_task, columns = chunk_task_shape(config, group)
+    kinds = [(columns, tokens // rows_per_task + requests, False)]
     for rows_each in range(1, config.draft_tokens + 2):
-        rows_per_task, columns = task_shape(group, rows_each)
+        rows_per_task, columns = task_shape(config, group, rows_each)
         kinds.append((columns, requests * -(-rows_each // rows_per_task), True))
     rows = []
     for columns, tasks, rows_in_ring in kinds:

@@ -125,7 +125,7 @@ def verify_step(
     from kvarn.core.kernels.step import verify_step_kernel
 
     requests = rows.shape[0]
-    rows_per_task, _ = task_shape(group, rows_each, widest)
+    rows_per_task, _ = task_shape(config, group, rows_each, widest)
     tasks_each = -(-rows_each // rows_per_task)
     several = rows_each > 1
     out = aligned_ints(11 if several else 7, max(requests + 1, requests * rows_each), rows.device)
@@ -174,7 +174,7 @@ def verify_step_reference(
     starts = tiles[1] * tile_tokens
     state.update_sinks(torch.where(starts >= prefix_lens, starts, 1).to(torch.int32), pages[1])
     index = torch.arange(rows.shape[0] + 1, dtype=torch.int32, device=device)
-    rows_per_task, _ = task_shape(group, rows_each, widest)
+    rows_per_task, _ = task_shape(state.config, group, rows_each, widest)
     token_row, task_row = (
         torch.arange(0, rows_each, step, dtype=torch.int32, device=device) for step in (1, rows_per_task)
     )
@@ -201,17 +201,31 @@ def verify_step_reference(
 
 def _verify_step(config: CacheConfig[Any], group: int, rows_each: int, widest: int, **fields: torch.Tensor) -> Step:
     """Make a Step in which every request has as many rows and may fill one tile, its work counted."""
-    rows_per_task, columns = task_shape(group, rows_each, widest)
+    rows_per_task, columns = task_shape(config, group, rows_each, widest)
     named = {name: fields[name] for name in Tasks._fields if name in fields}
     work_end = count_work(config, Tasks(rows_per_task=rows_per_task, rows_in_ring=True, **named))
     return Step(work_end=work_end, rows_per_task=rows_per_task, columns=columns, rows_in_ring=True, plan=None, **fields)
 
 
-def task_shape(group: int, rows_each: int, widest: int = VERIFY_COLUMNS) -> tuple[int, int]:
-    """Return the query rows and columns of an attention task, where every request has as many rows."""
-    most = max(1, widest // group)
+def task_shape(
+    config: CacheConfig[Any], group: int, rows_each: int, widest: int = VERIFY_COLUMNS
+) -> tuple[int, int]:
+    """Return the query rows and columns of an attention task, where every request has as many rows.
+
+    In batch-invariant mode it is one row: the queries of a task are divided by one number, and one row is read by the
+    same variant of the kernel whether it is decoded, verified or part of a chunk.
+    """
+    most = 1 if config.batch_invariant else max(1, widest // group)
     rows = -(-rows_each // -(-rows_each // most))
     return rows, max(DECODE_COLUMNS, power_of_two(rows * group))
+
+
+def chunk_task_shape(config: CacheConfig[Any], group: int, widest: int = CHUNK_COLUMNS) -> tuple[int, int]:
+    """Return the query rows and columns of an attention task, where requests have any number of rows."""
+    if config.batch_invariant:
+        return task_shape(config, group, 1)
+    columns = max(widest, power_of_two(group))
+    return columns // group, columns
 
 
 def chunk_step(
@@ -285,8 +299,7 @@ def _chunk_tasks(
     widest: int,
 ) -> dict[str, Any]:
     """Cut the query rows of chunks that aren't long into tasks: the fields of a Step that say which there are."""
-    columns = max(widest, power_of_two(group))
-    rows = columns // group
+    rows, columns = chunk_task_shape(config, group, widest)
     query_lens, requests = query_start.diff(), query_start.shape[0] - 1
     if plan is not None:
         query_lens = torch.where(query_lens > plan.most_short, 0, query_lens)

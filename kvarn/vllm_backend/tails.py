@@ -59,6 +59,11 @@ class TailBackend(AttentionBackend):
         """Return the name in logs."""
         return "KVARN_TAIL"
 
+    @classmethod
+    def supports_batch_invariance(cls) -> bool:
+        """Return that it computes nothing that could depend on the batch."""
+        return True
+
     @staticmethod
     def get_builder_cls() -> type[TailMetadataBuilder]:
         """Return the builder of the block table."""

@@ -1,5 +1,8 @@
 """Attention kernels against the float64 reference over the same records, in poisoned memory, on odd shapes."""
 
+import copy
+import dataclasses
+
 import pytest
 import torch
 from cases import Case, make_case, store_and_seal, to_device, without_others
@@ -7,6 +10,7 @@ from tolerance import ATTEND_MAX, ATTEND_RMS, LSE, LSE_RELATIVE, relative_max, r
 
 from kvarn.core import attend as attend_module
 from kvarn.core.attend import attend, attend_reference
+from kvarn.core.step import verify_step
 from kvarn.presets import PRESETS
 
 
@@ -81,6 +85,22 @@ def test_batch_invariant_rows_are_the_same_alone_and_in_a_batch(lengths, new, de
         out, lse = attend(part.q, part.rotated, part.layer, part.step, case.layer.config.rotation_norm)
         results.append((out[: new[0]].cpu(), lse[: new[0]].cpu()))
     assert all(torch.equal(out, results[0][0]) and torch.equal(lse, results[0][1]) for out, lse in results)
+
+
+def test_batch_invariant_rows_are_the_same_verified_and_decoded(device):
+    exact = {"canonical": True, "tail": 0, "sink": 0}
+    case = make_case([1500, 126], [4, 4], kv_heads=1, drafts=3, batch_invariant=True, **exact)
+    store_and_seal(case)
+    verified = to_device(case, device)
+    together, _ = attend(verified.q, verified.rotated, verified.layer, verified.step, case.layer.config.rotation_norm)
+    for row in (1, 2, 3):  # a verify step's first row is certain, so no step begins there again
+        step = verify_step(
+            copy.deepcopy(case.state), case.step.rows, case.step.prefix_lens + row + 1, case.step.block_table, 4, 1
+        )
+        q = case.q.view(2, 4, *case.q.shape[1:])[:, row].contiguous()
+        part = to_device(dataclasses.replace(case, step=step, q=q), device)
+        alone, _ = attend(part.q, part.rotated, part.layer, part.step, case.layer.config.rotation_norm)
+        assert torch.equal(alone, together.view(2, 4, *alone.shape[1:])[:, row])
 
 
 def test_batch_invariant_decode_matches_reference(device):

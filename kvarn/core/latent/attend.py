@@ -15,7 +15,7 @@ from kvarn.core.latent.reference import decode_latents
 from kvarn.core.launch import chained, has_lop3
 from kvarn.core.readable import readable_rows
 from kvarn.core.reference import softmax_attention
-from kvarn.core.step import Step, record_end, task_shape
+from kvarn.core.step import Step, chunk_task_shape, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, most_shares, units_per_share
 
 # Query columns of a program. Pass this to the functions that make steps.
@@ -72,9 +72,10 @@ def most_latent_partial_bytes(
         device: where the step runs.
     """
     group = heads_together(heads)
-    kinds = [(tokens // (LATENT_COLUMNS // group) + requests, False)]
+    rows_per_task, _ = chunk_task_shape(config, group, LATENT_COLUMNS)
+    kinds = [(tokens // rows_per_task + requests, False)]
     for rows_each in range(1, config.draft_tokens + 2):
-        rows_per_task, _ = task_shape(group, rows_each, LATENT_COLUMNS)
+        rows_per_task, _ = task_shape(config, group, rows_each, LATENT_COLUMNS)
         kinds.append((requests * -(-rows_each // rows_per_task), True))
     blocks, rows = heads // group, []
     for tasks, rows_in_ring in kinds:
