@@ -44,8 +44,13 @@ class Engine(ABC):
         It takes little memory, so that several engines find room beside each other.
         """
 
+    @staticmethod
     @abstractmethod
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    def parallel(ranks: int) -> dict[str, Any]:
+        """Return what the engine is started with besides, to share its work among so many GPUs."""
+
+    @abstractmethod
+    def generate(self, prompts: list[list[int]], new_tokens: int | list[int]) -> list[list[int]]:
         """Generate greedily, exactly that many tokens a prompt."""
 
     @staticmethod
@@ -106,9 +111,16 @@ class SGLang(Engine):
         few = {"max_total_tokens": _PREFILL_KV_TOKENS, "disable_cuda_graph": True}
         return {**few, "chunked_prefill_size": _TILE, "forward_hooks": [hook]}
 
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    @staticmethod
+    def parallel(ranks: int) -> dict[str, Any]:
+        """Return what the engine is started with besides, to share its work among so many GPUs."""
+        return {"tp_size": ranks}
+
+    def generate(self, prompts: list[list[int]], new_tokens: int | list[int]) -> list[list[int]]:
         """Generate greedily, exactly that many tokens a prompt."""
-        sampling = {"temperature": 0.0, "max_new_tokens": new_tokens, "ignore_eos": True}
+        sampling = [
+            {"temperature": 0.0, "max_new_tokens": count, "ignore_eos": True} for count in _each(prompts, new_tokens)
+        ]
         outs = self._engine.generate(input_ids=prompts, sampling_params=sampling)
         steps = sum(out["meta_info"].get("spec_verify_ct", 0) for out in outs)
         self._steps += steps
@@ -180,11 +192,19 @@ class VLLM(Engine):
         few = {"max_num_seqs": 8, "gpu_memory_utilization": _PREFILL_MEMORY}
         return {**few, "max_num_batched_tokens": _TILE, "enforce_eager": True}
 
-    def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+    @staticmethod
+    def parallel(ranks: int) -> dict[str, Any]:
+        """Return what the engine is started with besides, to share its work among so many GPUs."""
+        return {"tensor_parallel_size": ranks}
+
+    def generate(self, prompts: list[list[int]], new_tokens: int | list[int]) -> list[list[int]]:
         """Generate greedily, exactly that many tokens a prompt."""
         from vllm import SamplingParams
 
-        sampling = SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True, detokenize=False)
+        sampling = [
+            SamplingParams(temperature=0.0, max_tokens=count, ignore_eos=True, detokenize=False)
+            for count in _each(prompts, new_tokens)
+        ]
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         answers = self._engine.generate(asked, sampling, use_tqdm=False)
         return [list(answer.outputs[0].token_ids) for answer in answers]
@@ -222,6 +242,10 @@ class VLLM(Engine):
 
 
 ENGINES: dict[str, type[Engine]] = {"sglang": SGLang, "vllm": VLLM}
+
+
+def _each(prompts: list[list[int]], new_tokens: int | list[int]) -> list[int]:
+    return [new_tokens] * len(prompts) if isinstance(new_tokens, int) else new_tokens
 
 
 def add_arguments(parser: argparse.ArgumentParser, *others: str) -> None:

@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.serving import traffic, trail
 from benchmarks.serving.engines import ENGINES, Engine
 
 _WARM_TOKENS = 16
@@ -27,6 +28,9 @@ def main() -> None:
         result["greedy"] = engine.generate(job["greedy"]["prompts"], job["greedy"]["new_tokens"])
         if before is not None:
             result["greedy_acceptance_length"] = acceptance_length(before, engine.verified())
+        if job["greedy"].get("again"):
+            engine.flush()
+            result["greedy_again"] = engine.generate(job["greedy"]["prompts"], job["greedy"]["new_tokens"])
     if "answers" in job:
         result["answers"] = [engine.generate(asked["prompts"], asked["new_tokens"]) for asked in job["answers"]]
     if "prefill" in job:
@@ -36,6 +40,8 @@ def main() -> None:
         result["decode"] = [decode_speed(engine, **case) for case in job["decode"]]
     if "hit" in job:
         result["hit"] = first_token_after_hit(engine, **job["hit"])
+    if "traffic" in job:
+        result["traffic"] = traffic.drive(engine, **job["traffic"])
     engine.close()
     Path(job["result"]).write_text(json.dumps(result))
 
@@ -122,6 +128,9 @@ def first_token_after_hit(engine: Engine, cached: int, new_tokens: int, repeats:
 def _arbitrary_tokens(which: int, count: int, vocab: int) -> list[int]:
     return [(which * 7919 + j * 104729 + j * j * 31) % (vocab - 100) + 50 for j in range(count)]
 
+
+# Processes that an engine starts import this file, too.
+trail.watch_if_asked()
 
 if __name__ == "__main__":
     main()

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # On the GPU machine, in the repository root, after receive.sh and as install.sh goes on. Measures on several GPUs at once:
 #
-#   tools/gpu/lane.sh OUT NAME GPU STEP...     begin measure.sh's steps in the background, on a GPU and its share of the cores
+#   tools/gpu/lane.sh OUT NAME GPU STEP...     begin measure.sh's steps in the background, on a GPU and its share of the
+#                                              cores; several GPUs with commas, as 0,1, and the cores of all
 #   tools/gpu/lane.sh OUT wait SECONDS         wait for all lanes, and print how each ends
 #
 # A lane runs from a copy of the tree, since a call replaces the tree, and goes on when the call ends. Once everything is
@@ -25,15 +26,17 @@ if [ "$name" = wait ]; then
   exit
 fi
 
-gpu=${1:?the number of a GPU}
+gpus=${1:?the number of a GPU, or several with commas}
 shift
 mkdir -p "$home/lanes/$name" && cp -r . "$home/lanes/$name"
 touch "$out/$name.lane"
-export CUDA_VISIBLE_DEVICES=$gpu
+export CUDA_VISIBLE_DEVICES=$gpus
 cores=$(($(nproc) / $(nvidia-smi --list-gpus | wc -l)))
+of_lane=
+for gpu in ${gpus//,/ }; do of_lane+=${of_lane:+,}$((gpu * cores))-$(((gpu + 1) * cores - 1)); done
 cd "$home/lanes/$name"
 # shellcheck disable=SC2016 # expanded by the shell that it starts
-setsid nohup taskset -c "$((gpu * cores))-$(((gpu + 1) * cores - 1))" bash -c '
+setsid nohup taskset -c "$of_lane" bash -c '
   for step in ${NEEDS-}; do until [ -e "$0/$step.done" ]; do sleep 1; done; done
   tools/gpu/measure.sh "$@"
   rm -f "$1/'"$name"'.lane"

@@ -1,13 +1,16 @@
 #!/usr/bin/env bash
 # On the GPU machine, in the repository root, after receive.sh and install.sh; KVARN_COMMIT is the commit of the tree:
 #
-#   tools/gpu/measure.sh OUT [tests] [kernels] [compare] [verify] [speculate] [serving]      default: the first three
+#   tools/gpu/measure.sh OUT [tests] [kernels] [compare] [verify] [speculate] [parallel] [serving]
+#
+# Default: the first three.
 #
 # tests: kernels against the references; kernels: writing, prefill and decode; compare: SGLang, or vLLM if
 # KVARN_GPU_ENGINE=vllm, with and without tiles; verify and speculate: drafts, alone and in the engine (after
-# install.sh draft); serving: `kvarn bench serve` of SHAPE with WORKLOADS, beside PEERS, with SERVER_FLAGS more. Every step
-# stops after STEP_SECONDS. Writes OUT/*-h100.json, serving-*.json and logs; copy the results to benchmarks/results
-# afterwards, under the name of the GPU that they tell.
+# install.sh draft); parallel: two GPUs beside one, and PARALLEL_STEPS steps of both; serving: `kvarn bench serve` of
+# SHAPE with WORKLOADS, beside PEERS, with SERVER_FLAGS more. Every step stops after STEP_SECONDS; parallel and speculate
+# go on where they were. Writes OUT/*-h100.json, serving-*.json, tp2-*.json and logs; copy the results to
+# benchmarks/results afterwards, under the name of the GPU that they tell.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:?a folder for the results}
@@ -69,6 +72,12 @@ speculate() { # over contexts longer than the models were trained for
     --draft "$KVARN_GPU_DRAFT-yarn" --drafts 3 --text "$KVARN_GPU_HOME/in/prose-long.txt" --arguments "$drafting" \
     --other-arguments "$baseline" --mismatches "${MISMATCHES-0}" --work "$out/speculate-$engine" \
     --kernels "$out/verify.json" --contexts ${CONTEXTS-32768 114688} --out "$out/spec-$engine-h100.json"
+}
+
+parallel() { # SGLang's own all-reduce takes multicast memory where it can, which a host that is shared doesn't allow
+  limited python3 -m benchmarks.serving.parallel --engine "$engine" --model "$KVARN_GPU_MODEL" --text "$KVARN_GPU_PROSE" \
+    --arguments "${arguments%\}},\"disable_custom_all_reduce\":true}" --baseline-arguments "$baseline" \
+    --steps "${PARALLEL_STEPS:-10000}" --work "$out/parallel" --out "$out/tp2-$engine.json"
 }
 
 serving() {
