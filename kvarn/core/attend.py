@@ -116,9 +116,9 @@ def merges_parts(config: CacheConfig, shape: LaunchShape, step: Step) -> bool:
 
     Never where a row's bits may not depend on the batch: both ways sum in an order of their own.
     """
-    few = step.task_request.shape[0] <= shape.merging_tasks
+    few = step.arrivals is not None and step.task_request.shape[0] <= shape.merging_tasks
     whole = config.layout.padded_dim == config.layout.head_dim <= _WIDEST_EXPLICIT
-    return few and whole and step.arrivals is not None and not config.batch_invariant
+    return few and whole and not config.batch_invariant
 
 
 def most_partial_rows(
@@ -206,8 +206,9 @@ def attend(
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
         RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=task_block(tasks),
-        SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring),
-        STAGES=shape.stages, NORM=config.rotation_norm, POLLS=_POLLS if device.type == "cuda" else 0, **options, **chained(device), num_warps=shape.warps, maxnreg=shape.registers,
+        SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring), STAGES=shape.stages, NORM=config.rotation_norm,
+        POLLS=_POLLS if device.type == "cuda" else 0, **options, **chained(device), num_warps=shape.warps,
+        maxnreg=shape.registers,
     )  # fmt: skip
     return out, combine(partial_out, partial_lse, layer, step, out, sink_logits) if lse is None else lse
 

@@ -59,6 +59,16 @@ def test_main_shapes_keep_their_registers():
     assert decode["stack"] <= 32
 
 
+def test_merging_in_the_same_launch_takes_no_more():
+    cases = ["kvarn_k4v2_g128/128/8/1", "kvarn_k4v2_g128/128/16/1", "kvarn_k4v2_g128/64/4/1", "kvarn_k4v2_g128/256/4/1"]
+    cases.append("kvarn_k4v2_g128/128/4/4/verify")
+    made = compiled(*cases, *(f"{case}/merging/sinks" for case in cases))
+    for case in cases:
+        merging = made[f"{case}/merging/sinks"]
+        assert merging["fitting"] >= merging["programs"] == made[case]["programs"]
+        assert merging["stack"] <= made[case]["stack"]
+
+
 def test_canonical_mode_and_drafts_compile():
     cases = ["kvarn_k4v2_g128/64/8/1/canonical", "kvarn_k4v2_g128/64/4/4/canonical"]
     cases += ["kvarn_k4v2_g128/64/4/4/verify", "kvarn_k4v2_g128/64/4/4/verify/canonical"]

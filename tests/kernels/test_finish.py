@@ -25,10 +25,14 @@ def kernel(request, device, monkeypatch):
 
 
 def attended(
-    case: Case, monkeypatch: pytest.MonkeyPatch, merging_tasks: int, programs: int | None, sinks: torch.Tensor | None,
+    case: Case,
+    monkeypatch: pytest.MonkeyPatch,
+    merging_tasks: int,
+    programs: int | None,
+    sinks: torch.Tensor | None,
     replays: int = REPLAYS,
 ) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """Attend the same step again and again, with parts in memory that nothing is to be read from before it is written."""
+    """Attend the same step again and again, in memory that nothing is to be read from before it is written."""
     launch_shape, empty, results = attend_module.launch_shape, torch.empty, []
 
     def poisoned(*args, **options):
@@ -48,7 +52,9 @@ def attended(
     return results
 
 
-def check(case: Case, device: str, monkeypatch: pytest.MonkeyPatch, programs: int | None = None, *, sinks: bool = False):
+def check(
+    case: Case, device: str, monkeypatch: pytest.MonkeyPatch, programs: int | None = None, *, sinks: bool = False
+) -> None:
     """Compare with the merging kernel where it sums in the same order, and with the reference."""
     store_and_seal(case)
     heads = case.q.shape[1]
@@ -63,8 +69,9 @@ def check(case: Case, device: str, monkeypatch: pytest.MonkeyPatch, programs: in
     (apart, apart_lse), *_ = attended(moved, monkeypatch, 0, programs, logits, 1)
     several = attended(moved, monkeypatch, 1 << 20, programs, logits)
     words = moved.step.arrivals.cpu()
-    assert torch.equal(words & 0xFFFFFF, torch.zeros_like(words)), "a task's word is not ready for the next launch"
-    assert (words >> 24 == REPLAYS).all()
+    # launches alone are left of a word; a task of which one program has all needs none
+    assert set(words.tolist()) <= {0, REPLAYS << 24}
+    assert words[0] == REPLAYS << 24
     for got, lse in several:
         assert torch.equal(got, several[0][0]) and torch.equal(lse, several[0][1])
         assert relative_rms(got, want) < ATTEND_RMS[got.dtype]

@@ -2,8 +2,8 @@
 
 A task's programs count themselves in a word of memory, one for each task and kv head. Its low 16 bits say how many have
 left their part, the next 8 how many gave up waiting, the highest 8 count launches: whoever arrives last sets the others
-to zero and adds one there, so a word is ready for the next launch, however many parts that one has. The last programs of
-a task in the order of its work, one a query column as far as there are so many, wait for the rest and merge one column
+to zero and adds one there, so a word is ready for the next launch, however many parts that has. The last programs of a
+task in the order of its work, one a query column as far as there are so many, wait for the rest and merge one column
 after the other. Parts are summed in the order of programs: who arrives when changes no bit.
 
 Nobody waits for ever: programs that can't run at once with the others give up, and leave their columns to the one that
@@ -34,8 +34,8 @@ def finish_tasks(
 
     lane: [parts taken at a time], from 0, as their log-sum-exps are loaded; part: the same, and channel: [D], slices of
     the layout in which parts are. partial, partial_lse: as `combine_kernel` has them, but what saw nothing is zero.
-    arrivals: [tasks, kv_heads], zero but for what launches left; other pointers as of `combine_kernel`. POLLS: how often
-    a program looks for the others before it gives up.
+    arrivals: [tasks, kv_heads], zero but for what launches left; other pointers as of `combine_kernel`. POLLS: how
+    often a program looks for the others before it gives up.
     """
     program = tl.program_id(0)
     programs = tl.num_programs(0)
@@ -51,7 +51,7 @@ def finish_tasks(
         _, shared = parts_of(first_task, work_end_ptr, tasks, programs)
         found_first = _arrive(words + first_task * kv_heads, shared)
     found = _arrive(words + last_task * kv_heads, parts)
-    for back in range(0, last_task - first_task + 1):
+    for back in range(last_task - first_task + 1):
         task = last_task - back
         request = tl.maximum(tl.load(task_request_ptr + task), 0)
         query_start = tl.load(query_start_ptr + request)
