@@ -166,7 +166,8 @@ def attend(
         step: the forward pass.
         scale: factor on q . k.
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
-        out: [tokens, q_heads, head_dim], model dtype, contiguous: where to write the output; made here if None.
+        out: [tokens, q_heads, head_dim], model dtype, contiguous, not in the memory of q: where to write the output;
+            made here if None.
         sink_logits: [q_heads], any float dtype, contiguous: learned logit of each head's sink, a key with value zero;
             neither scaled nor capped. None for none.
 
@@ -193,10 +194,9 @@ def attend(
     parts = (programs + tasks, config.kv_heads, step.columns)
     partial_out = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
-    lse, merged = None, (None,) * 4
+    merged: tuple[torch.Tensor | None, ...] = (None,) * 4
     if merges_parts(config, shape, step):
-        lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=device)
-        merged = (out, lse, sink_logits, step.arrivals)
+        merged = (out, q.new_empty(tokens, q_heads, dtype=torch.float32), sink_logits, step.arrivals)
     kernel[(programs, config.kv_heads)](
         q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
         step.work_end, step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
@@ -205,12 +205,13 @@ def attend(
         **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
-        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=task_block(tasks),
-        SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring), STAGES=shape.stages, NORM=config.rotation_norm,
+        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=task_block(tasks), NORM=config.rotation_norm,
+        SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring), STAGES=shape.stages,
         POLLS=_POLLS if device.type == "cuda" else 0, **options, **chained(device), num_warps=shape.warps,
         maxnreg=shape.registers,
     )  # fmt: skip
-    return out, combine(partial_out, partial_lse, layer, step, out, sink_logits) if lse is None else lse
+    own_lse = merged[1]
+    return out, combine(partial_out, partial_lse, layer, step, out, sink_logits) if own_lse is None else own_lse
 
 
 def _attend_kernel(layout: TileLayout, device: torch.device) -> tuple[Any, dict[str, Any]]:

@@ -25,6 +25,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from kvarn.core.attend import launch_shape
 from kvarn.core.cache import layout_constants
+from kvarn.core.kernels.append import append_kernel
 from kvarn.core.kernels.attend import attend_kernel as plain_attend_kernel
 from kvarn.core.kernels.combine import combine_kernel
 from kvarn.core.kernels.gluon.attend import attend_kernel
@@ -48,6 +49,7 @@ from kvarn.core.work import RAW_BLOCK
 from kvarn.presets import get_preset
 
 KERNELS = {
+    "append": append_kernel,
     "attend": plain_attend_kernel,
     "combine": combine_kernel,
     "count": count_work_kernel,
@@ -62,6 +64,7 @@ KERNELS = {
     "verify": verify_step_kernel,
 }
 LATENT_KERNELS = {
+    "append": append_kernel,
     "attend": attend_latents_kernel,
     "explicit": explicit_latents_kernel,
     "queries": rotate_queries_kernel,
@@ -153,7 +156,7 @@ def _constants(layout: TileLayout, **changes: object) -> dict[str, Any]:
         **layout_constants(layout), "GROUP": 8, "ROWS": 1, "COLUMNS": 8, "RING": 256, "TILES": 1, "TAIL": 128,
         "SINK": 4, "SINKS": True, "SOFTCAP": 0.0, "ROWS_IN_RING": True, "CANONICAL": False, "RAW_BLOCK": RAW_BLOCK,
         "TASK_BLOCK": 128, "SHARE": 1, "STAGES": 2, "CHAINED": True, "USE_ASM": True, "KV_HEADS": 8,
-        "NORM": layout.head_dim**-0.5, "STORE": True, "CHUNK": 64, "PARTS": 2, "PADDING_PAGES": 1,
+        "NORM": layout.head_dim**-0.5, "ROWS_AT_ONCE": 4, "STORE": True, "CHUNK": 64, "PARTS": 2, "PADDING_PAGES": 1,
         "sink_logits_ptr": None, "POLLS": 4096, "DRAFTS": 0, "TASKS": 1, "TASK_ROWS": 1,
         "QP": power_of_two(layout.head_dim // 4),
         "KEY_BITS": layout.key_bits, "VALUE_BITS": layout.value_bits, "KEY_CLIP": 1.0, "VALUE_CLIP": 0.8,

@@ -14,7 +14,19 @@ from kvarn.core.layout import HEAD_DIMS, TileLayout
 from kvarn.presets import PRESETS
 
 KERNELS = (
-    *("attend", "combine", "combine_sinks", "count", "merge", "merge_sinks", "restore", "rotate", "seal", "step"),
+    *(
+        "append",
+        "attend",
+        "combine",
+        "combine_sinks",
+        "count",
+        "merge",
+        "merge_sinks",
+        "restore",
+        "rotate",
+        "seal",
+        "step",
+    ),
     *("store", "verify"),
 )
 SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
