@@ -4,7 +4,6 @@ import torch
 
 from kvarn.core.append import (
     device_signs,
-    rotate_rows,
     rotate_rows_reference,
     store_first_reference,
     store_tail,
@@ -14,7 +13,7 @@ from kvarn.core.attend import attend, attend_reference, most_partial_rows
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.prefill import prefill
 from kvarn.core.prefill_plan import LONG_ROWS, workspace_tokens
-from kvarn.core.seal import seal, seal_reference
+from kvarn.core.seal import append_and_seal, seal_reference
 from kvarn.core.step import Step
 
 
@@ -47,8 +46,7 @@ def attention(
 
     Determinism: bitwise for equal inputs and batch shape. Graph-safe: yes for decode and verify steps.
     """
-    rotated = rotate_rows(k, v, layer, step, store=step.rows_in_ring)
-    seal(rotated, layer, step)
+    rotated = append_and_seal(k, v, layer, step)
     if out is None:
         out = torch.empty(q.shape, dtype=layer.tails.dtype, device=q.device)
     if step.plan is None or step.plan.short_tokens:

@@ -1,8 +1,10 @@
 """Seal: turn every tile that becomes full in a step into its record."""
 
+from typing import Any
+
 import torch
 
-from kvarn.core.append import RotatedRows
+from kvarn.core.append import RotatedRows, rotate_rows
 from kvarn.core.cache import LayerCache, layout_constants, runs_triton
 from kvarn.core.launch import chained
 from kvarn.core.reference import SCALE_MAX, encode, key_clip, value_clip
@@ -14,6 +16,40 @@ _DECODE_ELEMENTS_PER_WARP = 2048
 # In a decode step few requests fill a tile: not many more programs than run at once, each looking at so many requests.
 _DECODE_PROGRAMS = 256
 SEAL_TASK_BLOCK = 32
+# Requests of a decode step up to which a launch saved is worth more than rows rotated by more programs; 0 for never.
+_APPENDED_AT_ONCE = 64
+_ROWS_AT_ONCE = 4
+
+
+def append_and_seal(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step) -> RotatedRows:
+    """Rotate a step's rows, store them as far as the step does so before it attends, and seal the tiles they fill.
+
+    Args:
+        k: [tokens, kv_heads, head_dim], model dtype; token and head strides are free.
+        v: the same.
+        layer: the layer's cache.
+        step: the forward pass.
+
+    Determinism: as of `rotate_rows` and `seal`; one launch writes the same bits as two. Graph-safe: yes.
+    """
+    config, layout = layer.config, layer.config.layout
+    tokens, kv_heads, head_dim = k.shape
+    one_each = step.rows_in_ring and tokens == step.seal_tile.shape[0]
+    if not runs_triton(k) or not one_each or tokens > _APPENDED_AT_ONCE or layout.padded_dim != head_dim:
+        rotated = rotate_rows(k, v, layer, step, store=step.rows_in_ring)
+        seal(rotated, layer, step)
+        return rotated
+    from kvarn.core.kernels.append import append_kernel
+
+    rotated = RotatedRows(*(torch.empty(k.shape, dtype=layer.tails.dtype, device=k.device) for _ in "kv"))
+    append_kernel[(seal_programs(step, 2 * kv_heads), kv_heads, 2)](
+        k, v, rotated.k, rotated.v, layer.tails, layer.sinks, layer.records, step.seal_request, step.seal_tile,
+        step.rows, step.sink_slots, step.prefix_lens, step.seq_lens, step.query_start, step.block_table, tokens,
+        *k.stride()[:2], *v.stride()[:2], *layer.records.stride()[:3], *layer.tails.stride()[:3],
+        *layer.sinks.stride()[:3], step.block_table.stride(0), **_constants(layer, step), NORM=config.rotation_norm,
+        SINK=config.sink_tokens, ROWS_AT_ONCE=_ROWS_AT_ONCE,
+    )  # fmt: skip
+    return rotated
 
 
 def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
@@ -34,20 +70,26 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
         return
     from kvarn.core.kernels.seal import seal_kernel
 
+    seal_kernel[(seal_programs(step, 2 * layer.config.kv_heads), layer.config.kv_heads, 2)](
+        layer.tails, rotated.k, rotated.v, layer.records, step.seal_request, step.seal_tile, step.rows,
+        step.prefix_lens, step.seq_lens, step.query_start, step.block_table, step.seal_tile.shape[0],
+        *layer.records.stride()[:3], *layer.tails.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
+        **_constants(layer, step), ROWS_IN_RING=step.rows_in_ring,
+    )  # fmt: skip
+
+
+def _constants(layer: LayerCache, step: Step) -> dict[str, Any]:
+    """Return the constants and options that both kernels take which seal."""
     config, layout = layer.config, layer.config.layout
     constants = layout_constants(layout)
     elements_per_warp = _DECODE_ELEMENTS_PER_WARP if step.rows_in_ring else _CHUNK_ELEMENTS_PER_WARP
-    seal_kernel[(seal_programs(step, 2 * config.kv_heads), config.kv_heads, 2)](
-        layer.tails, rotated.k, rotated.v, layer.records, step.seal_request, step.seal_tile, step.rows,
-        step.prefix_lens, step.seq_lens, step.query_start, step.block_table, step.seal_tile.shape[0],
-        *layer.records.stride()[:3],
-        *layer.tails.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0), **constants,
-        RING=config.ring_tokens, TILES=config.tiles_per_block, KEY_BITS=layout.key_bits, VALUE_BITS=layout.value_bits,
-        KEY_CLIP=key_clip(layout.key_bits), VALUE_CLIP=value_clip(layout.value_bits),
-        SCALE_MAX=SCALE_MAX, ROWS_IN_RING=step.rows_in_ring,
-        BLOCK=SEAL_TASK_BLOCK if step.rows_in_ring else 1, **chained(layer.records.device),
-        num_warps=min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp)),
-    )  # fmt: skip
+    return {
+        **constants, "RING": config.ring_tokens, "TILES": config.tiles_per_block, "KEY_BITS": layout.key_bits,
+        "VALUE_BITS": layout.value_bits, "KEY_CLIP": key_clip(layout.key_bits),
+        "VALUE_CLIP": value_clip(layout.value_bits), "SCALE_MAX": SCALE_MAX,
+        "BLOCK": SEAL_TASK_BLOCK if step.rows_in_ring else 1, **chained(layer.records.device),
+        "num_warps": min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp)),
+    }  # fmt: skip
 
 
 def seal_programs(step: Step, parts: int) -> int:

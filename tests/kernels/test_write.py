@@ -5,9 +5,10 @@ import torch
 from cases import make_case, store_and_seal, to_device
 from tolerance import relative_rms
 
+from kvarn.core import seal as seal_module
 from kvarn.core.append import rotate_rows, rotate_rows_reference, store_tail, store_tail_reference
 from kvarn.core.reference import decode_record, unpack_record
-from kvarn.core.seal import seal, seal_reference
+from kvarn.core.seal import append_and_seal, seal, seal_reference
 from kvarn.presets import PRESETS
 
 
@@ -21,6 +22,39 @@ def test_rotation_matches_reference(head_dim, device, dtype):
     assert relative_rms(got.v, want.v) < 1e-4
     if head_dim & (head_dim - 1) == 0:  # sums in the reference's order
         assert torch.equal(got.v.cpu(), want.v)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "settings"),
+    [
+        ([255, 0, 127, 300], {"head_dim": 128, "kv_heads": 3}),
+        ([383], {"preset": "kvarn_k4v2_g64", "head_dim": 256, "group": 8}),
+        ([127] * 5 + [1, 2] * 8, {"kv_heads": 1, "tiles_per_block": 3, "slots": 9}),
+    ],
+    ids=["ragged", "one", "more requests than programs"],
+)
+def test_one_launch_appends_and_seals_as_two_do(lengths, settings, device, dtype, monkeypatch):
+    made = make_case(lengths, [1] * len(lengths), dtype=dtype, **settings)
+    cases = [to_device(made, device) for _ in range(2)]
+    monkeypatch.setattr(seal_module, "_DECODE_PROGRAMS", 6)
+    if len(lengths) > 1:  # strided rows, as a model's fused projection leaves them
+        for case in cases:
+            case.k, case.v = torch.cat((case.k, case.v), dim=1).split([case.k.shape[1], case.v.shape[1]], dim=1)
+    launched = []
+    monkeypatch.setattr(
+        seal_module, "rotate_rows", lambda *args, **named: launched.append(1) or rotate_rows(*args, **named)
+    )
+    rotated = [append_and_seal(cases[0].k, cases[0].v, cases[0].layer, cases[0].step)]
+    assert not launched
+    monkeypatch.setattr(seal_module, "_APPENDED_AT_ONCE", 0)
+    rotated.append(append_and_seal(cases[1].k, cases[1].v, cases[1].layer, cases[1].step))
+    assert launched
+    for name in ("k", "v"):
+        assert torch.equal(getattr(rotated[0], name), getattr(rotated[1], name))
+    for name in ("records", "tails", "sinks"):
+        ours, theirs = (getattr(case.layer, name).contiguous().view(torch.uint8) for case in cases)
+        assert torch.equal(ours, theirs)
+    assert not torch.equal(cases[0].layer.records.cpu(), made.layer.records), "no tile was sealed"
 
 
 def test_rotation_takes_strided_rows(device):

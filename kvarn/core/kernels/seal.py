@@ -130,6 +130,35 @@ def _seal_tile(
         tl.store(halfs + OFFSETS[3] // 2 + token_at, v_offset)
 
 
+@triton.jit
+def seal_tasks(
+    tails_ptr, chunk_k_ptr, chunk_v_ptr, records_ptr, task_request_ptr, task_tile_ptr, rows_ptr, prefix_ptr,
+    length_ptr, query_start_ptr, block_table_ptr, tasks, record_block_stride, record_tile_stride, record_head_stride,
+    tail_row_stride, tail_kv_stride, tail_head_stride, chunk_token_stride, chunk_head_stride, block_table_stride,
+    D: tl.constexpr, DP: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, TILES: tl.constexpr,
+    K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, GROUP_TOKENS: tl.constexpr,
+    KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_CLIP: tl.constexpr, VALUE_CLIP: tl.constexpr,
+    SCALE_MAX: tl.constexpr, ROWS_IN_RING: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Seal tasks p, p + programs and so on, as program p of `seal_kernel`."""
+    first = tl.program_id(0)
+    programs = tl.num_programs(0)
+    for start in tl.range(first, tasks, programs * BLOCK, num_stages=1):
+        task = start + tl.arange(0, BLOCK) * programs
+        if tl.max(tl.load(task_tile_ptr + task, mask=task < tasks, other=-1), axis=0) >= 0:
+            for one in tl.range(start, tl.minimum(start + programs * BLOCK, tasks), programs, num_stages=1):
+                tile = tl.load(task_tile_ptr + one)
+                if tile >= 0:
+                    _seal_tile(
+                        one, tile, tails_ptr, chunk_k_ptr, chunk_v_ptr, records_ptr, task_request_ptr, rows_ptr,
+                        prefix_ptr, length_ptr, query_start_ptr, block_table_ptr, record_block_stride,
+                        record_tile_stride, record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride,
+                        chunk_token_stride, chunk_head_stride, block_table_stride, D, DP, G, RING, TILES, K_FIELDS,
+                        V_FIELDS, OFFSETS, GROUP_TOKENS, KEY_BITS, VALUE_BITS, KEY_CLIP, VALUE_CLIP, SCALE_MAX,
+                        ROWS_IN_RING,
+                    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["tasks", "block_table_stride"])
 def seal_kernel(
     tails_ptr, chunk_k_ptr, chunk_v_ptr, records_ptr, task_request_ptr, task_tile_ptr, rows_ptr, prefix_ptr,
@@ -147,19 +176,10 @@ def seal_kernel(
     """
     allow_next(CHAINED)
     wait_for_previous(CHAINED)
-    first = tl.program_id(0)
-    programs = tl.num_programs(0)
-    for start in tl.range(first, tasks, programs * BLOCK, num_stages=1):
-        task = start + tl.arange(0, BLOCK) * programs
-        if tl.max(tl.load(task_tile_ptr + task, mask=task < tasks, other=-1), axis=0) >= 0:
-            for one in tl.range(start, tl.minimum(start + programs * BLOCK, tasks), programs, num_stages=1):
-                tile = tl.load(task_tile_ptr + one)
-                if tile >= 0:
-                    _seal_tile(
-                        one, tile, tails_ptr, chunk_k_ptr, chunk_v_ptr, records_ptr, task_request_ptr, rows_ptr,
-                        prefix_ptr, length_ptr, query_start_ptr, block_table_ptr, record_block_stride,
-                        record_tile_stride, record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride,
-                        chunk_token_stride, chunk_head_stride, block_table_stride, D, DP, G, RING, TILES, K_FIELDS,
-                        V_FIELDS, OFFSETS, GROUP_TOKENS, KEY_BITS, VALUE_BITS, KEY_CLIP, VALUE_CLIP, SCALE_MAX,
-                        ROWS_IN_RING,
-                    )  # fmt: skip
+    seal_tasks(
+        tails_ptr, chunk_k_ptr, chunk_v_ptr, records_ptr, task_request_ptr, task_tile_ptr, rows_ptr, prefix_ptr,
+        length_ptr, query_start_ptr, block_table_ptr, tasks, record_block_stride, record_tile_stride,
+        record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride, chunk_token_stride, chunk_head_stride,
+        block_table_stride, D, DP, G, RING, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, KEY_BITS, VALUE_BITS,
+        KEY_CLIP, VALUE_CLIP, SCALE_MAX, ROWS_IN_RING, BLOCK,
+    )  # fmt: skip
