@@ -23,7 +23,7 @@ for name in {quality,tasks,twobits,layers}-h100.json; do
   if [ ! -e "$out/$name" ] && [ -e "benchmarks/results/$name" ]; then cp "benchmarks/results/$name" "$out/"; fi
 done
 
-evaluate() { python3 -m kvarn eval "$model" --device cuda --out "$out/${results:-quality}-h100.json" "$@"; }
+evaluate() { python3 -m kvarn eval "$model" "$@" --device cuda --out "$out/${results:-quality}-h100.json"; }
 
 texts() {
   evaluate kvarn_k4v2_g128 kvarn_k4v4_g128 --text "$KVARN_GPU_PROSE" --tokens 4096 --generate 256
