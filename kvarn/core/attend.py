@@ -182,27 +182,23 @@ def attend(
         result, lse = attend_reference(q, rotated, layer, step, scale, logit_cap, sink_logits)
         return (result.to(layer.tails.dtype) if out is None else out.copy_(result)), lse
     config, layout = layer.config, layer.config.layout
-    tokens, q_heads, head_dim = q.shape
     device = q.device
     if out is None:
         out = torch.empty(q.shape, dtype=layer.tails.dtype, device=device)
-    group = q_heads // config.kv_heads
     shape = launch_shape(layout, step.columns, device)
     tasks, pages = step.task_request.shape[0], step.block_table.shape[1]
     programs = num_programs(config, shape, tasks, pages, step.rows_in_ring, device)
     kernel, options = _attend_kernel(layout, device)
     parts = (programs + tasks, config.kv_heads, step.columns)
-    partial_out = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
+    partial_out = torch.empty(*parts, layout.head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
-    merged: tuple[torch.Tensor | None, ...] = (None,) * 4
-    if merges_parts(config, shape, step):
-        merged = (out, q.new_empty(tokens, q_heads, dtype=torch.float32), sink_logits, step.arrivals)
+    merged = _merging(config, shape, step, out, sink_logits)
     kernel[(programs, config.kv_heads)](
         q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
         step.work_end, step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
         step.block_table, partial_out, partial_lse, *merged, scale, tasks, *q.stride()[:2], *layer.records.stride()[:3],
         *layer.tails.stride()[:3], *layer.sinks.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
-        **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
+        **layout_constants(layout), GROUP=q.shape[1] // config.kv_heads, ROWS=step.rows_per_task, COLUMNS=step.columns,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
         RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=task_block(tasks), NORM=config.rotation_norm,
@@ -210,8 +206,16 @@ def attend(
         POLLS=_POLLS if device.type == "cuda" else 0, **options, **chained(device), num_warps=shape.warps,
         maxnreg=shape.registers,
     )  # fmt: skip
-    own_lse = merged[1]
-    return out, combine(partial_out, partial_lse, layer, step, out, sink_logits) if own_lse is None else own_lse
+    return out, combine(partial_out, partial_lse, layer, step, out, sink_logits) if merged[1] is None else merged[1]
+
+
+def _merging(
+    config: CacheConfig, shape: LaunchShape, step: Step, out: torch.Tensor, sink_logits: torch.Tensor | None
+) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    """Return output, log-sum-exp, learned sinks and words to meet by, where the kernel merges parts itself."""
+    if not merges_parts(config, shape, step):
+        return None, None, None, None
+    return out, out.new_empty(out.shape[:2], dtype=torch.float32), sink_logits, step.arrivals
 
 
 def _attend_kernel(layout: TileLayout, device: torch.device) -> tuple[Any, dict[str, Any]]:

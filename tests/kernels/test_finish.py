@@ -80,7 +80,7 @@ def check(
         if device == "cpu":  # a GPU adds the parts of a launch of its own in another order
             assert torch.equal(got, apart)
             assert torch.equal(lse, apart_lse)
-        assert torch.allclose(got.float(), apart.float(), atol=1e-3, rtol=4e-3)
+        assert torch.allclose(got.float(), apart.float(), atol=1e-3, rtol=1e-2)  # a bf16 step or less
 
 
 @pytest.mark.parametrize(("group", "programs"), [(1, 1), (1, 6), (4, 2), (4, 9), (8, 5), (8, 50), (16, 9)])
