@@ -26,11 +26,6 @@ _ACCUMULATORS = 1024
 _SHARED_BYTES = 228 << 10
 _SHARED_OVERHEAD = 3 << 10
 _TASK_BLOCKS = (32, 128)
-# Steps of so few tasks have programs enough, which all run at once, to merge parts where they are made. More would be
-# a variant of the kernel of its own.
-_MERGING_TASKS = _TASK_BLOCKS[0]
-# Looks for the other programs of a task, of half a microsecond each, before one that is to merge gives up.
-_POLLS = 4096
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +38,12 @@ class LaunchShape:
             table takes one and computing another.
         programs_per_sm: programs a multiprocessor, those of all kv heads together.
         registers: the most of a thread, None for no limit.
-        merging_tasks: the most tasks of a decode or verify step whose parts this launch merges itself
-            (`kernels.finish`); 0 leaves all to a launch of its own (`combine`).
     """
 
     warps: int
     stages: int
     programs_per_sm: int = 8
     registers: int | None = None
-    merging_tasks: int = 0
 
 
 def has_explicit_layouts(layout: TileLayout, device: torch.device) -> bool:
@@ -86,8 +78,7 @@ def launch_shape(layout: TileLayout, columns: int, device: torch.device) -> Laun
     if has_explicit_layouts(layout, device):
         narrow = head_dim <= 128 and head_dim * columns <= _ACCUMULATORS
         fitting = _SHARED_BYTES // shared_bytes(layout, columns)
-        programs, registers = (min(6, fitting), 168) if narrow else (min(4, fitting), None)
-        return LaunchShape(2, 1, programs, registers, _MERGING_TASKS)
+        return LaunchShape(2, 1, min(6, fitting), 168) if narrow else LaunchShape(2, 1, min(4, fitting))
     if columns <= DECODE_COLUMNS:
         return LaunchShape(2, 5, 4) if head_dim <= 128 else LaunchShape(4 if head_dim <= 256 else 8, 2)
     return LaunchShape(2, 2)
@@ -109,16 +100,6 @@ def num_programs(
     if config.batch_invariant:
         return most_shares(config, tasks, pages, rows_in_ring=rows_in_ring)
     return max(1, sm_count(device) * shape.programs_per_sm // config.kv_heads)
-
-
-def merges_parts(config: CacheConfig, shape: LaunchShape, step: Step) -> bool:
-    """Tell whether the attention kernel merges a step's parts itself. It follows from shapes alone.
-
-    Never where a row's bits may not depend on the batch: both ways sum in an order of their own.
-    """
-    few = step.arrivals is not None and step.task_request.shape[0] <= shape.merging_tasks
-    whole = config.layout.padded_dim == config.layout.head_dim <= _WIDEST_EXPLICIT
-    return few and whole and not config.batch_invariant
 
 
 def most_partial_rows(
@@ -166,8 +147,7 @@ def attend(
         step: the forward pass.
         scale: factor on q . k.
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
-        out: [tokens, q_heads, head_dim], model dtype, contiguous, not in the memory of q: where to write the output;
-            made here if None.
+        out: [tokens, q_heads, head_dim], model dtype, contiguous: where to write the output; made here if None.
         sink_logits: [q_heads], any float dtype, contiguous: learned logit of each head's sink, a key with value zero;
             neither scaled nor capped. None for none.
 
@@ -182,40 +162,31 @@ def attend(
         result, lse = attend_reference(q, rotated, layer, step, scale, logit_cap, sink_logits)
         return (result.to(layer.tails.dtype) if out is None else out.copy_(result)), lse
     config, layout = layer.config, layer.config.layout
+    tokens, q_heads, head_dim = q.shape
     device = q.device
     if out is None:
         out = torch.empty(q.shape, dtype=layer.tails.dtype, device=device)
+    group = q_heads // config.kv_heads
     shape = launch_shape(layout, step.columns, device)
     tasks, pages = step.task_request.shape[0], step.block_table.shape[1]
     programs = num_programs(config, shape, tasks, pages, step.rows_in_ring, device)
     kernel, options = _attend_kernel(layout, device)
     parts = (programs + tasks, config.kv_heads, step.columns)
-    partial_out = torch.empty(*parts, layout.head_dim, dtype=torch.float32, device=device)
+    partial_out = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
-    merged = _merging(config, shape, step, out, sink_logits)
     kernel[(programs, config.kv_heads)](
         q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
         step.work_end, step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
-        step.block_table, partial_out, partial_lse, *merged, scale, tasks, *q.stride()[:2], *layer.records.stride()[:3],
+        step.block_table, partial_out, partial_lse, scale, tasks, *q.stride()[:2], *layer.records.stride()[:3],
         *layer.tails.stride()[:3], *layer.sinks.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
-        **layout_constants(layout), GROUP=q.shape[1] // config.kv_heads, ROWS=step.rows_per_task, COLUMNS=step.columns,
+        **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
-        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=task_block(tasks), NORM=config.rotation_norm,
-        SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring), STAGES=shape.stages,
-        POLLS=_POLLS if device.type == "cuda" else 0, **options, **chained(device), num_warps=shape.warps,
-        maxnreg=shape.registers,
+        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=task_block(tasks),
+        SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring),
+        STAGES=shape.stages, **options, **chained(device), num_warps=shape.warps, maxnreg=shape.registers,
     )  # fmt: skip
-    return out, combine(partial_out, partial_lse, layer, step, out, sink_logits) if merged[1] is None else merged[1]
-
-
-def _merging(
-    config: CacheConfig, shape: LaunchShape, step: Step, out: torch.Tensor, sink_logits: torch.Tensor | None
-) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
-    """Return output, log-sum-exp, learned sinks and words to meet by, where the kernel merges parts itself."""
-    if not merges_parts(config, shape, step):
-        return None, None, None, None
-    return out, out.new_empty(out.shape[:2], dtype=torch.float32), sink_logits, step.arrivals
+    return out, combine(partial_out, partial_lse, layer, step, out, sink_logits)
 
 
 def _attend_kernel(layout: TileLayout, device: torch.device) -> tuple[Any, dict[str, Any]]:

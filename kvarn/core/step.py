@@ -45,8 +45,6 @@ class Step:
         rows_in_ring: this step's rows are stored before they are attended to (decode and verify), or after (chunks,
             whose rows would push out rows that their first queries still read).
         plan: long chunks, which have no attention tasks; None if there are none.
-        arrivals: [tasks * kv_heads], words by which programs of attention meet (`kernels.finish`), zero at first; None
-            where they don't. Steps that run at the same time don't share them, layers of a step do.
     """
 
     rows: torch.Tensor
@@ -67,7 +65,6 @@ class Step:
     columns: int
     rows_in_ring: bool
     plan: PrefillPlan | None = None
-    arrivals: torch.Tensor | None = None
 
 
 def decode_step(
@@ -206,22 +203,11 @@ def _verify_step(config: CacheConfig[Any], group: int, rows_each: int, widest: i
     """Make a Step in which every request has as many rows and may fill one tile, its work counted."""
     rows_per_task, columns = task_shape(config, group, rows_each, widest)
     named = {name: fields[name] for name in Tasks._fields if name in fields}
-    tasks = Tasks(rows_per_task=rows_per_task, rows_in_ring=True, **named)
-    arrivals = aligned_ints(1, tasks.task_request.shape[0] * config.kv_heads, tasks.task_request.device)[0]
-    return Step(
-        work_end=count_work(config, tasks, arrivals),
-        rows_per_task=rows_per_task,
-        columns=columns,
-        rows_in_ring=True,
-        plan=None,
-        arrivals=arrivals,
-        **fields,
-    )
+    work_end = count_work(config, Tasks(rows_per_task=rows_per_task, rows_in_ring=True, **named))
+    return Step(work_end=work_end, rows_per_task=rows_per_task, columns=columns, rows_in_ring=True, plan=None, **fields)
 
 
-def task_shape(
-    config: CacheConfig[Any], group: int, rows_each: int, widest: int = VERIFY_COLUMNS
-) -> tuple[int, int]:
+def task_shape(config: CacheConfig[Any], group: int, rows_each: int, widest: int = VERIFY_COLUMNS) -> tuple[int, int]:
     """Return the query rows and columns of an attention task, where every request has as many rows.
 
     In batch-invariant mode it is one row: the queries of a task are divided by one number, and one row is read by the

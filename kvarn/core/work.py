@@ -53,26 +53,18 @@ class Tasks(NamedTuple):
     rows_in_ring: bool
 
 
-def count_work(config: CacheConfig[Any], tasks: Tasks, arrivals: torch.Tensor | None = None) -> torch.Tensor:
-    """Return the running sum of all tasks' shares, [tasks], int32; tasks of no request have none. Graph-safe: yes.
-
-    Args:
-        config: shared numbers.
-        tasks: what is counted.
-        arrivals: [tasks * kv_heads], int32; set to zero in the same launch.
-    """
+def count_work(config: CacheConfig[Any], tasks: Tasks) -> torch.Tensor:
+    """Return the running sum of all tasks' shares, [tasks], int32; tasks of no request have none. Graph-safe: yes."""
     if not runs_triton(tasks.task_request):
-        if arrivals is not None:
-            arrivals.zero_()
         return count_work_reference(config, tasks)
     from kvarn.core.kernels.work import count_work_kernel
 
     work_end = torch.empty_like(tasks.task_request)
     count_work_kernel[(1,)](
         tasks.task_request, tasks.task_row, tasks.query_start, tasks.prefix_lens, tasks.seq_lens, tasks.own_start,
-        work_end, tasks.task_request.shape[0], arrivals, ROWS=tasks.rows_per_task, G=config.tile_tokens,
+        work_end, tasks.task_request.shape[0], ROWS=tasks.rows_per_task, G=config.tile_tokens,
         TAIL=config.tail_tokens, RAW_BLOCK=RAW_BLOCK, ROWS_IN_RING=tasks.rows_in_ring, CANONICAL=config.canonical,
-        SHARE=units_per_share(config, rows_in_ring=tasks.rows_in_ring), KV_HEADS=config.kv_heads, BLOCK=TASK_BLOCK,
+        BLOCK=TASK_BLOCK, SHARE=units_per_share(config, rows_in_ring=tasks.rows_in_ring),
     )  # fmt: skip
     return work_end
 

@@ -1,8 +1,7 @@
 """Compile kernels for sm_90, with no GPU: `python compile_for_gpu.py CASE ...`.
 
 A case is PRESET/HEAD_DIM/GROUP: the attention kernel with explicit layouts; with /ROWS for several query rows, and
-after that /verify where they are in the ring, /canonical, /merging where parts are merged in the same launch,
-and /sinks with learned sinks. Or KERNEL/PRESET/HEAD_DIM, with KERNEL one of KERNELS. Or
+after that /verify where they are in the ring, or /canonical. Or KERNEL/PRESET/HEAD_DIM, with KERNEL one of KERNELS. Or
 latent/KERNEL/ROPE_BITS, with KERNEL one of LATENT_KERNELS.
 Prints a JSON object a case: registers of a thread, bytes of stack, and, of the attention kernel, programs that a
 multiprocessor is asked to run and can. Needs an interpreter in which TRITON_INTERPRET is not set: Triton's own accepts
@@ -64,7 +63,6 @@ KERNELS = {
     "verify": verify_step_kernel,
 }
 LATENT_KERNELS = {
-    "append": append_kernel,
     "attend": attend_latents_kernel,
     "explicit": explicit_latents_kernel,
     "queries": rotate_queries_kernel,
@@ -72,8 +70,6 @@ LATENT_KERNELS = {
     "rotate": rotate_latents_kernel,
     "seal": seal_latents_kernel,
 }
-# What launches take that merge parts themselves.
-_MERGED = ("out_ptr", "lse_ptr", "arrivals_ptr")
 _VERIFIED = {"ROWS": 4, "DRAFTS": 4, "TASKS": 2, "TASK_ROWS": 2}
 _POINTERS = {
     "fp16": ("q_ptr", "k_ptr", "v_ptr", "k_out_ptr", "v_out_ptr", "chunk_k_ptr", "chunk_v_ptr", "tails_ptr")
@@ -105,10 +101,6 @@ def resources(preset: str, head_dim: int, group: int, rows: int, kind: list[str]
     shape = launch_shape(layout, columns, torch.device("cuda"))
     constants = _constants(layout, GROUP=group, ROWS=rows, COLUMNS=columns, STAGES=shape.stages)
     constants |= {"ROWS_IN_RING": rows == 1 or "verify" in kind, "num_warps": shape.warps}
-    if "merging" not in kind:
-        constants |= dict.fromkeys(_MERGED)
-    elif "sinks" in kind:
-        del constants["sink_logits_ptr"]
     if "canonical" in kind:
         constants |= {"CANONICAL": True, "TAIL": 0, "SINK": 0}
     options = {"num_warps": shape.warps, "maxnreg": shape.registers, "launch_pdl": True}
@@ -127,8 +119,6 @@ def plain_resources(kernel: str, preset: str, head_dim: int) -> dict[str, int]:
     layout = TileLayout.of(get_preset(preset), head_dim)
     block = 4 if kernel.startswith("combine") and layout.padded_dim == head_dim else 16
     constants = _constants(layout, BLOCK=block, **(_VERIFIED if kernel == "verify" else {}))
-    if kernel == "attend":
-        constants |= dict.fromkeys(_MERGED)
     if kernel.endswith("sinks"):
         del constants["sink_logits_ptr"]
     source = ASTSource(KERNELS[kernel], **_arguments(KERNELS[kernel], constants))
@@ -157,7 +147,7 @@ def _constants(layout: TileLayout, **changes: object) -> dict[str, Any]:
         "SINK": 4, "SINKS": True, "SOFTCAP": 0.0, "ROWS_IN_RING": True, "CANONICAL": False, "RAW_BLOCK": RAW_BLOCK,
         "TASK_BLOCK": 128, "SHARE": 1, "STAGES": 2, "CHAINED": True, "USE_ASM": True, "KV_HEADS": 8,
         "NORM": layout.head_dim**-0.5, "ROWS_AT_ONCE": 4, "STORE": True, "CHUNK": 64, "PARTS": 2, "PADDING_PAGES": 1,
-        "sink_logits_ptr": None, "POLLS": 4096, "DRAFTS": 0, "TASKS": 1, "TASK_ROWS": 1,
+        "sink_logits_ptr": None, "DRAFTS": 0, "TASKS": 1, "TASK_ROWS": 1,
         "QP": power_of_two(layout.head_dim // 4),
         "KEY_BITS": layout.key_bits, "VALUE_BITS": layout.value_bits, "KEY_CLIP": 1.0, "VALUE_CLIP": 0.8,
         "SCALE_MAX": SCALE_MAX, **changes,

@@ -49,7 +49,7 @@ tasks() {
     baseline='{"attention_backend":"triton","disable_prefill_cuda_graph":true}'
   fi
   python3 -m benchmarks.quality humaneval gsm8k needles --engine "$engine" --model "$model" --haystack "$long_prose" \
-    --dtypes kvarn_k4v2_g128 kvarn_k4v4_g128 kvarn_k2v2_g128 --out "$out/tasks-h100.json" \
+    --dtypes ${TASK_DTYPES:-kvarn_k4v2_g128 kvarn_k4v4_g128 kvarn_k2v2_g128} --out "$out/tasks-h100.json" \
     --arguments "$arguments" --baseline-arguments "$baseline"
 }
 

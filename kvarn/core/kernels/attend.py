@@ -11,7 +11,6 @@ import triton.language as tl
 
 from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
-from kvarn.core.kernels.finish import MERGED_NUMBERS, finish_tasks
 from kvarn.core.kernels.hadamard import load_in_fours
 from kvarn.core.kernels.read_rule import record_end
 from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, cap, load_task, part_of_task, query_unit
@@ -166,8 +165,7 @@ def _attend_tile(
 def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
     task_request_ptr, task_row_ptr, work_end_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
-    query_start_ptr, block_table_ptr, partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, sink_logits_ptr, arrivals_ptr,
-    scale, tasks,
+    query_start_ptr, block_table_ptr, partial_ptr, partial_lse_ptr, scale, tasks,
     q_token_stride, q_head_stride, record_block_stride, record_tile_stride, record_head_stride, tail_row_stride,
     tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride,
     chunk_head_stride, block_table_stride,
@@ -176,16 +174,13 @@ def attend_kernel(
     SINK: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr,
     GROUP_TOKENS: tl.constexpr, SOFTCAP: tl.constexpr, ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr,
     RAW_BLOCK: tl.constexpr, TASK_BLOCK: tl.constexpr, SHARE: tl.constexpr, STAGES: tl.constexpr,
-    NORM: tl.constexpr, POLLS: tl.constexpr, USE_ASM: tl.constexpr, CHAINED: tl.constexpr,
+    USE_ASM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program attends an equal stretch of all tasks' shares, for one kv head. Grid: (programs, kv_heads).
 
     A share is SHARE units. The units of a task are the tiles that any column reads from records, then blocks of
     RAW_BLOCK ring rows, then blocks of this step's own rows. partial: [programs + tasks, kv_heads, COLUMNS, D],
     float32; program p leaves its part of task t in row p + t, with its log-sum-exp (base 2) in partial_lse.
-
-    Without arrivals `combine_kernel` is to merge parts. With them (`kernels.finish`, which tells of POLLS) this kernel
-    does, and writes out and lse as that would.
     """
     allow_next(CHAINED)
     # A request in decode reads no record that it seals, where newer tokens are read exact: it waits for raw rows only.
@@ -285,14 +280,5 @@ def attend_kernel(
         lse = tl.where(total > 0, m + tl.log2(tl.maximum(total, 1e-37)) - WEIGHT_SHIFT, float("-inf"))
         tl.store(partial_lse_ptr + out_row, lse, mask=out_ok)
         out_ptrs = partial_ptr + out_row[None, :] * D + channels[:, None]
-        if arrivals_ptr is None:
-            out_ok = out_ok & (total > 0)
-        mask = (channels < D)[:, None] & out_ok[None, :]
+        mask = (channels < D)[:, None] & (out_ok & (total > 0))[None, :]
         tl.store(out_ptrs, acc / tl.maximum(total, 1e-37)[None, :], mask=mask)
-    if arrivals_ptr is not None:
-        part = tl.arange(0, MERGED_NUMBERS // D)
-        finish_tasks(
-            first_task, last_task, part, part, channels, partial_ptr, partial_lse_ptr, out_ptr, lse_ptr,
-            sink_logits_ptr, arrivals_ptr, task_request_ptr, task_row_ptr, work_end_ptr, query_start_ptr, tasks,
-            GROUP, ROWS, COLUMNS, NORM, POLLS,
-        )  # fmt: skip

@@ -6,7 +6,7 @@ import triton.language as tl
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import hadamard
 from kvarn.core.kernels.task import LN2, LOG2E
-from kvarn.core.kernels.work import parts_of
+from kvarn.core.kernels.work import program_of
 
 
 @triton.jit(do_not_specialize=["tasks", "programs"])
@@ -26,7 +26,11 @@ def combine_kernel(
     task = tl.program_id(0)
     head = tl.program_id(1)
     kv_heads = tl.num_programs(1)
-    first_program, parts = parts_of(task, work_end_ptr, tasks, programs)
+    begin = tl.load(work_end_ptr + task - 1, mask=task > 0, other=0)
+    end = tl.load(work_end_ptr + task)
+    total_shares = tl.load(work_end_ptr + tasks - 1)
+    first_program = program_of(begin, programs, total_shares)
+    last_program = program_of(end - 1, programs, total_shares)
     # a task of no request has no shares
     request = tl.maximum(tl.load(task_request_ptr + task), 0)
     query_start = tl.load(query_start_ptr + request)
@@ -38,17 +42,17 @@ def combine_kernel(
     channels = tl.arange(0, DP)
     channel_ok = channels < D
     wait_for_previous(CHAINED)
-    if parts == 0:
+    if begin >= end:
         return
     m = tl.full((BLOCK,), -1e30, tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
     acc = tl.zeros((BLOCK, DP), tl.float32)
-    for start in range(first_program, first_program + parts, PARTS):
+    for start in range(first_program, last_program + 1, PARTS):
         program = start + tl.arange(0, PARTS)
         at = ((program + task).to(tl.int64) * kv_heads + head) * COLUMNS
         at = at[:, None] + column[None, :]  # [PARTS, BLOCK]
         # rows that no query has are loaded too: to know them takes as long as to load them
-        ok = (column < COLUMNS)[None, :] & (program < first_program + parts)[:, None]
+        ok = (column < COLUMNS)[None, :] & (program <= last_program)[:, None]
         lse = tl.load(partial_lse_ptr + at, mask=ok, other=float("-inf"))
         m_new = tl.maximum(m, tl.max(lse, axis=0))
         weight = tl.exp2(lse - m_new[None, :])

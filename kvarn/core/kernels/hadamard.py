@@ -22,15 +22,6 @@ def hadamard(x):
 
 
 @triton.jit
-def hadamard_of_row(x, channel):
-    """Multiply one row, [D], by the same matrix, to the same bits, in any layout. channel: [D], from 0."""
-    for stage in tl.static_range(_stages(x.shape[0])):
-        other = tl.gather(x, channel ^ (1 << stage), axis=0)
-        x = tl.where((channel >> stage) & 1 == 0, x + other, other - x)
-    return x
-
-
-@triton.jit
 def load_in_fours(row_ptrs, channel, mask, D: tl.constexpr):
     """Load rows rotated as keys are, float32. row_ptrs + channel: a row's channels, along either axis; mask like it.
 

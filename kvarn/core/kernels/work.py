@@ -30,14 +30,10 @@ def units_of(
 @triton.jit(do_not_specialize=["tasks"])
 def count_work_kernel(
     task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, work_end_ptr, tasks,
-    arrivals_ptr, ROWS: tl.constexpr, G: tl.constexpr, TAIL: tl.constexpr, RAW_BLOCK: tl.constexpr,
-    ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr, SHARE: tl.constexpr, KV_HEADS: tl.constexpr,
-    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr, G: tl.constexpr, TAIL: tl.constexpr, RAW_BLOCK: tl.constexpr, ROWS_IN_RING: tl.constexpr,
+    CANONICAL: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program: the running sum of all tasks' shares of SHARE units.
-
-    arrivals: [tasks, KV_HEADS], set to zero, if there are any.
-    """
+    """One program: the running sum of all tasks' shares of SHARE units."""
     done = 0
     for start in range(0, tasks, BLOCK):
         task = start + tl.arange(0, BLOCK)
@@ -56,9 +52,6 @@ def count_work_kernel(
         )
         shares = tl.where(real, tl.cdiv(tiles + ring_units + chunk_units, SHARE), 0)
         tl.store(work_end_ptr + task, done + tl.cumsum(shares, axis=0), mask=task < tasks)
-        if arrivals_ptr is not None:
-            for head in range(KV_HEADS):
-                tl.store(arrivals_ptr + task * KV_HEADS + head, 0, mask=task < tasks)
         done += tl.sum(shares, axis=0)
 
 
@@ -87,13 +80,3 @@ def task_at(share, work_end_ptr, tasks, BLOCK: tl.constexpr):
         end = tl.load(work_end_ptr + task, mask=task < tasks, other=2147483647)
         before += tl.sum((end <= share).to(tl.int32), axis=0)
     return before
-
-
-@triton.jit
-def parts_of(task, work_end_ptr, tasks, programs):
-    """Return the first program that has a part of a task, and how many have one: neighbours. None if it has no work."""
-    begin = tl.load(work_end_ptr + task - 1, mask=task > 0, other=0)
-    end = tl.load(work_end_ptr + task)
-    total = tl.load(work_end_ptr + tasks - 1)
-    first = program_of(begin, programs, total)
-    return first, tl.where(begin < end, program_of(end - 1, programs, total) + 1 - first, 0)

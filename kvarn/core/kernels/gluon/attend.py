@@ -11,10 +11,8 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
-from kvarn.core.kernels.finish import MERGED_NUMBERS, finish_tasks
 from kvarn.core.kernels.gluon.layouts import (
     begin_copy,
-    merge_layout,
     mma_layout,
     operand_width,
     query_shared,
@@ -245,8 +243,7 @@ def span_of(program, programs, work_end_ptr, tasks, BLOCK: gl.constexpr, warps: 
 def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
     task_request_ptr, task_row_ptr, work_end_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
-    query_start_ptr, block_table_ptr, partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, sink_logits_ptr, arrivals_ptr,
-    scale, tasks,
+    query_start_ptr, block_table_ptr, partial_ptr, partial_lse_ptr, scale, tasks,
     q_token_stride, q_head_stride, record_block_stride, record_tile_stride, record_head_stride, tail_row_stride,
     tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride,
     chunk_head_stride, block_table_stride,
@@ -255,7 +252,7 @@ def attend_kernel(
     SINK: gl.constexpr, K_FIELDS: gl.constexpr, V_FIELDS: gl.constexpr, OFFSETS: gl.constexpr,
     GROUP_TOKENS: gl.constexpr, SOFTCAP: gl.constexpr, ROWS_IN_RING: gl.constexpr, CANONICAL: gl.constexpr,
     RAW_BLOCK: gl.constexpr, TASK_BLOCK: gl.constexpr, SHARE: gl.constexpr, STAGES: gl.constexpr,
-    NORM: gl.constexpr, POLLS: gl.constexpr, CHAINED: gl.constexpr, num_warps: gl.constexpr,
+    CHAINED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program attends an equal stretch of all tasks' shares, for one kv head: as `kernels.attend.attend_kernel`."""
     allow_next(CHAINED)
@@ -338,18 +335,5 @@ def attend_kernel(
         lse = gl.where(total > 0, m + gl.log2(gl.maximum(total, 1e-37)) - WEIGHT_SHIFT, float("-inf"))
         gl.store(partial_lse_ptr + out_row, lse, mask=col_ok)
         out_ptrs = partial_ptr + out_row[None, :] * D + channel[:, None]
-        if arrivals_ptr is None:
-            col_ok = col_ok & (total > 0)
-        gl.store(out_ptrs, acc / gl.maximum(total, 1e-37)[None, :], mask=col_ok[None, :])
+        gl.store(out_ptrs, acc / gl.maximum(total, 1e-37)[None, :], mask=(col_ok & (total > 0))[None, :])
     wait_for_previous(CHAINED)
-    if arrivals_ptr is not None:  # noqa: SIM102 (joined, the body would be compiled where parts are merged later)
-        if first_task <= last_task:
-            PARTS: gl.constexpr = MERGED_NUMBERS // D
-            merging: gl.constexpr = merge_layout(D, num_warps)
-            finish_tasks(
-                first_task, last_task, gl.arange(0, PARTS, layout=gl.BlockedLayout([1], [32], [num_warps], [0])),
-                gl.arange(0, PARTS, layout=gl.SliceLayout(1, merging)),
-                gl.arange(0, D, layout=gl.SliceLayout(0, merging)), partial_ptr, partial_lse_ptr, out_ptr, lse_ptr,
-                sink_logits_ptr, arrivals_ptr, task_request_ptr, task_row_ptr, work_end_ptr, query_start_ptr, tasks,
-                GROUP, ROWS, COLUMNS, NORM, POLLS,
-            )  # fmt: skip

@@ -83,9 +83,3 @@ def raw_key_shared():
 def raw_value_shared():
     """Return the layout of raw values in shared memory, [rows, channels], read transposed by ldmatrix."""
     return gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
-
-
-@gluon.constexpr_function
-def merge_layout(width, warps):
-    """Return the layout in which parts of a row are merged, [parts, channels]: a warp holds a part's channels."""
-    return gl.BlockedLayout([1, width // 32], [1, 32], [warps, 1], [1, 0])
