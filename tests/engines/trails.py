@@ -11,8 +11,8 @@ import torch
 from benchmarks.serving import trail
 from benchmarks.serving.jobs import run_job
 
-RANKS, STEPS, REQUESTS = 2, 60, 4
-LONGEST, ANSWERS, VOCABULARY = 320, 24, 512
+RANKS, STEPS, REQUESTS = 2, 16, 4
+LONGEST, ANSWERS, VOCABULARY = 300, 8, 512
 
 
 def trails_of(
@@ -33,7 +33,7 @@ def trails_of(
         patch.setenv(name, value)
     text = torch.randint(3, VOCABULARY, (4 * LONGEST,), generator=torch.Generator().manual_seed(5)).tolist()
     traffic = {"folder": str(folder), "ranks": RANKS, "steps": STEPS, "text": text}
-    traffic |= {"requests": 3 * REQUESTS, "longest": LONGEST, "new_tokens": ANSWERS}
+    traffic |= {"requests": 2 * REQUESTS, "longest": LONGEST, "new_tokens": ANSWERS}
     found = run_job(engine, {"engine": arguments, "traffic": traffic}, folder, "traffic")
     return [trail.Report(**report) for report in found["traffic"]]
 
