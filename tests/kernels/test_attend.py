@@ -54,12 +54,12 @@ def test_decode_matches_reference_for_wide_heads(head_dim, device):
 
 @pytest.mark.parametrize("head_dim", [192, 256])
 def test_chunk_matches_reference_for_wide_heads(head_dim, device):
-    check(make_case([300, 5], [100, 1], head_dim=head_dim, kv_heads=1), device)
+    check(make_case([370, 5], [30, 1], head_dim=head_dim, kv_heads=1), device)
 
 
-@pytest.mark.parametrize("new", [[1, 1], [70, 1]])
+@pytest.mark.parametrize("new", [[1, 1], [20, 1]])
 def test_pages_that_share_a_block_are_found(new, device):
-    check(make_case([700, 300], new, kv_heads=1, tiles_per_block=3), device)
+    check(make_case([760, 300], new, kv_heads=1, tiles_per_block=3), device)
 
 
 @pytest.mark.parametrize("programs", [1, 2, 3, 50])
@@ -92,11 +92,19 @@ def test_prefix_hit_reads_records_for_rows_it_did_not_write(device):
 
 
 @pytest.mark.parametrize(
-    ("lengths", "new"),
-    [([0], [300]), ([128, 0], [129, 64]), ([383], [100]), ([300, 127, 0], [1, 150, 33]), ([511, 384], [1, 40])],
+    ("lengths", "new", "kv_heads"),
+    # The long chunks with one head: the interpreter takes its time for every task.
+    [
+        ([0], [300], 1),
+        ([128, 0], [129, 64], 1),
+        ([383], [100], 1),
+        ([300, 127, 0], [1, 150, 33], 1),
+        ([511, 384], [1, 40], 2),
+        ([120, 0], [9, 20], 3),
+    ],
 )
-def test_chunk_matches_reference_with_any_prefix(lengths, new, device, dtype):
-    check(make_case(lengths, new, dtype=dtype), device)
+def test_chunk_matches_reference_with_any_prefix(lengths, new, kv_heads, device, dtype):
+    check(make_case(lengths, new, kv_heads=kv_heads, dtype=dtype), device)
 
 
 def test_chunk_of_more_tasks_than_a_program_looks_at_together(device):
@@ -107,11 +115,12 @@ def test_chunk_of_more_tasks_than_a_program_looks_at_together(device):
 
 @pytest.mark.parametrize("group", [1, 5, 8])
 def test_chunk_after_prefix_hit_matches_reference(group, device):
-    check(make_case([256, 200], [100, 60], hits=[256, 128], group=group, kv_heads=1), device)
+    check(make_case([256, 230], [40, 30], hits=[256, 128], group=group, kv_heads=1), device)
 
 
 def test_canonical_chunk_reads_its_own_tiles_from_records(device):
-    check(make_case([100, 256], [300, 130], kv_heads=1, tail=0, sink=0, canonical=True), device)
+    settings = {"preset": "kvarn_k4v2_g64", "tail": 0, "sink": 0, "canonical": True}
+    check(make_case([50, 128], [90, 66], kv_heads=1, **settings), device)
 
 
 @pytest.mark.parametrize(
