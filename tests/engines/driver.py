@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import multiprocessing
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -17,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import instruments
+from forking import fork_instead_of_spawning
 from plan import Answer, Request, read_plan
 from tiny_models import VOCABULARY
 
@@ -121,26 +120,11 @@ def _flush(engine: Any) -> bool:
     return False
 
 
-def _fork_instead_of_spawning() -> None:
-    """Let SGLang's processes be copies of this one: to import SGLang takes each longer than most plans.
-
-    They load plugins themselves, as spawned ones do. Servers and ask_engine.py spawn theirs.
-    """
-    from sglang.srt import plugins
-
-    def forget_plugins() -> None:
-        plugins._plugins_loaded = False
-
-    os.register_at_fork(after_in_child=forget_plugins)
-    multiprocessing.set_start_method("fork")
-    multiprocessing.set_start_method = lambda *_args, **_options: None
-
-
 def main(plan_path: Path, results_path: Path) -> None:
     """Carry out the plan."""
     import sglang
 
-    _fork_instead_of_spawning()
+    fork_instead_of_spawning()
     options, steps = read_plan(plan_path)
     engine = sglang.Engine(**options)
     answers: dict[str, Answer] = {}
