@@ -41,7 +41,7 @@ bench-example: env-vllm ## compare a small model with and without KVarN under a 
 	  --workload burst --scale 0.05 --out "$(BENCH_OUT)" -- --kv-cache-memory-bytes $(BENCH_BYTES) --max-model-len 1024
 
 test: lint test-vllm ## check the code and run all tests
-	$(TEST_ENV) "$(BIN)/python" -m pytest -n 2
+	$(TEST_ENV) "$(BIN)/python" -m pytest -n 2 --dist loadgroup
 
 test-vllm: env-vllm ## run the tests that need vLLM
 	"$(VLLM_BIN)/python" -m pytest -n 2 --dist loadfile tests/vllm

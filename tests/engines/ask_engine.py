@@ -2,7 +2,7 @@
 
 With CROSS_TEST_RECORDS every layer caches rows made from its index and the token's position in place of the model's
 own, and each rank saves the records of the only running request, and the tiles that every step sealed, after every
-step. The engines spawn their workers, which import this file and so replace the rows there.
+step. Where engines spawn their workers, those import this file and so replace the rows there.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from forking import fork_instead_of_spawning
 
 PROMPT_TOKENS, NEW_TOKENS, CHUNK_TOKENS = 300, 90, 128
 LAYERS, KV_HEADS, HEAD_DIM, POSITIONS = 2, 2, 64, 512
@@ -63,6 +64,8 @@ def ask_sglang(model: str, ranks: int) -> tuple[list[int], list[float]]:
     """Return tokens and log probabilities of SGLang."""
     import sglang
 
+    if ranks == 1:
+        fork_instead_of_spawning()
     engine = sglang.Engine(
         model_path=model,
         device="cpu",

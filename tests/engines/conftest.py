@@ -33,6 +33,23 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return make_models(session / "engines" / "models")
 
 
+# Modules that ask the same engine.
+_SHARED = {"test_canonical_schedules": "schedules", "test_engine_drafts": "schedules"}
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Keep tests of one engine in one worker, or two would wait for it (``--dist loadgroup``, which begins with these).
+
+    Tests in no group are handed out one by one after them, so that no worker is left with a long rest.
+    """
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    for item in items:
+        if item.path.parent == Path(__file__).parent:
+            item.add_marker(pytest.mark.xdist_group(_SHARED.get(item.path.stem, item.path.stem)))
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     """Print what tests measured."""
     reports = (report for reports in terminalreporter.stats.values() for report in reports)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import instruments
+from forking import fork_instead_of_spawning
 from plan import Answer, Request, read_plan
 from tiny_models import VOCABULARY
 
@@ -123,6 +124,7 @@ def main(plan_path: Path, results_path: Path) -> None:
     """Carry out the plan."""
     import sglang
 
+    fork_instead_of_spawning()
     options, steps = read_plan(plan_path)
     engine = sglang.Engine(**options)
     answers: dict[str, Answer] = {}

@@ -1,4 +1,4 @@
-"""What tests change inside SGLang's scheduler. SGLang spawns it, and spawning imports the driver, which installs these.
+"""What tests change inside SGLang's scheduler, a copy of the driver's process, which installs these.
 
 Four switches, set in the environment of the driver:
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -39,6 +40,9 @@ class Kept:
     sealed: list[list[int]]
 
 
+OneRank = Callable[[str], tuple[list[Kept], Path]]
+
+
 def ask(engine: str, model: Path, folder: Path, ranks: int = 1, **variables: str) -> Path:
     """Ask an engine; returns the file with its answer."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -70,10 +74,15 @@ def vllm_environment() -> dict[str, str]:
     return kept | {"VLLM_ENABLE_V1_MULTIPROCESSING": "0", "VLLM_CPU_CI_ENV": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def test_the_same_rows_give_the_same_records(models: Models) -> None:
-    folder = models.scratch("cross-records")
-    path = models.path(LLAMA_GROUP_3)
-    (ours,), (theirs,) = (ask_for_records(engine, path, folder)[0] for engine in ("sglang", "vllm"))
+@pytest.fixture(scope="module")
+def one_rank(models: Models, tmp_path_factory: pytest.TempPathFactory) -> OneRank:
+    """Ask each engine once for records, which follow from the table whatever the model."""
+    path = models.path(QWEN3_GROUP_2)
+    return functools.cache(lambda engine: ask_for_records(engine, path, tmp_path_factory.mktemp(engine)))
+
+
+def test_the_same_rows_give_the_same_records(one_rank: OneRank) -> None:
+    (ours,), (theirs,) = (one_rank(engine)[0] for engine in ("sglang", "vllm"))
     assert sorted(ours.records) == sorted(theirs.records) == list(range(LAYERS))
     for layer in range(LAYERS):
         assert ours.records[layer].shape[0] == (PROMPT_TOKENS + NEW_TOKENS - 1) // _TILE
@@ -82,10 +91,9 @@ def test_the_same_rows_give_the_same_records(models: Models) -> None:
 
 
 @pytest.mark.parametrize("engine", ["sglang", "vllm"])
-def test_two_ranks_keep_and_answer_what_one_does(engine: str, models: Models) -> None:
-    path = models.path(QWEN3_GROUP_2)
-    (one,), alone = ask_for_records(engine, path, models.scratch(f"one-rank-{engine}"))
-    two, together = ask_for_records(engine, path, models.scratch(f"two-ranks-{engine}"), ranks=2)
+def test_two_ranks_keep_and_answer_what_one_does(engine: str, models: Models, one_rank: OneRank) -> None:
+    (one,), alone = one_rank(engine)
+    two, together = ask_for_records(engine, models.path(QWEN3_GROUP_2), models.scratch(f"two-ranks-{engine}"), ranks=2)
     assert any(tile >= 0 for step in one.sealed for tile in step)
     assert [rank.sealed for rank in two] == [one.sealed, one.sealed]
     for layer, records in one.records.items():
