@@ -30,7 +30,7 @@ gpus=${1:?the number of a GPU, or several with commas}
 shift
 mkdir -p "$home/lanes/$name" && cp -r . "$home/lanes/$name"
 touch "$out/$name.lane"
-export CUDA_VISIBLE_DEVICES=$gpus
+export CUDA_VISIBLE_DEVICES=$gpus VLLM_CACHE_ROOT=$home/cache/vllm-$name # lanes compile at the same time
 cores=$(($(nproc) / $(nvidia-smi --list-gpus | wc -l)))
 of_lane=
 for gpu in ${gpus//,/ }; do of_lane+=${of_lane:+,}$((gpu * cores))-$(((gpu + 1) * cores - 1)); done
