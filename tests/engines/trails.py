@@ -27,6 +27,9 @@ def trails_of(
         patch: sets the environment.
         variables: of the environment.
     """
+    # engines take the references; what runs kernels in the interpreter is for this process's own tests
+    for name in ("KVARN_FORCE_TRITON", "TRITON_INTERPRET"):
+        patch.delenv(name, raising=False)
     # one core a rank: neither engine puts two on a socket by itself
     bound = dict.fromkeys(("SGLANG_CPU_OMP_THREADS_BIND", "VLLM_CPU_OMP_THREADS_BIND"), "0|1")
     for name, value in {**variables, **bound, trail.FOLDER: str(folder)}.items():
