@@ -70,7 +70,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--contexts", type=int, nargs="*", default=[32768])
     parser.add_argument("--decode-tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--kernels", type=Path, help="result file of benchmarks.kernels, for verify4_over_1")
+    parser.add_argument(
+        "--kernels", type=Path, help="result file of benchmarks.kernels, for verify4_over_1; none if missing"
+    )
     parser.add_argument("--kernel-case", default="k4v2_g128/1x64k/gqa8")
     return parser.parse_args()
 
@@ -170,8 +172,7 @@ def _verify_ratio(args: argparse.Namespace) -> float | None:
     if args.kernels is None:
         return None
     name = f"{args.kernel_case}/q{_VERIFY_ROWS}"
-    rows = json.loads(args.kernels.read_text())["rows"]
-    return next((row["vs_q_len_1"] for row in rows if row["case"] == name), None)
+    return next((row["vs_q_len_1"] for row in results.read(args.kernels) if row["case"] == name), None)
 
 
 if __name__ == "__main__":

@@ -14,6 +14,7 @@ import os
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -141,19 +142,14 @@ class Watch:
             make(state, *args, **options)
             self._trails.append((state, Trail(state.config, state.ring_end.device)))
 
-        def uniform(describe: Callable[..., Step], steps: TableSteps, *args: Any) -> Step:
+        def described(describe: Callable[..., Step], steps: TableSteps, *args: Any, chunk: bool) -> Step:
             step = describe(steps, *args)
-            self._note(steps.state, [step], chunk=False)
-            return step
-
-        def ragged(describe: Callable[..., Step], steps: TableSteps, *args: Any) -> Step:
-            step = describe(steps, *args)
-            self._note(steps.state, [step], chunk=True)
+            self._note(steps.state, [step], chunk=chunk)
             return step
 
         wrap_once(TailState, "__init__", made)
-        wrap_once(TableSteps, "uniform", uniform)
-        wrap_once(TableSteps, "ragged", ragged)
+        wrap_once(TableSteps, "uniform", partial(described, chunk=False))
+        wrap_once(TableSteps, "ragged", partial(described, chunk=True))
         in_blocks = block_steps.block_steps
 
         def watched(pool: Any, batch: Any, *args: Any) -> list[Step]:

@@ -4,8 +4,6 @@ import torch
 
 from kvarn.core.append import (
     device_signs,
-    rotate_rows_reference,
-    store_first_reference,
     store_tail,
     store_tail_reference,
 )
@@ -13,7 +11,7 @@ from kvarn.core.attend import attend, attend_reference, most_partial_rows
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.prefill import prefill
 from kvarn.core.prefill_plan import LONG_ROWS, workspace_tokens
-from kvarn.core.seal import append_and_seal, seal_reference
+from kvarn.core.seal import append_and_seal, append_and_seal_reference
 from kvarn.core.step import Step
 
 
@@ -63,9 +61,7 @@ def attention_reference(
     logit_cap: float = 0.0, sink_logits: torch.Tensor | None = None,
 ) -> torch.Tensor:  # fmt: skip
     """Do the same in plain torch, whatever the device; the output in the model dtype."""
-    rotated = rotate_rows_reference(k, v)
-    store_first_reference(torch.stack((rotated.k, rotated.v), dim=1), layer, step, store=step.rows_in_ring)
-    seal_reference(rotated, layer, step)
+    rotated = append_and_seal_reference(k, v, layer, step)
     out, _ = attend_reference(q, rotated, layer, step, scale, logit_cap, sink_logits)
     if not step.rows_in_ring:
         store_tail_reference(rotated, layer, step)

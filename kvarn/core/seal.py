@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 
-from kvarn.core.append import RotatedRows, rotate_rows
+from kvarn.core.append import RotatedRows, rotate_rows, rotate_rows_reference, store_first_reference
 from kvarn.core.cache import LayerCache, layout_constants, runs_triton
 from kvarn.core.launch import chained
 from kvarn.core.reference import SCALE_MAX, encode, key_clip, value_clip
@@ -49,6 +49,14 @@ def append_and_seal(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: S
         *layer.sinks.stride()[:3], step.block_table.stride(0), **_constants(layer, step), NORM=config.rotation_norm,
         SINK=config.sink_tokens, ROWS_AT_ONCE=_ROWS_AT_ONCE,
     )  # fmt: skip
+    return rotated
+
+
+def append_and_seal_reference(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step) -> RotatedRows:
+    """Do the same in plain torch, whatever the device."""
+    rotated = rotate_rows_reference(k, v)
+    store_first_reference(torch.stack((rotated.k, rotated.v), dim=1), layer, step, store=step.rows_in_ring)
+    seal_reference(rotated, layer, step)
     return rotated
 
 

@@ -4,9 +4,9 @@
 #   tools/gpu/quality.sh OUT [texts] [long] [turns] [tasks] [twobits] [layers]      default: the first four
 #
 # texts: all methods on 4,096 tokens of prose and code; long: some on 32,768; turns: conversations; tasks: HumanEval,
-# GSM8K and needles with SGLang, or with vLLM if KVARN_GPU_ENGINE=vllm; twobits: variants of 2-bit keys; layers: presets
-# chosen layer by layer. Writes OUT/{quality,tasks,twobits,layers}-h100.json, going on with the rows that stand in
-# benchmarks/results; copy them there afterwards.
+# GSM8K and needles with SGLang, or with vLLM if KVARN_GPU_ENGINE=vllm, for TASK_DTYPES; twobits: variants of 2-bit keys;
+# layers: presets chosen layer by layer. Writes OUT/{quality,tasks,twobits,layers}-h100.json, going on with the rows that
+# stand in benchmarks/results; copy them there afterwards.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:?a folder for the results}
