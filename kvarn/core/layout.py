@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 from kvarn.presets import Preset
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 HEAD_DIMS = (64, 96, 128, 192, 256, 512)
 # Tokens that share the scale and the offset of a key channel.
 KEY_GROUP_TOKENS = 64

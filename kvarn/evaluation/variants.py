@@ -9,7 +9,7 @@ import torch
 
 from kvarn.core.hadamard import rotate, sign_matrix
 from kvarn.core.layout import KEY_GROUP_TOKENS
-from kvarn.core.reference import key_clip, quantise_rows, value_clip
+from kvarn.core.reference import key_clip, quantise_rows, quantise_values, value_clip
 from kvarn.errors import KVarNError
 from kvarn.evaluation.methods import TILE, Method
 from kvarn.evaluation.names import VARIANT_MARK
@@ -21,6 +21,7 @@ ABLATION = (
     "k4v2:key_order=1",
     "k4v2:key_group=128",
     "k4v2:value_clip=1",
+    "k4v2:value_stretched=0",
     "k4v2:value_order=1",
     "k4v2:sinks=0",
     "k4v2:tail=0",
@@ -38,8 +39,7 @@ class Variant:
         key_group: tokens that share a key channel's scale and offset.
         key_clip: share of a range that key codes span; negative for the preset's. value_clip: the same for values.
         key_refit: rounds of fitting scale and offset of keys to their codes by least squares, and rounding again.
-        value_unbiased: 1 to stretch restored values about their middle until none is shorter along itself than it was,
-            which clipping makes them; the codes stay.
+        value_stretched: whether values keep their length, 1 or 0.
         tail: newest tokens that stay exact.
         sinks: first tokens that stay exact.
     """
@@ -52,7 +52,7 @@ class Variant:
     key_clip: float = -1.0
     value_clip: float = -1.0
     key_refit: int = 0
-    value_unbiased: int = 0
+    value_stretched: int = 1
     tail: int = TILE
     sinks: int = 4
 
@@ -62,10 +62,8 @@ class Variant:
         clip_v = value_clip(self.value_bits) if self.value_clip < 0 else self.value_clip
         channels = rotate_strided(k, self.key_order).unflatten(-2, (-1, self.key_group)).transpose(-1, -2)
         keys = _round(channels, self.key_bits, clip_k, self.key_refit).transpose(-1, -2).flatten(-3, -2)
-        rotated = rotate_strided(v, self.value_order)
-        values = _round(rotated, self.value_bits, clip_v, 0)
-        if self.value_unbiased:
-            values = _stretched(rotated, values)
+        quantise = quantise_values if self.value_stretched else quantise_rows
+        values = quantise(rotate_strided(v, self.value_order), self.value_bits, clip_v).restore()
         return (
             rotate_strided(keys, self.key_order, inverse=True),
             rotate_strided(values, self.value_order, inverse=True),
@@ -74,13 +72,6 @@ class Variant:
     def bits(self, head_dim: int) -> float:
         """Return the bits a number of K and V, scales and offsets included."""
         return self.key_bits + self.value_bits + 2 * _HALF_BITS / self.key_group + 2 * _HALF_BITS / head_dim
-
-
-def _stretched(x: torch.Tensor, restored: torch.Tensor) -> torch.Tensor:
-    """Return restored rows, stretched about the middle of a row's range until their error is orthogonal to the row."""
-    middle = (x.amin(dim=-1, keepdim=True) + x.amax(dim=-1, keepdim=True)) * 0.5
-    u, q = x - middle, restored - middle
-    return middle + q * ((u * u).sum(-1, keepdim=True) / (u * q).sum(-1, keepdim=True).clamp_min(1e-12))
 
 
 def variant(name: str) -> Method:

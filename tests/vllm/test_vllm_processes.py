@@ -142,7 +142,7 @@ def test_server_answers_and_hits_its_prefix_cache(processes: Processes) -> None:
 def test_server_says_once_what_it_serves(processes: Processes) -> None:
     lines = [line for line in processes.served.log.splitlines() if "KVarN" in line]
     assert len(lines) == 1
-    assert "in vLLM 0.32.0: kvarn_k4v2_g128 (format kvarn2-" in lines[0]
+    assert "in vLLM 0.32.0: kvarn_k4v2_g128 (format kvarn3-" in lines[0]
     assert "224 bytes a token" in lines[0]
 
 

@@ -8,6 +8,16 @@ from kvarn.core.kernels.chain import allow_next, wait_for_previous
 
 _SCALE_MIN = tl.constexpr(1e-7)
 _FP16_MAX = tl.constexpr(65504.0)
+_LENGTH_STEPS = tl.constexpr(1023.0)
+
+
+@triton.jit
+def _rounded_bits(x):
+    """Round to the nearest integer, ties to even as torch.round does. Return int32 whose low 22 bits are its own.
+
+    Adding 1.5 * 2**23 leaves a float no bits for a fraction; taken as bits it costs no conversion.
+    """
+    return (x + 12582912.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
@@ -21,10 +31,32 @@ def quantise(x, ok, AXIS: tl.constexpr, BITS: tl.constexpr, CLIP: tl.constexpr, 
     scale = tl.minimum(tl.maximum(2.0 * reach / levels, _SCALE_MIN), SCALE_MAX).to(tl.float16)
     reach = tl.minimum(reach, SCALE_MAX * levels * 0.5)
     offset = tl.minimum(tl.maximum(middle - reach, -_FP16_MAX), _FP16_MAX).to(tl.float16)
-    codes = tl.minimum(tl.maximum((x - offset.to(tl.float32)) / scale.to(tl.float32), 0.0), levels * 1.0)
-    # adding and taking away 1.5 * 2**23 rounds to the nearest integer, ties to even, as torch.round does
-    codes = (codes + 12582912.0) - 12582912.0
-    return codes.to(tl.int32), scale, offset
+    share = (x - offset.to(tl.float32)) * (1.0 / (scale.to(tl.float32) * levels))
+    return _rounded_bits(tl.minimum(tl.maximum(share, 0.0), 1.0) * levels) & levels, scale, offset
+
+
+@triton.jit
+def _quantise_values(x, ok, BITS: tl.constexpr, CLIP: tl.constexpr, SCALE_MAX: tl.constexpr):
+    """Quantise rows of values, [G, DP], keeping their length. Return int32 codes, fp16 scale and offset, [G, 1]."""
+    low = tl.min(tl.where(ok, x, float("inf")), axis=1, keep_dims=True)
+    high = tl.max(tl.where(ok, x, float("-inf")), axis=1, keep_dims=True)
+    levels: tl.constexpr = (1 << BITS) - 1
+    middle = (low + high) * 0.5
+    half = tl.maximum((high - low) * 0.5, _SCALE_MIN * levels / (2.0 * CLIP))
+    # a channel that isn't there counts as the middle: it adds nothing to the sums
+    y = tl.where(ok, x - middle, 0.0) * (1.0 / half)
+    share = tl.minimum(tl.maximum(y * (0.5 / CLIP) + 0.5, 0.0), 1.0)
+    codes = _rounded_bits(share * levels) & levels
+    # moved by 1,024, eleven bits hold it, whatever NaN becomes
+    length = (_rounded_bits(y * _LENGTH_STEPS + 1024.0) & 2047) - 1024
+    squares = tl.sum(length * length, axis=1, keep_dims=True)
+    along = tl.maximum(tl.sum(length * (2 * codes - levels), axis=1, keep_dims=True), 1)
+    stretch = squares.to(tl.float32) / along.to(tl.float32)
+    scale = tl.minimum(tl.maximum(stretch * half * (2.0 / _LENGTH_STEPS), _SCALE_MIN), SCALE_MAX).to(tl.float16)
+    flat = high <= low  # such a row is its middle, exactly
+    offset = tl.where(flat, middle, middle - scale.to(tl.float32) * (levels * 0.5))
+    offset = tl.minimum(tl.maximum(offset, -_FP16_MAX), _FP16_MAX).to(tl.float16)
+    return tl.where(flat, 0, codes), scale, offset
 
 
 @triton.jit
@@ -122,7 +154,7 @@ def _seal_tile(
         tl.store(halfs + OFFSETS[0] // 2 + channel_at, k_scale, mask=channel_ok[None, None, :])
         tl.store(halfs + OFFSETS[1] // 2 + channel_at, k_offset, mask=channel_ok[None, None, :])
     else:
-        v_codes, v_scale, v_offset = quantise(x, channel_ok[None, :], 1, VALUE_BITS, VALUE_CLIP, SCALE_MAX)
+        v_codes, v_scale, v_offset = _quantise_values(x, channel_ok[None, :], VALUE_BITS, VALUE_CLIP, SCALE_MAX)
         for f in tl.static_range(len(V_FIELDS)):
             _store_value_words(v_codes, record, V_FIELDS[f][1], V_FIELDS[f][0], V_FIELDS[f][2], V_FIELDS[f][3], D)
         token_at = tl.arange(0, G)[:, None]

@@ -23,7 +23,7 @@ from kvarn.core.layout import (
 )
 from kvarn.presets import Preset
 
-LATENT_FORMAT_VERSION = 1
+LATENT_FORMAT_VERSION = 2
 LATENT_DIMS = (128, 256, 512)
 ROPE_DIMS = (16, 32, 64, 128)
 ROPE_BITS = (16, 8)
