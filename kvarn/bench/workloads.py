@@ -79,6 +79,7 @@ _TABLE = (
     Workload("slope-1", "inter-token latency over context, one request", 0, 64, 1, concurrency=1, contexts=_CONTEXTS),
     Workload("slope-8", "inter-token latency over context, 8 requests", 0, 64, 8, concurrency=8, contexts=_CONTEXTS),
     Workload("burst", "16k in, 1k out, all at once, twice what the baseline holds", 16384, 1024, fills=2),
+    Workload("burst-32k", "32k in, 1k out, all at once, twice what the baseline holds", 32768, 1024, fills=2),
     Workload(
         "replay",
         "sessions of four turns with shared prefixes of 8k, three times what the baseline holds",
