@@ -17,10 +17,13 @@ _SCALE_MIN = 1e-7
 _FP16_MAX = 65504.0
 # Attention multiplies queries of up to 64, and weights of up to 128, by a sixteenth of a scale, in fp16.
 SCALE_MAX = 8000.0
-# Share of a row's range that codes span, about its centre: coarse grids lose less by clipping peaks than by wide steps.
-# Best of a sweep by KL on a real model. Keys of 3 bits and more lose by clipping: their peaks carry the logits.
+# Share of the range of a group's keys that codes span, about its centre: two bits lose less by clipping peaks than by
+# wide steps, more bits lose by clipping, since peaks carry the logits. Best of a sweep by KL on a real model.
 _KEY_CLIPS = {2: 0.80}
-_VALUE_CLIPS = {2: 0.72, 3: 0.85, 4: 0.95}
+# Of a token's values, rotated and hence about normal: how many standard deviations codes span, by KL on four models,
+# and at how many the largest of a row's channels is expected (docs/performance-log.md, 49).
+_VALUE_REACH = {2: 1.69, 3: 2.0, 4: 2.5}
+_LARGEST_OF = {64: 2.34, 96: 2.49, 128: 2.59, 192: 2.73, 256: 2.83, 512: 3.04}
 # Half of a row's range in the integers that a row's length is measured in: sums over 512 channels fit 32 bits.
 _LENGTH_STEPS = 1023
 
@@ -30,9 +33,9 @@ def key_clip(bits: int) -> float:
     return _KEY_CLIPS.get(bits, 1.0)
 
 
-def value_clip(bits: int) -> float:
-    """Return the share of the range of a token's values that codes of this width span."""
-    return _VALUE_CLIPS.get(bits, 1.0)
+def value_clip(bits: int, head_dim: int) -> float:
+    """Return the share of the range of a token's values that codes of this width span before they are stretched."""
+    return min(1.0, _VALUE_REACH[bits] / _LARGEST_OF[head_dim]) if bits in _VALUE_REACH else 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,7 +119,7 @@ def quantise_tile(k: torch.Tensor, v: torch.Tensor, layout: TileLayout) -> tuple
     """
     grouped = k.float().reshape(*k.shape[:-2], layout.key_groups, KEY_GROUP_TOKENS, layout.head_dim).transpose(-1, -2)
     key = quantise_rows(grouped, layout.key_bits, key_clip(layout.key_bits))
-    return key, quantise_values(v.float(), layout.value_bits, value_clip(layout.value_bits))
+    return key, quantise_values(v.float(), layout.value_bits, value_clip(layout.value_bits, layout.head_dim))
 
 
 def pack_codes(codes: torch.Tensor, fields: tuple[Field, ...]) -> torch.Tensor:

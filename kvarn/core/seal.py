@@ -94,7 +94,7 @@ def _constants(layer: LayerCache, step: Step) -> dict[str, Any]:
     return {
         **constants, "RING": config.ring_tokens, "TILES": config.tiles_per_block, "KEY_BITS": layout.key_bits,
         "VALUE_BITS": layout.value_bits, "KEY_CLIP": key_clip(layout.key_bits),
-        "VALUE_CLIP": value_clip(layout.value_bits), "SCALE_MAX": SCALE_MAX,
+        "VALUE_CLIP": value_clip(layout.value_bits, layout.head_dim), "SCALE_MAX": SCALE_MAX,
         "BLOCK": SEAL_TASK_BLOCK if step.rows_in_ring else 1, **chained(layer.records.device),
         "num_warps": min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp)),
     }  # fmt: skip

@@ -59,7 +59,7 @@ class Variant:
     def restore(self, k: torch.Tensor, v: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Return K and V of a tile as they come back, [..., TILE, head_dim], float32."""
         clip_k = key_clip(self.key_bits) if self.key_clip < 0 else self.key_clip
-        clip_v = value_clip(self.value_bits) if self.value_clip < 0 else self.value_clip
+        clip_v = value_clip(self.value_bits, v.shape[-1]) if self.value_clip < 0 else self.value_clip
         channels = rotate_strided(k, self.key_order).unflatten(-2, (-1, self.key_group)).transpose(-1, -2)
         keys = _round(channels, self.key_bits, clip_k, self.key_refit).transpose(-1, -2).flatten(-3, -2)
         quantise = quantise_values if self.value_stretched else quantise_rows

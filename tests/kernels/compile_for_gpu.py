@@ -2,7 +2,7 @@
 
 A case is PRESET/HEAD_DIM/GROUP: the attention kernel with explicit layouts; with /ROWS for several query rows, and
 after that /verify where they are in the ring, or /canonical. Or KERNEL/PRESET/HEAD_DIM, with KERNEL one of KERNELS. Or
-latent/KERNEL/ROPE_BITS, with KERNEL one of LATENT_KERNELS.
+latent/KERNEL/ROPE_BITS, with KERNEL one of LATENT_KERNELS, and /PRESET after it for other than 4-bit latents.
 Prints a JSON object a case: registers of a thread, bytes of stack, and, of the attention kernel, programs that a
 multiprocessor is asked to run and can. Needs an interpreter in which TRITON_INTERPRET is not set: Triton's own accepts
 code that its compiler refuses.
@@ -86,7 +86,7 @@ def main() -> None:
     for case in sys.argv[1:]:
         first, second, third, *more = case.split("/")
         if first == "latent":
-            found = latent_resources(second, int(third))
+            found = latent_resources(second, int(third), *more)
         elif first in KERNELS:
             found = plain_resources(first, second, int(third))
         else:
@@ -126,9 +126,9 @@ def plain_resources(kernel: str, preset: str, head_dim: int) -> dict[str, int]:
     return _usage(made.asm["cubin"])
 
 
-def latent_resources(kernel: str, rope_bits: int) -> dict[str, int]:
-    """Return what a kernel over latents of DeepSeek's widths takes, in a decode step of 4-bit latents."""
-    layout = LatentLayout.of(get_preset("kvarn_k4v2_g128"), 512, 64, rope_bits)
+def latent_resources(kernel: str, rope_bits: int, preset: str = "kvarn_k4v2_g128") -> dict[str, int]:
+    """Return what a kernel over latents of DeepSeek's widths takes, in a decode step."""
+    layout = LatentLayout.of(get_preset(preset), 512, 64, rope_bits)
     constants = _constants(TileLayout.of(get_preset("kvarn_k4v2_g128"), 128), **latent_constants(layout))
     warps = {"seal": 8}.get(kernel, 4)
     constants |= {"COLUMNS": LATENT_COLUMNS, "GROUP": LATENT_COLUMNS, "TOKENS": 16 if kernel == "restore" else 32}

@@ -77,3 +77,8 @@ def test_kernels_over_latents_compile_and_hardly_spill():
     made = compiled(*cases)
     assert set(made) == set(cases)
     assert all(found["stack"] <= 64 for found in made.values())
+
+
+def test_latents_of_three_bits_compile():
+    cases = [f"latent/{kernel}/16/kvarn_k3v3_g128" for kernel in ("attend", "explicit", "restore", "seal")]
+    assert set(compiled(*cases)) == set(cases)

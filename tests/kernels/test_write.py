@@ -100,7 +100,7 @@ def test_decode_and_verify_store_in_the_launch_that_rotates(rows, device, dtype)
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("head_dim", [64, 96, 128, 256])
 def test_seal_matches_reference(preset, head_dim, device, dtype):
-    """Codes within one, few of them different, and no more error than the reference leaves."""
+    """Codes within one, few of them different: where a number is halfway; the rest is restored alike."""
     case = make_case([200, 127], [60, 1], preset=preset, head_dim=head_dim, dtype=dtype, kv_heads=1, group=2)
     moved = to_device(case, device)
     seal(moved.rotated, moved.layer, moved.step)
@@ -112,10 +112,10 @@ def test_seal_matches_reference(preset, head_dim, device, dtype):
     for ours, theirs, bits in zip(
         unpack_record(got, layout), unpack_record(want, layout), (layout.key_bits, layout.value_bits), strict=True
     ):
+        same = ours.codes == theirs.codes
         assert (ours.codes - theirs.codes).abs().max() <= 1
-        assert (ours.codes != theirs.codes).float().mean() < (0.05 if bits == 8 else 0.005)
-    for ours, theirs in zip(decode_record(got, layout), decode_record(want, layout), strict=True):
-        assert relative_rms(ours, theirs) < 0.02
+        assert (~same).float().mean() < (0.05 if bits == 8 else 0.001)
+        assert relative_rms(ours.restore()[same], theirs.restore()[same]) < 1e-3
 
 
 @pytest.mark.parametrize("tiles_per_block", [1, 3])

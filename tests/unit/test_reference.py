@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
-from kvarn.core.layout import KEY_GROUP_TOKENS, TileLayout
+from kvarn.core.layout import HEAD_DIMS, KEY_GROUP_TOKENS, TileLayout
 from kvarn.core.reference import (
     SCALE_MAX,
     QuantisedRows,
@@ -16,13 +16,15 @@ from kvarn.core.reference import (
     quantise_tile,
     quantise_values,
     softmax_attention,
+    value_clip,
 )
 from kvarn.presets import PRESETS, Preset, get_preset
 
 # One unit in the last place of fp16, relative; and its smallest step, absolute.
 FP16_ULP, FP16_TINY = 2.0**-10, 2.0**-24
-# Share of the range that codes span, chosen by KL on a real model: (keys, values) by bits.
-CLIPS = {2: (0.80, 0.72), 3: (1.0, 0.85), 4: (1.0, 0.95), 8: (1.0, 1.0)}
+# Share of the range that codes span, chosen by KL on real models: of keys by bits, and of values of 64 channels.
+KEY_CLIPS = {2: 0.80, 3: 1.0, 4: 1.0, 8: 1.0}
+VALUE_CLIPS = {2: 0.722, 3: 0.855, 4: 1.0, 8: 1.0}
 
 
 def tile(kind: str, rows: int = 64, cols: int = 48, seed: int = 0) -> torch.Tensor:
@@ -89,11 +91,11 @@ def test_vectors_and_codes_are_those_of_float64(kind: str, bits: int, clip: floa
 def test_values_are_clipped_and_keep_their_length(kind: str, bits: int) -> None:
     """Codes are of a clipped grid, the scale makes the error orthogonal to the row, both about the range's middle."""
     x = tile(kind, seed=bits)
-    got = quantise_values(x, bits, CLIPS[bits][1])
+    got = quantise_values(x, bits, VALUE_CLIPS[bits])
     moved = 0
     for r, row in enumerate(x.tolist()):
         middle = (min(row) + max(row)) / 2
-        codes = [nearest_code_64(v, *row_scale_64(row, bits, CLIPS[bits][1]), bits) for v in row]
+        codes = [nearest_code_64(v, *row_scale_64(row, bits, VALUE_CLIPS[bits]), bits) for v in row]
         moved += sum(abs(a - b) for a, b in zip(codes, got.codes[r].tolist(), strict=True))
         squares = sum((v - middle) ** 2 for v in row)
         scale = squares / sum((v - middle) * (code - (2**bits - 1) / 2) for v, code in zip(row, codes, strict=True))
@@ -101,6 +103,18 @@ def test_values_are_clipped_and_keep_their_length(kind: str, bits: int) -> None:
         assert float(got.scale[r]) == pytest.approx(scale, rel=3 * FP16_ULP)
         assert float(got.offset[r]) == pytest.approx(offset, rel=FP16_ULP, abs=3 * FP16_ULP * 2**bits * scale)
     assert moved <= 0.001 * x.numel()
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+def test_wider_rows_are_clipped_more(bits: int) -> None:
+    """Their largest channel is farther out, and the range is measured by it."""
+    assert value_clip(bits, 64) == pytest.approx(VALUE_CLIPS[bits], abs=1e-3)
+    clips = [value_clip(bits, head_dim) for head_dim in HEAD_DIMS]
+    assert clips == sorted(clips, reverse=True)
+    for head_dim, clip in zip(HEAD_DIMS, clips, strict=True):
+        drawn = torch.randn(4096, head_dim, generator=torch.Generator().manual_seed(head_dim))
+        reach = clip * float(drawn.amax(dim=-1).mean())
+        assert clip == 1.0 or reach == pytest.approx({2: 1.69, 3: 2.0, 4: 2.5}[bits], rel=0.01)
 
 
 def test_values_get_the_same_bits_in_any_order_of_channels() -> None:
@@ -135,12 +149,12 @@ def test_keys_are_scaled_by_channel_in_groups_and_values_by_token(preset: Preset
     layout = TileLayout.of(preset, head_dim)
     k, v = (tile("uneven", layout.tile_tokens, head_dim, seed) for seed in (1, 2))
     key, value = quantise_tile(k, v, layout)
-    clip = CLIPS[layout.key_bits][0]
+    clip = KEY_CLIPS[layout.key_bits]
     wanted = [
         quantise_rows(k[first : first + KEY_GROUP_TOKENS].T, layout.key_bits, clip)
         for first in range(0, layout.tile_tokens, KEY_GROUP_TOKENS)
     ]
-    want = quantise_values(v, layout.value_bits, CLIPS[layout.value_bits][1])
+    want = quantise_values(v, layout.value_bits, value_clip(layout.value_bits, head_dim))
     for name in ("codes", "scale", "offset"):
         assert torch.equal(getattr(key, name), torch.stack([getattr(group, name) for group in wanted]))
         assert torch.equal(getattr(value, name), getattr(want, name))

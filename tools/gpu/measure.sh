@@ -22,7 +22,7 @@ engine=${KVARN_GPU_ENGINE:-sglang}
 mkdir -p "$out/logs"
 
 # Loads follow the capacity, and shares of a larger memory would make them last longer.
-gib=$(($(nvidia-smi --query-gpu=memory.total --format=csv,noheader,nounits | head -n 1) / 1024))
+gib=$(($(nvidia-smi --id=0 --query-gpu=memory.total --format=csv,noheader,nounits) / 1024))
 share=$([ "$gib" -gt 100 ] && echo 0.47 || echo 0.8)
 server_share=$([ "$gib" -gt 100 ] && echo 0.5 || echo 0.85)
 

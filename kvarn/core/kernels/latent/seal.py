@@ -23,6 +23,23 @@ def _tile_rows(ring, chunk, in_ring, channels, ROWS_IN_RING: tl.constexpr):
 
 
 @triton.jit
+def _store_words(
+    codes, record, few, LOW_BIT: tl.constexpr, BITS: tl.constexpr, OFFSET: tl.constexpr, WORDS: tl.constexpr,
+    EVERY: tl.constexpr,
+):  # fmt: skip
+    """Pack one field of codes, [G, channels // FEW, FEW], where word w of every EVERY is one of `few`."""
+    G: tl.constexpr = codes.shape[0]
+    FEW: tl.constexpr = codes.shape[2]
+    PLANES: tl.constexpr = 16 // BITS
+    part = (codes >> LOW_BIT) & ((1 << BITS) - 1)
+    planes = tl.reshape(part, (G, PLANES, WORDS // EVERY, FEW))
+    words = tl.sum(planes << (tl.arange(0, PLANES) * BITS)[None, :, None, None], axis=1)  # [G, WORDS // EVERY, FEW]
+    word = tl.arange(0, WORDS // EVERY)[:, None] * EVERY + few[None, :]
+    words_ptr = record.to(tl.pointer_type(tl.int16)) + OFFSET // 2 + tl.arange(0, G)[:, None, None] * WORDS
+    tl.store(words_ptr + word[None, :, :], words.to(tl.int16))
+
+
+@triton.jit
 def _seal_channels(
     ring, chunk, in_ring, record, part, DIM: tl.constexpr, FIELDS: tl.constexpr, SCALES: tl.constexpr,
     BITS: tl.constexpr, CLIP: tl.constexpr, SCALE_MAX: tl.constexpr, CHANNELS: tl.constexpr,
@@ -32,7 +49,6 @@ def _seal_channels(
 
     Words of all fields repeat every _fewest_words channels, so a part holds the same few of every repetition.
     """
-    G: tl.constexpr = in_ring.shape[0]
     EVERY: tl.constexpr = _fewest_words(FIELDS)
     REPEATS: tl.constexpr = DIM // EVERY
     FEW: tl.constexpr = CHANNELS // REPEATS
@@ -45,17 +61,8 @@ def _seal_channels(
     halfs = record.to(tl.pointer_type(tl.float16))
     tl.store(halfs + SCALES[0] // 2 + channel[None, :, :], scale)
     tl.store(halfs + SCALES[1] // 2 + channel[None, :, :], offset)
-    token = tl.arange(0, G)[:, None, None]
     for f in tl.static_range(len(FIELDS)):
-        PLANES: tl.constexpr = 16 // FIELDS[f][0]
-        WORDS: tl.constexpr = FIELDS[f][3]
-        fields = (codes >> FIELDS[f][1]) & ((1 << FIELDS[f][0]) - 1)
-        planes = tl.reshape(fields, (G, PLANES, WORDS // EVERY, FEW))
-        shifts = (tl.arange(0, PLANES) * FIELDS[f][0])[None, :, None, None]
-        words = tl.sum(planes << shifts, axis=1)  # [G, WORDS // EVERY, FEW]
-        word = tl.arange(0, WORDS // EVERY)[:, None] * EVERY + few[None, :]
-        words_ptr = record.to(tl.pointer_type(tl.int16)) + FIELDS[f][2] // 2
-        tl.store(words_ptr + token * WORDS + word[None, :, :], words.to(tl.int16))
+        _store_words(codes, record, few, FIELDS[f][1], FIELDS[f][0], FIELDS[f][2], FIELDS[f][3], EVERY)
 
 
 @triton.jit
