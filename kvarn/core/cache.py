@@ -1,7 +1,10 @@
 """The tensors of one layer's cache, and the numbers that all layers share."""
 
+import functools
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any, Generic, Protocol
 
 import torch
@@ -159,9 +162,10 @@ def runs_triton(tensor: torch.Tensor) -> bool:
     return tensor.is_cuda or env.force_triton()
 
 
-def layout_constants(layout: TileLayout) -> dict[str, Any]:
+@functools.lru_cache(maxsize=32)  # every launch asks; launches that no graph has captured wait for Python
+def layout_constants(layout: TileLayout) -> Mapping[str, Any]:
     """Return the compile-time constants by which kernels find their way in a record."""
-    return {
+    constants = {
         "D": layout.head_dim,
         "DP": layout.padded_dim,
         "G": layout.tile_tokens,
@@ -170,3 +174,4 @@ def layout_constants(layout: TileLayout) -> dict[str, Any]:
         "V_FIELDS": field_constants(layout.value_fields),
         "OFFSETS": (layout.k_scale_offset, layout.k_offset_offset, layout.v_scale_offset, layout.v_offset_offset),
     }
+    return MappingProxyType(constants)

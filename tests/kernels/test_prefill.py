@@ -34,7 +34,7 @@ def check_restored(device: str, lengths: list[int], new: list[int], **options: o
         got = restore(moved.layer, moved.step, on_device, room)
         for x, y in zip(got, want, strict=True):
             assert torch.isfinite(x).all()
-            assert relative_max(x, y) < 2e-3
+            assert relative_max(x, y) < 3e-3
         assert torch.isnan(room[:, segment.keys :]).all()
 
 

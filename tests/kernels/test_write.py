@@ -115,7 +115,7 @@ def test_seal_matches_reference(preset, head_dim, device, dtype):
         same = ours.codes == theirs.codes
         assert (ours.codes - theirs.codes).abs().max() <= 1
         assert (~same).float().mean() < (0.05 if bits == 8 else 0.001)
-        assert relative_rms(ours.restore()[same], theirs.restore()[same]) < 1e-3
+        assert relative_rms(ours.restore()[same], theirs.restore()[same]) < 3e-3  # one code moves a token's scale
 
 
 @pytest.mark.parametrize("tiles_per_block", [1, 3])

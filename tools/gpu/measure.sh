@@ -34,10 +34,10 @@ if [ "$engine" = sglang ]; then
   dtypes=(kvarn_k4v2_g128)
   peers=fp8_e4m3
   server=(--mem-fraction-static "$server_share" --max-running-requests 64 --sampling-backend pytorch)
-  drafting=$arguments
+  unbounded=$arguments
 else
   arguments='{"max_model_len":40960,"gpu_memory_utilization":'$share'}'
-  drafting='{"gpu_memory_utilization":'$share'}'
+  unbounded='{"gpu_memory_utilization":'$share'}'
   baseline='{}'
   dtypes=(kvarn_k4v2_g128 turboquant_4bit_nc)
   peers=fp8,turboquant_4bit_nc
@@ -69,14 +69,14 @@ speculate() { # over contexts longer than the models were trained for
   python3 tools/gpu/longer.py "$KVARN_GPU_MODEL" "$KVARN_GPU_MODEL-yarn" 4
   python3 tools/gpu/longer.py "$KVARN_GPU_DRAFT" "$KVARN_GPU_DRAFT-yarn" 4
   limited python3 -m benchmarks.serving.speculate --engine "$engine" --model "$KVARN_GPU_MODEL-yarn" \
-    --draft "$KVARN_GPU_DRAFT-yarn" --drafts 3 --text "$KVARN_GPU_HOME/in/prose-long.txt" --arguments "$drafting" \
+    --draft "$KVARN_GPU_DRAFT-yarn" --drafts 3 --text "$KVARN_GPU_HOME/in/prose-long.txt" --arguments "$unbounded" \
     --other-arguments "$baseline" --mismatches "${MISMATCHES-0}" --work "$out/speculate-$engine" \
     --kernels "$out/verify.json" --contexts ${CONTEXTS-32768 114688} --out "$out/spec-$engine-h100.json"
 }
 
 parallel() { # SGLang's own all-reduce takes multicast memory where it can, which a host that is shared doesn't allow
   limited python3 -m benchmarks.serving.parallel --engine "$engine" --model "$KVARN_GPU_MODEL" --text "$KVARN_GPU_PROSE" \
-    --arguments "${arguments%\}},\"disable_custom_all_reduce\":true}" --baseline-arguments "$baseline" \
+    --arguments "${unbounded%\}},\"disable_custom_all_reduce\":true}" --baseline-arguments "$baseline" \
     --steps "${PARALLEL_STEPS:-10000}" --work "$out/parallel" --out "$out/tp2-$engine.json"
 }
 

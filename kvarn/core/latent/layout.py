@@ -9,7 +9,10 @@ Codes are packed as in `core.layout`: rows are tokens, lanes are channels. Value
 ``latent[t, c] = code * scale[c] + offset[c]``. The rope part is fp16 or, with 8 bits, restored in the same way.
 """
 
+import functools
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 from kvarn.core.layout import (
@@ -151,9 +154,10 @@ class LatentLayout:
         return f"kvarn-latent{LATENT_FORMAT_VERSION}-{widths}d{self.latent_dim}+{self.rope_dim}"
 
 
-def latent_constants(layout: LatentLayout) -> dict[str, Any]:
+@functools.lru_cache(maxsize=32)
+def latent_constants(layout: LatentLayout) -> Mapping[str, Any]:
     """Return the compile-time constants by which kernels find their way in a latent record."""
-    return {
+    constants = {
         "LATENT": layout.latent_dim,
         "ROPE": layout.rope_dim,
         "G": layout.tile_tokens,
@@ -163,3 +167,4 @@ def latent_constants(layout: LatentLayout) -> dict[str, Any]:
         "ROPE_FIELDS": field_constants(layout.rope_fields),
         "ROPE_SCALES": (layout.rope_scale_offset, layout.rope_offset_offset),
     }
+    return MappingProxyType(constants)
