@@ -127,12 +127,13 @@ def check(work: Workload) -> Check:
     stored = layer.tails.clone()
     got = work.run(0)[-_CHECKED_ROWS:]
     layer.tails.copy_(stored)  # the chunk's rows took their place
-    parts = [(inputs.k, inputs.v)]
+    keys, values = inputs.k.double(), inputs.v.double()
     if cached:
-        span = torch.tensor([0, cached], dtype=torch.int32, device=inputs.device)
-        segment = Segment(0, slice(None), span[:1], Spans(span, span, cached, cached), cached)
-        parts.insert(0, restore_reference(layer, work.step, segment, torch.float64))
-    keys, values = (torch.cat([part[i].double() for part in parts]) for i in range(2))
+        count = cached + inputs.case.q_len
+        span = torch.tensor([0, count], dtype=torch.int32, device=inputs.device)
+        spans = Spans(span, span, count, count)
+        segment = Segment(0, slice(None), span[:1], spans, count, restored=True, causal=True, opens=True)
+        keys, values = restore_reference(inputs.k, inputs.v, layer, work.step, segment, torch.float64)
     return compare(got, dense_expected(inputs.q[-_CHECKED_ROWS:], keys, values, inputs.scale))
 
 

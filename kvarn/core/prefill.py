@@ -33,12 +33,11 @@ def prefill(
 
     Determinism: that of the flash attention. Graph-safe: no.
     """
-    room = (2, most_keys(plan), *k.shape[1:])
-    workspace = torch.empty(room, dtype=k.dtype, device=k.device)
+    workspace = torch.empty((2, plan.most_restored, *k.shape[1:]), dtype=k.dtype, device=k.device)
     attend_long_chunks(
         q,
         lambda tokens: (k[tokens], v[tokens]),
-        lambda segment: restore(layer, step, segment, workspace),
+        lambda segment: restore(k, v, layer, step, segment, workspace),
         plan,
         scale,
         logit_cap,
@@ -47,15 +46,10 @@ def prefill(
     )
 
 
-def most_keys(plan: PrefillPlan) -> int:
-    """Return the most cached tokens that are restored together."""
-    return max((segment.keys for segment in plan.segments), default=0)
-
-
 def attend_long_chunks(
     q: torch.Tensor,
     own: Callable[[slice], tuple[torch.Tensor, torch.Tensor]],
-    cached: Callable[[Segment], tuple[torch.Tensor, torch.Tensor]],
+    restored: Callable[[Segment], tuple[torch.Tensor, torch.Tensor]],
     plan: PrefillPlan,
     scale: float,
     logit_cap: float,
@@ -71,7 +65,7 @@ def attend_long_chunks(
         q: [tokens, q_heads, key width], model dtype, of the step's rows from first_row on; token and head strides are
             free.
         own: returns keys and values of some tokens of the step, [tokens, kv_heads, width].
-        cached: returns those of a segment of cached tokens.
+        restored: returns those of a segment that begins with cached tokens.
         plan: the long chunks.
         scale: factor on q . k.
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
@@ -79,23 +73,22 @@ def attend_long_chunks(
         first_row: before it, the step has no rows of long chunks.
         sink_logits: [q_heads], any float dtype: learned logit of each head's sink; None for none.
     """
-    dtype = out.dtype if len(plan.segments) <= _FEW_MERGES else torch.float32
-    total = out if dtype == out.dtype else torch.empty_like(out, dtype=dtype)
+    openings = [_from(first_row, segment.tokens) for segment in plan.segments if segment.opens]
+    merges = len(plan.segments) - len(openings)
+    total = out if merges <= _FEW_MERGES else torch.empty_like(out, dtype=torch.float32)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
-    for chunk in plan.own:
-        at = _from(first_row, chunk.tokens)
-        total[at], lse[:, at] = plan.flash(q[at], *own(chunk.tokens), chunk.spans, scale, logit_cap, causal=True)
     for segment in plan.segments:
         at = _from(first_row, segment.tokens)
-        part, part_lse = plan.flash(q[at], *cached(segment), segment.spans, scale, logit_cap, causal=False)
-        merge(total[at], lse[:, at], part, part_lse)
-    if sink_logits is not None:
-        for chunk in plan.own:
-            at = _from(first_row, chunk.tokens)
+        keys, values = restored(segment) if segment.restored else own(segment.tokens)
+        part, part_lse = plan.flash(q[at], keys, values, segment.spans, scale, logit_cap, causal=segment.causal)
+        if segment.opens:
+            total[at], lse[:, at] = part, part_lse
+        else:
+            merge(total[at], lse[:, at], part, part_lse)
+    for at in openings:
+        if sink_logits is not None:
             merge_sinks(total[at], lse[:, at], sink_logits)
-    if total is not out:
-        for chunk in plan.own:
-            at = _from(first_row, chunk.tokens)
+        if total is not out:
             out[at] = total[at]
 
 

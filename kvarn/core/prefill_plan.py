@@ -1,7 +1,8 @@
-"""Which requests of a step are long chunks, and in which pieces their cached context is restored. On the host.
+"""Which requests of a step are long chunks, and to which keys they attend call by call. On the host.
 
-A long chunk attends to its own rows as they come, and to its cached context, piece by piece, in rows that are restored
-to the model dtype in a workspace of fixed size: so its memory doesn't grow with the context.
+A long chunk attends to its own rows as they come or, with cached context, to a copy of them behind rows that are
+restored to the model dtype, in a workspace of fixed size. What doesn't fit there is attended to before, piece by piece:
+so memory doesn't grow with the context.
 """
 
 import itertools
@@ -15,32 +16,22 @@ from kvarn.core.flash import FlashAttention, Spans
 
 # A chunk of more rows is long. Kernels over tiles unpack them once for every few rows, restoring once for all.
 LONG_ROWS = 64
-_WORKSPACE_BYTES = 128 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class OwnRows:
-    """Long chunks that stand next to each other in a step.
-
-    Args:
-        tokens: their rows of the step.
-        spans: where each one's queries are, and its keys, which are the same rows.
-    """
-
-    tokens: slice
-    spans: Spans
+_WORKSPACE_BYTES = 192 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class Segment:
-    """Cached tokens, of requests that stand next to each other, that are restored together.
+    """Keys that long chunks next to each other in a step attend to in one call.
 
     Args:
         first: the first of these requests.
         tokens: their rows of the step.
-        begin: [requests], int32, on the device: first position that is restored; a multiple of a tile.
-        spans: where each one's queries and restored keys are.
-        keys: tokens restored.
+        begin: [requests], int32, on the device: position of the first key; a multiple of a tile.
+        spans: where each one's queries and keys are.
+        keys: how many there are.
+        restored: keys begin with cached ones. Otherwise they are the chunks' own rows as they come.
+        causal: keys end with the chunks' own rows.
+        opens: these chunks attended to nothing before.
     """
 
     first: int
@@ -48,6 +39,9 @@ class Segment:
     begin: torch.Tensor
     spans: Spans
     keys: int
+    restored: bool
+    causal: bool
+    opens: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +50,7 @@ class PrefillPlan:
 
     Args:
         flash: what attends.
-        own: their own rows.
-        segments: their cached context.
+        segments: to which keys, in this order.
         short_tokens: rows of the step that are in no long chunk.
         short_requests: requests that have these.
         long_last: whether they come first.
@@ -65,12 +58,16 @@ class PrefillPlan:
     """
 
     flash: FlashAttention
-    own: list[OwnRows]
     segments: list[Segment]
     short_tokens: int
     short_requests: int
     long_last: bool
     most_short: int
+
+    @property
+    def most_restored(self) -> int:
+        """The most keys that are restored together, chunks' own ones behind them included."""
+        return max((segment.keys for segment in self.segments if segment.restored), default=0)
 
 
 def workspace_tokens(config: CacheConfig[Any], dtype: torch.dtype, token_numbers: int | None = None) -> int:
@@ -117,29 +114,28 @@ def plan_prefill(
         return None
     starts = _running_sum(query_lens)
     numbers = _Numbers(device)
-    own = [
-        (group, numbers.spans([query_lens[i] for i in group], [query_lens[i] for i in group]))
-        for group in _neighbours(longs)
-    ]
-    cut = [
-        (piece, numbers.ints([begin for _, begin, _ in piece]), numbers.spans(
-            [query_lens[i] for i, _, _ in piece], [end - begin for _, begin, end in piece]))
-        for piece in _pieces(longs, prefix_lens, workspace_tokens(config, dtype, token_numbers), config.tile_tokens)
+    room = workspace_tokens(config, dtype, token_numbers)
+    groups = [
+        (group, numbers.ints([keys.begin for keys in group]), numbers.spans(
+            [query_lens[keys.request] for keys in group], [keys.count for keys in group]))
+        for group in _together([_cut(i, prefix_lens[i], query_lens[i], room) for i in longs], room)
     ]  # fmt: skip
     numbers.send()
     long_tokens = sum(query_lens[i] for i in longs)
     return PrefillPlan(
         flash=flash,
-        own=[OwnRows(_rows(starts, group), numbers.found(spans)) for group, spans in own],
         segments=[
             Segment(
-                piece[0][0],
-                _rows(starts, [i for i, _, _ in piece]),
+                group[0].request,
+                slice(starts[group[0].request], starts[group[-1].request + 1]),
                 numbers.tensor(begin),
                 numbers.found(spans),
-                sum(end - begin for _, begin, end in piece),
+                sum(keys.count for keys in group),
+                group[0].restored,
+                group[0].causal,
+                group[0].opens,
             )
-            for piece, begin, spans in cut
+            for group, begin, spans in groups
         ],
         short_tokens=starts[-1] - long_tokens,
         short_requests=len(query_lens) - len(longs),
@@ -154,40 +150,53 @@ def _worth_restoring(prefix_lens: list[int], query_lens: list[int]) -> bool:
     return sum(n * new for n, new in zip(tokens, query_lens, strict=True)) > LONG_ROWS * sum(tokens)
 
 
-def _neighbours(requests: list[int]) -> list[list[int]]:
-    """Group requests that follow each other without a gap."""
-    groups: list[list[int]] = []
-    for request in requests:
-        if groups and groups[-1][-1] == request - 1:
-            groups[-1].append(request)
+@dataclass(frozen=True, slots=True)
+class _Keys:
+    """A segment of one request: so many keys from a position on."""
+
+    request: int
+    begin: int
+    count: int
+    restored: bool
+    causal: bool
+    opens: bool
+
+
+def _cut(request: int, prefix: int, rows: int, room: int) -> list[_Keys]:
+    """Cut what a long chunk attends to: pieces of the cached tokens, the last with its own rows if they fit."""
+    if not prefix:
+        return [_Keys(request, 0, rows, restored=False, causal=True, opens=True)]
+    pieces = []
+    begin = 0
+    while begin < prefix and begin + room < prefix + rows:
+        count = min(room, prefix - begin)
+        pieces.append(_Keys(request, begin, count, restored=True, causal=False, opens=not begin))
+        begin += count
+    last = _Keys(request, begin, prefix + rows - begin, restored=begin < prefix, causal=True, opens=not begin)
+    return [*pieces, last]
+
+
+def _together(requests: list[list[_Keys]], room: int) -> list[list[_Keys]]:
+    """Group the segments of neighbours that have one each, of the same kind; restored ones share a workspace."""
+    groups: list[list[_Keys]] = []
+    for segments in requests:
+        first, before = segments[0], groups[-1] if groups else []
+        if (
+            before
+            and len(segments) == 1
+            and before[0].opens
+            and before[-1].request == first.request - 1
+            and before[0].restored == first.restored
+            and (not first.restored or sum(keys.count for keys in before) + first.count <= room)
+        ):
+            before.append(first)
         else:
-            groups.append([request])
+            groups += [[keys] for keys in segments]
     return groups
-
-
-def _pieces(longs: list[int], prefix_lens: list[int], room: int, tile: int) -> list[list[tuple[int, int, int]]]:
-    """Cut the cached tokens of long chunks into pieces of at most `room`: (request, begin, end), begin at a tile."""
-    pieces: list[list[tuple[int, int, int]]] = []
-    left = 0
-    for request in longs:
-        begin = 0
-        while begin < prefix_lens[request]:
-            if left < tile or not pieces or pieces[-1][-1][0] < request - 1:
-                pieces.append([])
-                left = room
-            end = min(prefix_lens[request], begin + left // tile * tile)
-            pieces[-1].append((request, begin, end))
-            left -= end - begin
-            begin = end
-    return pieces
 
 
 def _running_sum(counts: list[int]) -> list[int]:
     return list(itertools.accumulate(counts, initial=0))
-
-
-def _rows(starts: list[int], requests: list[int]) -> slice:
-    return slice(starts[requests[0]], starts[requests[-1] + 1])
 
 
 class _Numbers:

@@ -1,4 +1,4 @@
-"""Restore: cached rows of a request, whatever they are stored as, in the model's basis and dtype."""
+"""Restore: the keys and values of a segment, whatever they are stored as, in the model's basis and dtype."""
 
 import torch
 
@@ -14,10 +14,16 @@ from kvarn.core.step import Step, power_of_two
 _CHUNK_CHANNELS = 64
 
 
-def restore(layer: LayerCache, step: Step, segment: Segment, out: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Restore a segment of cached tokens: those that the read rule finds in records from there, later ones exact.
+def restore(
+    k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, segment: Segment, out: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Restore a segment's cached tokens, and copy the chunk's own rows behind them if it ends with these.
+
+    Of cached tokens, those that the read rule finds in records from the chunk's first row, later ones exact.
 
     Args:
+        k: [tokens, kv_heads, head_dim], the step's own keys; token and head strides are free. Not rotated.
+        v: the same.
         layer: the layer's cache.
         step: the forward pass; its own rows are not stored yet.
         segment: which tokens.
@@ -30,7 +36,7 @@ def restore(layer: LayerCache, step: Step, segment: Segment, out: torch.Tensor) 
     """
     keys, values = out[:, : segment.keys]
     if not runs_triton(layer.records):
-        for part, rows in zip((keys, values), restore_reference(layer, step, segment, out.dtype), strict=True):
+        for part, rows in zip((keys, values), restore_reference(k, v, layer, step, segment, out.dtype), strict=True):
             part.copy_(rows)
         return keys, values
     from kvarn.core.kernels.restore import restore_kernel
@@ -40,9 +46,10 @@ def restore(layer: LayerCache, step: Step, segment: Segment, out: torch.Tensor) 
     requests = segment.begin.shape[0]
     restore_kernel[(-(-segment.spans.most_keys // KEY_GROUP_TOKENS), requests, 2 * heads)](
         layer.records, layer.tails, layer.sinks, device_signs(layout.head_dim, torch.float16, device, True),
-        keys, values, step.rows, step.block_table, step.prefix_lens, step.own_start, step.sink_slots, segment.begin,
-        segment.spans.key_start, segment.first, *layer.records.stride()[:3], *layer.tails.stride()[:3],
-        *layer.sinks.stride()[:3], step.block_table.stride(0), **layout_constants(layout), KV_HEADS=heads,
+        k, v, keys, values, step.rows, step.block_table, step.prefix_lens, step.own_start, step.query_start,
+        step.sink_slots, segment.begin, segment.spans.key_start, segment.first, *layer.records.stride()[:3],
+        *layer.tails.stride()[:3], *layer.sinks.stride()[:3], step.block_table.stride(0), *k.stride()[:2],
+        *v.stride()[:2], **layout_constants(layout), KV_HEADS=heads,
         QP=power_of_two(layout.head_dim // 4), CHUNK=min(_CHUNK_CHANNELS, layout.padded_dim),
         NORM=config.rotation_norm, RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens,
         SINK=config.sink_tokens, num_warps=4 if layout.head_dim <= 128 else 8,
@@ -51,16 +58,21 @@ def restore(layer: LayerCache, step: Step, segment: Segment, out: torch.Tensor) 
 
 
 def restore_reference(
-    layer: LayerCache, step: Step, segment: Segment, dtype: torch.dtype
+    k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, segment: Segment, dtype: torch.dtype
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Restore in plain torch."""
-    keys, values = [], []
-    lengths = segment.spans.key_start.diff().tolist()
-    for place, (begin, length) in enumerate(zip(segment.begin.tolist(), lengths, strict=True)):
-        k, v = _stored_rows(layer, step, segment.first + place, begin, begin + length)
-        keys.append(rotate_keys(k))
-        values.append(rotate(v, inverse=True))
-    return torch.cat(keys).to(dtype), torch.cat(values).to(dtype)
+    found: tuple[list[torch.Tensor], list[torch.Tensor]] = ([], [])
+    counts = segment.spans.key_start.diff().tolist()
+    for place, (begin, count) in enumerate(zip(segment.begin.tolist(), counts, strict=True)):
+        request = segment.first + place
+        prefix, first = int(step.prefix_lens[request]), int(step.query_start[request])
+        cached = min(begin + count, prefix)
+        stored_k, stored_v = _stored_rows(layer, step, request, begin, cached)
+        own = slice(first + cached - prefix, first + begin + count - prefix)
+        found[0].append(torch.cat((rotate_keys(stored_k), k[own].to(stored_k.dtype))))
+        found[1].append(torch.cat((rotate(stored_v, inverse=True), v[own].to(stored_v.dtype))))
+    keys, values = (torch.cat(rows).to(dtype) for rows in found)
+    return keys, values
 
 
 def _stored_rows(

@@ -119,7 +119,7 @@ def _trace_steps(path: Path) -> None:
             "rows": step.rows.tolist(),
             "rids": list(batch.rids or ()),
             "drafts": drafts,
-            "segments": None if step.plan is None else len(step.plan.segments),
+            "restored": None if step.plan is None else step.plan.most_restored,
         }
         with path.open("a") as file:
             file.write(json.dumps(line) + "\n")

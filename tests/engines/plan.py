@@ -82,7 +82,7 @@ class Chunk:
         rows: its ring.
         rids: its name.
         drafts: of each request.
-        segments: of cached tokens that long chunks attend to; None if no chunk is long.
+        restored: most cached keys that long chunks attend to in one call; None if no chunk is long.
     """
 
     prefix_lens: list[int]
@@ -91,7 +91,7 @@ class Chunk:
     rows: list[int]
     rids: list[str]
     drafts: int
-    segments: int | None
+    restored: int | None
 
 
 @dataclass(frozen=True, slots=True)

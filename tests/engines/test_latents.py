@@ -75,13 +75,13 @@ def test_steps_of_long_chunks_attend_to_expanded_keys(results: Results) -> None:
     for chunk in results.chunks:
         rows = [end - begin for begin, end in zip(chunk.prefix_lens, chunk.seq_lens, strict=True)]
         if len(rows) == 1:
-            assert (chunk.segments is not None) == (rows[0] > LONG_ROWS)
-        if chunk.segments is not None:
+            assert (chunk.restored is not None) == (rows[0] > LONG_ROWS)
+        if chunk.restored is not None:
             expanded["fresh"] += not any(chunk.prefix_lens)
             expanded["over a prefix"] += any(chunk.prefix_lens) and not any(chunk.own_start)
             expanded["over a hit"] += any(chunk.own_start)
             expanded["beside a decode row"] += 1 in rows
-            assert chunk.segments >= any(chunk.prefix_lens)
+            assert (chunk.restored > 0) == any(chunk.prefix_lens)
     assert min(expanded.values()) > 0, expanded
 
 
@@ -102,4 +102,4 @@ def test_canonical_hits_equal_cold_runs_with_absorbed_weights(models: Models) ->
     results = run_plan(setup, [*map(alone, requests), flush()], models.scratch("canonical latents"))
     assert results["hit"].cached_tokens == 2 * 128
     same_bits(results["cold"], results["hit"])
-    assert all(chunk.segments is None for chunk in results.chunks)
+    assert all(chunk.restored is None for chunk in results.chunks)

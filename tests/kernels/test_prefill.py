@@ -27,15 +27,28 @@ def small_workspace(monkeypatch):
 def check_restored(device: str, lengths: list[int], new: list[int], **options: object) -> None:
     case = make_case(lengths, new, planned=True, **options)
     moved = to_device(case, device)
-    assert case.step.plan.segments
+    strided = torch.cat((moved.k, moved.v), dim=-1).split(case.k.shape[-1], dim=-1)
+    assert case.step.plan.most_restored
     for segment, on_device in zip(case.step.plan.segments, moved.step.plan.segments, strict=True):
-        want = restore_reference(case.layer, case.step, segment, torch.float32)
+        if not segment.restored:
+            continue
+        want = restore_reference(case.k, case.v, case.layer, case.step, segment, torch.float32)
         room = torch.full((2, segment.keys + 3, *case.k.shape[1:]), float("nan"), dtype=case.k.dtype, device=device)
-        got = restore(moved.layer, moved.step, on_device, room)
+        got = restore(*strided, moved.layer, moved.step, on_device, room)
         for x, y in zip(got, want, strict=True):
             assert torch.isfinite(x).all()
             assert relative_max(x, y) < 3e-3
         assert torch.isnan(room[:, segment.keys :]).all()
+
+
+def positions(plan: PrefillPlan) -> list[tuple[int, int]]:
+    """The request and the position of every key that a plan's segments hold."""
+    found = []
+    for segment in plan.segments:
+        counts = segment.spans.key_start.diff().tolist()
+        for place, (begin, count) in enumerate(zip(segment.begin.tolist(), counts, strict=True)):
+            found += [(segment.first + place, begin + i) for i in range(count)]
+    return found
 
 
 @pytest.mark.parametrize("preset", PRESETS)
@@ -96,8 +109,8 @@ def test_plan_leaves_short_chunks_to_the_kernels_over_tiles():
     assert plan_prefill(config, None, torch.float16, [0], [LONG], place) is None
     plan = plan_prefill(config, flash, torch.float16, [0, 9, 0], [LONG, 7, LONG], place)
     assert (plan.short_tokens, plan.short_requests) == (7, 1)
-    assert [own.tokens for own in plan.own] == [slice(0, LONG), slice(LONG + 7, 2 * LONG + 7)]
-    assert plan.segments == []
+    assert [segment.tokens for segment in plan.segments] == [slice(0, LONG), slice(LONG + 7, 2 * LONG + 7)]
+    assert plan.most_restored == 0
 
 
 def test_requests_that_attend_together_are_long_if_their_rows_are_worth_restoring_for():
@@ -112,20 +125,28 @@ def test_requests_that_attend_together_are_long_if_their_rows_are_worth_restorin
     assert plan([5000] * 40 + [0], [1] * 40 + [LONG]) is None
     found = plan([9, 300], [1, 2 * LONG])
     assert (found.short_tokens, found.short_requests, found.most_short, found.long_last) == (0, 0, 0, True)
-    assert [own.tokens for own in found.own] == [slice(0, 1 + 2 * LONG)]
-    assert sum(segment.keys for segment in found.segments) == 309
+    assert [segment.tokens for segment in found.segments] == [slice(0, 1 + 2 * LONG)]
+    assert found.most_restored == 9 + 1 + 300 + 2 * LONG
 
 
 @pytest.mark.usefixtures("small_workspace")
-def test_segments_hold_every_cached_token_of_long_chunks_once_and_fit_the_workspace():
+def test_segments_hold_every_key_of_long_chunks_once_and_fit_the_workspace():
     config = make_case([0], [1]).layer.config
-    prefixes, rows = [1000, 5, 0, 77, 300], [LONG, LONG, LONG, 1, LONG]
+    prefixes, rows = [1000, 5, 0, 77, 300, 200], [LONG, LONG, LONG, 1, LONG, 2 * LONG]
     plan = plan_prefill(config, object(), torch.float16, prefixes, rows, torch.device("cpu"))
-    seen = []
+    assert positions(plan) == [(i, at) for i in (0, 1, 2, 4, 5) for at in range(prefixes[i] + rows[i])]
+    assert plan.most_restored <= 2 * config.tile_tokens
     for segment in plan.segments:
-        assert segment.keys <= 2 * config.tile_tokens
-        lengths = segment.spans.key_start.diff().tolist()
-        for place, (begin, length) in enumerate(zip(segment.begin.tolist(), lengths, strict=True)):
-            assert begin % config.tile_tokens == 0
-            seen += [(segment.first + place, begin + i) for i in range(length)]
-    assert seen == [(i, at) for i in (0, 1, 4) for at in range(prefixes[i])]
+        begins = segment.begin.tolist()
+        assert all(begin % config.tile_tokens == 0 for begin in begins) or not segment.restored
+        assert segment.opens == (not any(begins))
+        ends = [begin + count for begin, count in zip(begins, segment.spans.key_start.diff().tolist(), strict=True)]
+        lengths = [prefixes[segment.first + i] + rows[segment.first + i] for i in range(len(begins))]
+        assert segment.causal == (ends == lengths)
+
+
+def test_a_chunk_over_cached_context_attends_in_one_call_where_both_fit_the_workspace():
+    config = make_case([0], [1]).layer.config
+    plan = plan_prefill(config, object(), torch.float16, [500, 31], [LONG, LONG], torch.device("cpu"))
+    assert [(segment.restored, segment.causal, segment.opens) for segment in plan.segments] == [(True, True, True)]
+    assert plan.segments[0].spans.key_start.tolist() == [0, 500 + LONG, 531 + 2 * LONG]

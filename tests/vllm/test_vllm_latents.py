@@ -51,7 +51,7 @@ def _sharing(kind: str) -> list[Request]:
 
 @contextmanager
 def _counted(calls: Counter[str]) -> Iterator[None]:
-    """Count calls by what attends, and segments of cached tokens."""
+    """Count calls by what attends, and restored keys."""
     from kvarn.vllm_backend import latent_backend
 
     absorbed, expanded = latent_backend.latent_attention, latent_backend.expanded_attention
@@ -63,7 +63,7 @@ def _counted(calls: Counter[str]) -> Iterator[None]:
     def expand(
         q: torch.Tensor, rows: LatentRows, layer: object, step: Step, plan: PrefillPlan, *args: object
     ) -> torch.Tensor:
-        calls.update(expanded=1, segments=len(plan.segments))
+        calls.update(expanded=1, restored=plan.most_restored)
         return expanded(q, rows, layer, step, plan, *args)
 
     with pytest.MonkeyPatch.context() as patch:
@@ -97,7 +97,7 @@ def answers(models: Models) -> Iterator[dict[str, Answer]]:
         calls: Counter[str] = Counter()
         with _tiles(models, max_num_batched_tokens=96) as engine, _counted(calls):
             found |= engine.ask(*_requests("exact"))
-        assert min(calls["absorbed"], calls["expanded"], calls["segments"]) > 0
+        assert min(calls["absorbed"], calls["expanded"], calls["restored"]) > 0
     with _tiles(models) as engine:
         pool = engine.tail.pool
         assert len(pool.layers) == LAYERS

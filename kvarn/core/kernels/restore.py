@@ -1,4 +1,4 @@
-"""Restore cached rows to the model's basis and dtype: unpack, dequantise, rotate back."""
+"""Restore cached rows to the model's basis and dtype: unpack, dequantise, rotate back. Copy own rows."""
 
 import triton
 import triton.language as tl
@@ -97,19 +97,30 @@ def _restore_values(
     tl.store(out_ptrs, (y * NORM).to(out_ptr.dtype.element_ty), mask=row_ok[:, None] & (channels < D)[None, :])
 
 
+@triton.jit
+def _copy(out_ptr, in_ptr, out_row, in_row, ok, D: tl.constexpr, DP: tl.constexpr):
+    """Copy rows of D channels that start so many elements behind the pointers."""
+    channel = tl.arange(0, DP)[None, :]
+    mask = ok[:, None] & (channel < D)
+    x = tl.load(in_ptr + in_row[:, None] + channel, mask=mask, other=0.0)
+    tl.store(out_ptr + out_row[:, None] + channel, x.to(out_ptr.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["first_request", "block_table_stride"])
 def restore_kernel(
-    records_ptr, tails_ptr, sinks_ptr, signs_ptr, k_out_ptr, v_out_ptr, rows_ptr, block_table_ptr, prefix_ptr,
-    own_start_ptr, sink_slot_ptr, begin_ptr, key_start_ptr, first_request,
+    records_ptr, tails_ptr, sinks_ptr, signs_ptr, k_ptr, v_ptr, k_out_ptr, v_out_ptr, rows_ptr, block_table_ptr,
+    prefix_ptr, own_start_ptr, query_start_ptr, sink_slot_ptr, begin_ptr, key_start_ptr, first_request,
     record_block_stride, record_tile_stride, record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride,
-    sink_slot_stride, sink_kv_stride, sink_head_stride, block_table_stride,
+    sink_slot_stride, sink_kv_stride, sink_head_stride, block_table_stride, k_token_stride, k_head_stride,
+    v_token_stride, v_head_stride,
     KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, QP: tl.constexpr, CHUNK: tl.constexpr, G: tl.constexpr,
     NORM: tl.constexpr, RING: tl.constexpr, TILES: tl.constexpr, TAIL: tl.constexpr, SINK: tl.constexpr,
     K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr, GROUP_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """One program restores keys or values of GROUP_TOKENS tokens. Grid: (groups, requests, 2 kv heads): keys, values.
 
-    Outputs are [keys, KV_HEADS, D]. signs: [D, D], fp16, already transposed for the way back of values.
+    From a request's committed length on, it copies the step's own rows. Outputs are [keys, KV_HEADS, D].
+    signs: [D, D], fp16, already transposed for the way back of values.
     """
     head = tl.program_id(2) % KV_HEADS
     which = tl.program_id(2) // KV_HEADS
@@ -123,9 +134,19 @@ def restore_kernel(
     request = first_request + place
     start = tl.load(begin_ptr + place) + done
     position = start + index
-    row_ok = index < left
     token = start % G + index
     prefix = tl.load(prefix_ptr + request)
+    out_row = ((out_begin + done + index).to(tl.int64) * KV_HEADS + head) * D
+    if start + GROUP_TOKENS > prefix:
+        own_row = (tl.load(query_start_ptr + request) + position - prefix).to(tl.int64)
+        own_ok = (index < left) & (position >= prefix)
+        if which == 0:
+            _copy(k_out_ptr, k_ptr, out_row, own_row * k_token_stride + head * k_head_stride, own_ok, D, DP)
+        else:
+            _copy(v_out_ptr, v_ptr, out_row, own_row * v_token_stride + head * v_head_stride, own_ok, D, DP)
+        if start >= prefix:
+            return
+    row_ok = (index < left) & (position < prefix)
     stop = record_end(prefix, prefix, tl.load(own_start_ptr + request), TAIL, G)
     page = tl.load(block_table_ptr + request.to(tl.int64) * block_table_stride + start // G)
     record = find_record(
@@ -136,7 +157,6 @@ def restore_kernel(
     slot = tl.load(sink_slot_ptr + request).to(tl.int64)
     sinks = sinks_ptr + slot * sink_slot_stride + which * sink_kv_stride + head * sink_head_stride
     sink_tokens = tl.where(slot >= 0, SINK, 0)
-    out_row = ((out_begin + done + index).to(tl.int64) * KV_HEADS + head) * D
     if which == 0:
         _restore_keys(
             k_out_ptr, out_row, record, ring, sinks, start < stop, position, token, row_ok, sink_tokens, D, QP, RING,

@@ -8,7 +8,7 @@ from kvarn.core.cache import LayerCache
 from kvarn.core.latent.layout import LatentLayout
 from kvarn.core.latent.restore import restore_latents
 from kvarn.core.latent.rows import LatentRows
-from kvarn.core.prefill import attend_long_chunks, most_keys
+from kvarn.core.prefill import attend_long_chunks
 from kvarn.core.prefill_plan import PrefillPlan
 from kvarn.core.step import Step
 
@@ -39,12 +39,12 @@ def prefill_latents(
 
     Determinism: that of the flash attention. Graph-safe: no.
     """
-    room = (most_keys(plan), layer.config.layout.row_dim)
+    room = (plan.most_restored, layer.config.layout.row_dim)
     workspace = torch.empty(room, dtype=rows.latent.dtype, device=rows.latent.device)
     attend_long_chunks(
         q,
         lambda tokens: expand(LatentRows(rows.latent[tokens], rows.rope[tokens])),
-        lambda segment: expand(restore_latents(layer, step, segment, workspace)),
+        lambda segment: expand(restore_latents(rows, layer, step, segment, workspace)),
         plan,
         scale,
         0.0,
