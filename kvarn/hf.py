@@ -23,9 +23,10 @@ from kvarn.checkpoint import Checkpoint, describe
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
 from kvarn.core.capacity import CacheShape, cache_shape
+from kvarn.core.chunk_step import chunk_step
 from kvarn.core.layers import LayerKind
 from kvarn.core.learned_sinks import sdpa_with_sinks
-from kvarn.core.step import Step, chunk_step, decode_step
+from kvarn.core.step import Step, decode_step
 from kvarn.core.support import DeviceFacts, unsupported_reasons
 from kvarn.core.tail import TailState
 from kvarn.errors import CapacityError, UnsupportedConfig

@@ -16,13 +16,14 @@ from benchmarks.kernels.peers.latents import ways
 from benchmarks.kernels.timing import copies_needed
 from kvarn import results
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
+from kvarn.core.chunk_step import chunk_step
 from kvarn.core.latent.append import rotate_latents_reference
 from kvarn.core.latent.attend import LATENT_COLUMNS, attend_latents_reference, heads_together
 from kvarn.core.latent.attention import latent_attention
 from kvarn.core.latent.layout import LatentLayout
 from kvarn.core.latent.reference import encode_latents
 from kvarn.core.latent.rows import LatentRows, split_rows
-from kvarn.core.step import Step, chunk_step, decode_step
+from kvarn.core.step import Step, decode_step
 from kvarn.core.tail import TailState
 from kvarn.presets import get_preset
 

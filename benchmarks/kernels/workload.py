@@ -16,13 +16,14 @@ from kvarn.core.attend import attend
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
 from kvarn.core.capacity import ring_tokens
+from kvarn.core.chunk_step import chunk_step
 from kvarn.core.flash import FlashAttention
 from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.layout import TileLayout
 from kvarn.core.prefill_plan import plan_prefill
 from kvarn.core.reference import encode
 from kvarn.core.seal import seal
-from kvarn.core.step import Step, chunk_step, verify_step
+from kvarn.core.step import Step, verify_step
 from kvarn.core.tail import TailState, owner_tags
 from kvarn.presets import get_preset
 

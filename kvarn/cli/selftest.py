@@ -65,7 +65,8 @@ def differences(preset_name: str, head_dim: int, dtype_name: str, device: str) -
     from kvarn.core.attention import attention, attention_reference
     from kvarn.core.cache import CacheConfig, allocate_layer
     from kvarn.core.capacity import cache_shape
-    from kvarn.core.step import chunk_step, decode_step
+    from kvarn.core.chunk_step import chunk_step
+    from kvarn.core.step import decode_step
     from kvarn.core.tail import TailState
     from kvarn.presets import get_preset
 

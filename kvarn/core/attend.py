@@ -8,13 +8,14 @@ import torch
 
 from kvarn.core.append import RotatedRows
 from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
+from kvarn.core.chunk_step import chunk_task_shape
 from kvarn.core.combine import combine
 from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.launch import chained, has_lop3
 from kvarn.core.layout import TileLayout
 from kvarn.core.readable import readable_rows
 from kvarn.core.reference import decode_record, softmax_attention
-from kvarn.core.step import DECODE_COLUMNS, Step, chunk_task_shape, record_end, task_shape
+from kvarn.core.step import DECODE_COLUMNS, Step, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, TASK_BLOCK, most_shares, units_per_share
 
 # What the kernel with explicit layouts serves: head_dim, and words of a row of codes.

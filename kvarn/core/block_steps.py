@@ -5,8 +5,9 @@ from dataclasses import dataclass, replace
 import torch
 
 from kvarn.core.block_pool import BlockPool
+from kvarn.core.chunk_step import chunk_step
 from kvarn.core.prefill_plan import PrefillPlan
-from kvarn.core.step import Step, aligned_ints, chunk_step, verify_step
+from kvarn.core.step import Step, aligned_ints, verify_step
 
 
 @dataclass

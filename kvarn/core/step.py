@@ -11,9 +11,8 @@ from kvarn.core.prefill_plan import PrefillPlan
 from kvarn.core.tail import TailState
 from kvarn.core.work import Tasks, count_work
 
-# Query columns of one program in a chunk; 8 is the narrow side of the MMA, which decode uses. Tasks of drafts have no
-# more than fit the registers of two warps.
-CHUNK_COLUMNS = 16
+# Query columns of one program; 8 is the narrow side of the MMA. Tasks of drafts have no more than fit the registers of
+# two warps.
 DECODE_COLUMNS = 8
 VERIFY_COLUMNS = 16
 # Requests that the kernel of a verify step handles at a time, and the fields of a Step that it writes first.
@@ -218,102 +217,6 @@ def task_shape(config: CacheConfig[Any], group: int, rows_each: int, widest: int
     return rows, max(DECODE_COLUMNS, power_of_two(rows * group))
 
 
-def chunk_task_shape(config: CacheConfig[Any], group: int, widest: int = CHUNK_COLUMNS) -> tuple[int, int]:
-    """Return the query rows and columns of an attention task, where requests have any number of rows."""
-    if config.batch_invariant:
-        return task_shape(config, group, 1)
-    columns = max(widest, power_of_two(group))
-    return columns // group, columns
-
-
-def chunk_step(
-    state: TailState,
-    rows: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    tags: torch.Tensor | None,
-    block_table: torch.Tensor,
-    group: int,
-    num_tokens: int,
-    plan: PrefillPlan | None = None,
-    widest: int = CHUNK_COLUMNS,
-) -> tuple[Step, torch.Tensor]:
-    """Describe a step that adds any number of tokens to every request: prefill, chunks, mixed batches.
-
-    Args:
-        state: ring owners and sinks.
-        rows: [requests], int32.
-        prefix_lens: [requests], int32; any value for a request that continues, a tile boundary for a new one.
-        seq_lens: [requests], int32.
-        tags: [requests, 2], int64, `owner_tags`; None if the engine names no requests here.
-        block_table: [requests, pages], int32.
-        group: query heads of one kv head.
-        num_tokens: tokens of the step, the sum of seq_lens - prefix_lens.
-        plan: `plan_prefill` of this step; without, long chunks are cut into attention tasks like any other rows.
-        widest: query columns of a program, unless the group is larger.
-
-    Returns:
-        The step, and which requests continue their ring, [requests], bool.
-
-    Graph-safe: no (the number of tasks follows from the number of tokens).
-    """
-    tile_tokens, requests = state.config.tile_tokens, rows.shape[0]
-    own_start, continued = state.begin(rows, prefix_lens, seq_lens, block_table, tags)
-    query_lens = seq_lens - prefix_lens
-    query_start = torch.nn.functional.pad(query_lens.cumsum(0), (1, 0)).to(torch.int32)
-    token_request, token_index = _spread(query_lens, num_tokens)
-    token_request = token_request.clamp_min(0)
-    token_position = token_index + prefix_lens[token_request.long()]
-    seal_request, seal_tile = _full_tiles(prefix_lens, seq_lens, tile_tokens, num_tokens // tile_tokens + requests)
-    tasks = _chunk_tasks(state.config, query_start, prefix_lens, seq_lens, own_start, group, num_tokens, plan, widest)
-    step = Step(
-        rows=rows,
-        block_table=block_table,
-        prefix_lens=prefix_lens,
-        seq_lens=seq_lens,
-        own_start=own_start,
-        sink_slots=_start_pages(state, rows, token_request, token_position, block_table),
-        query_start=query_start,
-        token_request=token_request,
-        token_position=token_position,
-        seal_request=seal_request,
-        seal_tile=seal_tile,
-        rows_in_ring=False,
-        plan=plan,
-        **tasks,
-    )
-    return step, continued
-
-
-def _chunk_tasks(
-    config: CacheConfig[Any],
-    query_start: torch.Tensor,
-    prefix_lens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    own_start: torch.Tensor,
-    group: int,
-    num_tokens: int,
-    plan: PrefillPlan | None,
-    widest: int,
-) -> dict[str, Any]:
-    """Cut the query rows of chunks that aren't long into tasks: the fields of a Step that say which there are."""
-    rows, columns = chunk_task_shape(config, group, widest)
-    query_lens, requests = query_start.diff(), query_start.shape[0] - 1
-    if plan is not None:
-        query_lens = torch.where(query_lens > plan.most_short, 0, query_lens)
-        num_tokens, requests = plan.short_tokens, plan.short_requests
-    request, index = _spread((query_lens + rows - 1) // rows, num_tokens // rows + requests)
-    row = index * rows
-    work_end = count_work(config, Tasks(request, row, rows, query_start, prefix_lens, seq_lens, own_start, False))
-    return {
-        "task_request": request,
-        "task_row": row,
-        "work_end": work_end,
-        "rows_per_task": rows,
-        "columns": columns,
-    }
-
-
 def aligned_ints(rows: int, columns: int, device: torch.device) -> torch.Tensor:
     """Return an uninitialised int32 tensor whose rows all start at multiples of 128 bytes, [rows, columns].
 
@@ -338,40 +241,12 @@ def record_end(config: CacheConfig[Any], step: Step, request: torch.Tensor, posi
     return read_rule.record_end(config, committed, position, step.own_start[request])
 
 
-def _start_pages(
-    state: TailState,
-    rows: torch.Tensor,
-    token_request: torch.Tensor,
-    token_position: torch.Tensor,
-    block_table: torch.Tensor,
-) -> torch.Tensor:
-    """Note the pages that a step writes, and return the sink slot of every request's first page, or -1."""
-    request = token_request.long()
-    page = block_table[request, token_position.long() // state.config.tile_tokens]
-    state.note_writers(page, rows[request])
-    state.update_sinks(token_position, page)
-    return state.page_slot[block_table[:, 0].long()]
+def int32_words(x: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """Return an int32 or int64 vector as int32 words, low word first, and how many words lie between its numbers.
 
-
-def _full_tiles(
-    prefix_lens: torch.Tensor, seq_lens: torch.Tensor, tile_tokens: int, capacity: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lay out the tiles that become full in a step: request (0 past the end) and tile (-1 past the end), [capacity]."""
-    full_before = prefix_lens // tile_tokens
-    request, index = _spread(seq_lens // tile_tokens - full_before, capacity)
-    inside, request = request >= 0, request.clamp_min(0)
-    return request, torch.where(inside, full_before[request.long()] + index, -1)
-
-
-def _spread(counts: torch.Tensor, capacity: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Lay ragged counts out in a row: owner (-1 past the end) and index inside the owner, [capacity], int32."""
-    ends = counts.cumsum(0)
-    at = torch.arange(capacity, device=counts.device)
-    owner = torch.searchsorted(ends, at, right=True)
-    inside = owner < counts.shape[0]
-    owner = owner.clamp_max(counts.shape[0] - 1)
-    index = at - (ends - counts)[owner]
-    return torch.where(inside, owner, -1).to(torch.int32), torch.where(inside, index, 0).to(torch.int32)
+    For kernels that take either: Triton compiles a kernel once for every dtype, and engines choose theirs.
+    """
+    return x.view(torch.int32), x.element_size() // torch.int32.itemsize
 
 
 def power_of_two(n: int) -> int:

@@ -6,10 +6,14 @@ from typing import Any
 import torch
 
 from kvarn import env
-from kvarn.core.cache import LayerCache
+from kvarn.core.cache import LayerCache, runs_triton
+from kvarn.core.chunk_step import chunk_step
 from kvarn.core.prefill_plan import PrefillPlan
-from kvarn.core.step import Step, chunk_step, verify_step
+from kvarn.core.step import Step, int32_words, verify_step
 from kvarn.core.tail import TailState, owner_tags
+
+# Pages that one program finds.
+_PAGES_BLOCK = 128
 
 
 class TableSteps:
@@ -39,7 +43,7 @@ class TableSteps:
         self._group = group
         self._plan = plan
         self._columns = columns
-        self._page_starts = torch.arange(0, slots.shape[1], state.config.tile_tokens, device=slots.device)
+        self.pages(torch.zeros(1, dtype=torch.int32, device=slots.device), 1)  # compiles its kernel
 
     def uniform(self, rows: torch.Tensor, seq_lens: torch.Tensor, rows_each: int) -> Step:
         """Describe a decode step, or one that verifies as many drafts of every request. Graph-safe: yes.
@@ -80,9 +84,9 @@ class TableSteps:
         plan = None if self._plan is None else self._plan(host_prefix_lens, host_query_lens)
         step, continued = chunk_step(
             self.state,
-            rows.int(),
-            prefix_lens.int(),
-            seq_lens.int(),
+            rows,
+            prefix_lens,
+            seq_lens,
             tags.to(rows.device, non_blocking=True),
             self.pages(rows, -(-most // self.state.config.tile_tokens)),
             self._group,
@@ -96,7 +100,7 @@ class TableSteps:
         return step
 
     def pages(self, rows: torch.Tensor, most: int | None = None) -> torch.Tensor:
-        """Copy the physical pages of some requests, so that layers never read the scheduler's table.
+        """Copy the physical pages of some requests, so that layers never read the scheduler's table. Graph-safe: yes.
 
         Args:
             rows: [requests], rows of the table.
@@ -105,10 +109,26 @@ class TableSteps:
         Returns:
             [requests, pages], int32.
         """
-        slots = self._slots[rows[:, None], self._page_starts[None, :most]]
-        return (slots // self.state.config.tile_tokens).int()
+        tile, tokens = self.state.config.tile_tokens, self._slots.shape[1]
+        pages = -(-tokens // tile) if most is None else most
+        if not runs_triton(self._slots):
+            return pages_reference(rows, self._slots, pages, tile)
+        from kvarn.core.kernels.table import pages_kernel
+
+        out = torch.empty(rows.shape[0], pages, dtype=torch.int32, device=rows.device)
+        words, row_words = int32_words(rows)
+        pages_kernel[(-(-pages // _PAGES_BLOCK), rows.shape[0])](
+            words, self._slots, out, row_words, pages, self._slots.stride(0), out.stride(0), G=tile, BLOCK=_PAGES_BLOCK
+        )
+        return out
 
     def _scrub(self, rows: torch.Tensor, continued: torch.Tensor) -> None:
         keep = continued[:, None, None, None, None]
         for layer in self.layers:
             layer.tails[rows] = torch.where(keep, layer.tails[rows], 0)
+
+
+def pages_reference(rows: torch.Tensor, slots: torch.Tensor, pages: int, tile_tokens: int) -> torch.Tensor:
+    """Find the pages by operations of torch."""
+    starts = torch.arange(pages, device=slots.device) * tile_tokens
+    return (slots[rows.long()[:, None], starts] // tile_tokens).int()

@@ -7,9 +7,10 @@ import torch
 
 from kvarn.core.attention import attention
 from kvarn.core.cache import LayerCache, runs_triton
+from kvarn.core.chunk_step import CHUNK_COLUMNS, chunk_step
 from kvarn.core.flash import FlashAttention
 from kvarn.core.prefill_plan import plan_prefill
-from kvarn.core.step import CHUNK_COLUMNS, Step, chunk_step, verify_step
+from kvarn.core.step import Step, verify_step
 from kvarn.core.tail import TailState
 
 # Attention has a variant for up to 32 tasks, for up to 128, and for more.
@@ -71,7 +72,8 @@ def warm_up_steps(
         table = torch.zeros(1, -(-(prefix + tokens) // config.tile_tokens), dtype=torch.int32, device=device)
         ends = _ints(device, 1, prefix), _ints(device, 1, prefix + tokens)
         row = _ints(device, 1, 0)
-        step, _ = chunk_step(_scratch_state(layer), row, *ends, None, table, group, tokens, plan, widest)
+        for tags in (torch.zeros(1, 2, dtype=torch.int64, device=device), None):
+            step, _ = chunk_step(_scratch_state(layer), row, *ends, tags, table, group, tokens, plan, widest)
         run(step, tokens)
 
     for tasks in _TASKS:

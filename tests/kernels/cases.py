@@ -8,11 +8,12 @@ import torch
 
 from kvarn.core.append import RotatedRows, rotate_rows_reference, store_tail_reference
 from kvarn.core.cache import CacheConfig, LayerCache
+from kvarn.core.chunk_step import chunk_step
 from kvarn.core.flash import flash_for
 from kvarn.core.layout import TileLayout
 from kvarn.core.prefill_plan import PrefillPlan, plan_prefill
 from kvarn.core.seal import seal_reference
-from kvarn.core.step import VERIFY_COLUMNS, Step, chunk_step, verify_step
+from kvarn.core.step import VERIFY_COLUMNS, Step, verify_step
 from kvarn.core.tail import TailState, owner_tags
 from kvarn.core.work import Tasks, count_work_reference
 from kvarn.presets import get_preset

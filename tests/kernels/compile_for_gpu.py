@@ -24,8 +24,10 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from kvarn.core.attend import launch_shape
 from kvarn.core.cache import layout_constants
+from kvarn.core.chunk_step import CHUNK_COLUMNS
 from kvarn.core.kernels.append import append_kernel
 from kvarn.core.kernels.attend import attend_kernel as plain_attend_kernel
+from kvarn.core.kernels.chunk_step import chunk_step_kernel
 from kvarn.core.kernels.combine import combine_kernel
 from kvarn.core.kernels.gluon.attend import attend_kernel
 from kvarn.core.kernels.gluon.latent import attend_latents_kernel as explicit_latents_kernel
@@ -38,23 +40,26 @@ from kvarn.core.kernels.restore import restore_kernel
 from kvarn.core.kernels.rotate import rotate_kernel, store_tail_kernel
 from kvarn.core.kernels.seal import seal_kernel
 from kvarn.core.kernels.step import verify_step_kernel
+from kvarn.core.kernels.table import pages_kernel
 from kvarn.core.kernels.work import count_work_kernel
 from kvarn.core.latent.attend import LATENT_COLUMNS
 from kvarn.core.latent.layout import LatentLayout, latent_constants
 from kvarn.core.layout import TileLayout
 from kvarn.core.reference import SCALE_MAX
-from kvarn.core.step import CHUNK_COLUMNS, DECODE_COLUMNS, power_of_two
+from kvarn.core.step import DECODE_COLUMNS, power_of_two
 from kvarn.core.work import RAW_BLOCK
 from kvarn.presets import get_preset
 
 KERNELS = {
     "append": append_kernel,
     "attend": plain_attend_kernel,
+    "chunk_step": chunk_step_kernel,
     "combine": combine_kernel,
     "count": count_work_kernel,
     "combine_sinks": combine_kernel,
     "merge": merge_kernel,
     "merge_sinks": merge_sinks_kernel,
+    "pages": pages_kernel,
     "restore": restore_kernel,
     "rotate": rotate_kernel,
     "seal": seal_kernel,
@@ -76,6 +81,7 @@ _POINTERS = {
     + ("sinks_ptr", "signs_ptr", "out_ptr", "part_ptr", "latent_ptr", "rope_ptr", "raw_ptr", "chunk_ptr"),
     "fp32": ("partial_ptr", "partial_lse_ptr", "lse_ptr", "part_lse_ptr", "unit_ptr") + ("sink_logits_ptr",),
     "u8": ("records_ptr",),
+    "i64": ("tags_ptr", "owner_ptr"),
 }
 _TARGET = GPUTarget("cuda", 90, 32)
 _SCHEDULERS, _REGISTERS, _SHARED_BYTES = 4, 65536, 228 << 10
@@ -147,7 +153,7 @@ def _constants(layout: TileLayout, **changes: object) -> dict[str, Any]:
         "SINK": 4, "SINKS": True, "SOFTCAP": 0.0, "ROWS_IN_RING": True, "CANONICAL": False, "RAW_BLOCK": RAW_BLOCK,
         "TASK_BLOCK": 128, "SHARE": 1, "STAGES": 2, "CHAINED": True, "USE_ASM": True, "KV_HEADS": 8,
         "NORM": layout.head_dim**-0.5, "ROWS_AT_ONCE": 4, "STORE": True, "CHUNK": 64, "PARTS": 2, "PADDING_PAGES": 1,
-        "sink_logits_ptr": None, "DRAFTS": 0, "TASKS": 1, "TASK_ROWS": 1,
+        "sink_logits_ptr": None, "DRAFTS": 0, "TASKS": 1, "TASK_ROWS": 1, "TAGGED": True,
         "QP": power_of_two(layout.head_dim // 4),
         "KEY_BITS": layout.key_bits, "VALUE_BITS": layout.value_bits, "KEY_CLIP": 1.0, "VALUE_CLIP": 0.8,
         "SCALE_MAX": SCALE_MAX, **changes,

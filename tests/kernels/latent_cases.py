@@ -6,12 +6,13 @@ import torch
 from cases import ints, layer_to, next_step, poisoned_layer, shuffled_table
 
 from kvarn.core.cache import CacheConfig, LayerCache
+from kvarn.core.chunk_step import chunk_step
 from kvarn.core.latent.append import rotate_latents_reference, store_latents_reference
 from kvarn.core.latent.attend import LATENT_COLUMNS, heads_together
 from kvarn.core.latent.layout import LatentLayout
 from kvarn.core.latent.rows import LatentRows
 from kvarn.core.latent.seal import seal_latents_reference
-from kvarn.core.step import Step, chunk_step
+from kvarn.core.step import Step
 from kvarn.core.tail import TailState, owner_tags
 
 

@@ -7,9 +7,10 @@ from tolerance import ATTEND_RMS, relative_rms
 from kvarn.core.append import RotatedRows, rotate_rows, store_tail
 from kvarn.core.attend import attend, attend_reference
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
+from kvarn.core.chunk_step import chunk_step
 from kvarn.core.layout import TileLayout
 from kvarn.core.seal import seal
-from kvarn.core.step import Step, chunk_step
+from kvarn.core.step import Step
 from kvarn.core.tail import TailState, owner_tags
 from kvarn.presets import get_preset
 

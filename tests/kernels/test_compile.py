@@ -14,8 +14,19 @@ from kvarn.core.layout import HEAD_DIMS, TileLayout
 from kvarn.presets import PRESETS
 
 KERNELS = (
-    *("append", "attend", "combine", "combine_sinks", "count", "merge", "merge_sinks", "restore", "rotate", "seal"),
-    *("step", "store", "verify"),
+    *(
+        "append",
+        "attend",
+        "chunk_step",
+        "combine",
+        "combine_sinks",
+        "count",
+        "merge",
+        "merge_sinks",
+        "pages",
+        "restore",
+    ),
+    *("restore", "rotate", "seal", "step", "store", "verify"),
 )
 SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
 SERVED = [

@@ -1,4 +1,4 @@
-"""The kernel that describes decode and verify steps against torch: the same steps, and the same state after."""
+"""The kernels that describe steps against torch: the same steps, and the same state after."""
 
 import copy
 import random
@@ -8,14 +8,17 @@ import pytest
 import torch
 
 from kvarn.core.cache import CacheConfig
+from kvarn.core.chunk_step import chunk_step, chunk_step_reference
 from kvarn.core.layout import TileLayout
+from kvarn.core.prefill_plan import LONG_ROWS, plan_prefill
 from kvarn.core.step import Step, decode_step, verify_step, verify_step_reference
+from kvarn.core.table_steps import TableSteps, pages_reference
 from kvarn.core.tail import TailState
 from kvarn.presets import get_preset
 
 G, PAGES_EACH, GROUP = 64, 6, 4
 STATE = ("ring_end", "ring_page", "sure_end", "sure_page", "own_start", "page_writer", "page_slot", "free_slots")
-STATE += ("free_count", "faults")
+STATE += ("free_count", "faults", "owner")
 
 
 def make_state(requests: int, slots: int, tiles_per_block: int, drafts: int = 0) -> TailState:
@@ -99,6 +102,71 @@ def test_steps_and_state_are_those_of_the_reference(requests, slots, drafts, ste
         same_state(ours, state)
         lengths = [length - min(length, dice.randrange(each)) for length in lengths]
     assert int(state.faults) > 0
+
+
+@pytest.mark.parametrize(
+    ("requests", "slots", "drafts", "steps"), [(1, 1, 0, 40), (7, 3, 0, 40), (7, 0, 5, 30), (30, 40, 0, 20)]
+)
+@pytest.mark.parametrize("tiles_per_block", [1, 2])
+def test_chunks_and_state_are_those_of_the_reference(
+    requests, slots, drafts, steps, tiles_per_block, device, monkeypatch
+):
+    """With names and without, planned and not, in batches that leave requests out and run past the kernel's block."""
+    monkeypatch.setattr(f"{chunk_step.__module__}._BLOCK", 64)
+    dice = random.Random(requests + drafts)
+    state = make_state(requests, slots, tiles_per_block, drafts)
+    ours = moved(state, device)
+    table = torch.randperm(requests * PAGES_EACH, generator=torch.Generator().manual_seed(0)).int() + tiles_per_block
+    table = table.view(requests, PAGES_EACH)
+    names = torch.randint(1 << 40, (requests, 2), generator=torch.Generator().manual_seed(1))
+    lengths = [dice.choice([0, 1, G - 1, G, 2 * G - 1]) for _ in range(requests)]
+    continuing = 0
+    for _ in range(steps):
+        for _ in range(dice.randrange(3)):
+            tamper(dice, [state, ours], lengths, table)
+        if dice.random() < 0.3:
+            names[dice.randrange(requests)] += 1
+        who = torch.tensor(sorted(dice.sample(range(requests), dice.randrange(1, requests + 1))))
+        new = [min(dice.choice([1, 3, G, 3 * G - 5]), PAGES_EACH * G - lengths[i]) for i in who]
+        new = [max(count, 0) for count in new]
+        prefixes = [lengths[i] for i in who]
+        ends = [prefix + count for prefix, count in zip(prefixes, new, strict=True)]
+        plan = None
+        if dice.random() < 0.5:
+            plan = plan_prefill(state.config, object(), torch.float16, prefixes, new, torch.device("cpu"))
+        tags = names[who] if dice.random() < 0.8 else None
+        args = (who.int() + 1, ints(prefixes), ints(ends), tags, table[who])
+        step, continued = chunk_step_reference(state, *args, GROUP, sum(new), plan)
+        on_device = [x if x is None else x.to(device) for x in args]
+        got, got_continued = chunk_step(ours, *on_device, GROUP, sum(new), plan)
+        same(got, step)
+        same_state(ours, state)
+        assert torch.equal(got_continued.cpu(), continued)
+        continuing += int(continued.sum())
+        for i, end in zip(who.tolist(), ends, strict=True):
+            lengths[i] = end if end < PAGES_EACH * G else 0
+    assert int(state.faults) > 0
+    assert continuing > 0
+
+
+def test_lengths_may_have_any_integer_type(device):
+    state = moved(make_state(2, 1, 1), device)
+    args = ([1, 2], [0, 0], [G + 3, LONG_ROWS])
+    wide = [torch.tensor(x, device=device) for x in args]
+    table = ints([[1, 2], [3, 4]]).to(device)
+    step, _ = chunk_step(state, *wide, None, table, GROUP, G + 3 + LONG_ROWS)
+    for x, want in zip((step.rows, step.prefix_lens, step.seq_lens), args, strict=True):
+        assert (x.dtype, x.tolist()) == (torch.int32, want)
+
+
+def test_pages_are_those_of_the_table(device):
+    state = moved(make_state(3, 0, 1), device)
+    slots = torch.randint(1 << 20, (5, 300), dtype=torch.int32)
+    rows = torch.tensor([4, 0, 2])
+    steps = TableSteps(state, [], slots.to(device), GROUP, None)
+    for most in (None, 3, 1):
+        want = pages_reference(rows, slots, 5 if most is None else most, G)
+        assert torch.equal(steps.pages(rows.to(device), most).cpu(), want)
 
 
 def test_more_drafts_than_rings_are_wide_for_are_refused():

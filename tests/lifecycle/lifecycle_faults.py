@@ -7,6 +7,7 @@ import pytest
 import torch
 from lifecycle_world import TILE, Setting
 
+from kvarn.core import chunk_step as chunk_step_module
 from kvarn.core import step as step_module
 from kvarn.core.cache import CacheConfig
 from kvarn.core.step import Step
@@ -46,14 +47,14 @@ def _record_end(change: Callable[[CacheConfig, Step], tuple[CacheConfig, Step]],
 
 def _steps(change: Callable[[Step], Step]) -> Inject:
     """Alter what both kinds of step describe."""
-    chunk, decode = step_module.chunk_step, step_module.decode_step
+    chunk, decode = chunk_step_module.chunk_step, step_module.decode_step
 
     def inject(patch: pytest.MonkeyPatch) -> None:
         def lying_chunk(*args: object) -> tuple[Step, torch.Tensor]:
             step, continued = chunk(*args)
             return change(step), continued
 
-        patch.setattr(step_module, "chunk_step", lying_chunk)
+        patch.setattr(chunk_step_module, "chunk_step", lying_chunk)
         patch.setattr(step_module, "decode_step", lambda *args: change(decode(*args)))
 
     return inject

@@ -8,6 +8,7 @@ import torch
 from lifecycle_engine import Engine, Request
 from lifecycle_oracle import Oracle
 
+from kvarn.core import chunk_step as chunk_step_module
 from kvarn.core import step as step_module
 from kvarn.core.cache import CacheConfig
 from kvarn.core.layout import TileLayout
@@ -127,7 +128,7 @@ class World:
         requests = [r for r, _ in batch]
         seq_lens = [r.computed + n for r, n in batch]
         rows = [r.row for r in requests]
-        step, _ = step_module.chunk_step(
+        step, _ = chunk_step_module.chunk_step(
             self.state,
             self._ints(rows),
             self._ints([r.computed for r in requests]),

@@ -17,6 +17,7 @@ from kvarn.core import step as step_module
 from kvarn.core.append import RotatedRows, rotate_rows, store_tail
 from kvarn.core.attend import attend_reference
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
+from kvarn.core.chunk_step import chunk_step
 from kvarn.core.latent.append import rotate_latents, store_latents
 from kvarn.core.latent.attend import attend_latents_reference
 from kvarn.core.latent.layout import LatentLayout
@@ -24,7 +25,7 @@ from kvarn.core.latent.rows import split_rows
 from kvarn.core.latent.seal import seal_latents
 from kvarn.core.layout import TileLayout
 from kvarn.core.seal import seal
-from kvarn.core.step import Step, chunk_step, decode_step, verify_step
+from kvarn.core.step import Step, decode_step, verify_step
 from kvarn.core.tail import TailState
 from kvarn.presets import get_preset
 

@@ -18,10 +18,11 @@ from lifecycle_world import GROUP, SETTINGS, TILE, Setting, World
 from kvarn.core.append import RotatedRows, rotate_rows
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, allocate_layer
+from kvarn.core.chunk_step import chunk_step
 from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.reference import decode_record, softmax_attention
 from kvarn.core.seal import seal
-from kvarn.core.step import Step, chunk_step, record_end
+from kvarn.core.step import Step, record_end
 from kvarn.core.tail import TailState, owner_tags
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

@@ -15,9 +15,10 @@ import torch
 from kvarn.core.append import rotate_rows, store_tail
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
+from kvarn.core.chunk_step import chunk_step
 from kvarn.core.layout import TileLayout
 from kvarn.core.seal import seal
-from kvarn.core.step import Step, chunk_step, decode_step
+from kvarn.core.step import Step, decode_step
 from kvarn.core.tail import TailState, owner_tags
 from kvarn.presets import get_preset
 

@@ -7,6 +7,7 @@ import torch
 
 from kvarn.core.attend import sm_count, task_block
 from kvarn.core.cache import CacheConfig, LayerCache, runs_triton
+from kvarn.core.chunk_step import chunk_task_shape
 from kvarn.core.combine import combine
 from kvarn.core.hadamard import rotate
 from kvarn.core.latent.append import rotate_queries
@@ -15,7 +16,7 @@ from kvarn.core.latent.reference import decode_latents
 from kvarn.core.launch import chained, has_lop3
 from kvarn.core.readable import readable_rows
 from kvarn.core.reference import softmax_attention
-from kvarn.core.step import Step, chunk_task_shape, record_end, task_shape
+from kvarn.core.step import Step, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, most_shares, units_per_share
 
 # Query columns of a program. Pass this to the functions that make steps.
