@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
-from kvarn.core.cache import LayerCache, runs_triton
+from kvarn.core.cache import CacheConfig, LayerCache, runs_triton
 from kvarn.core.hadamard import rotate, rotate_keys, sign_matrix
-from kvarn.core.launch import chained
+from kvarn.core.launch import Constants, chained, launch
 from kvarn.core.step import Step, power_of_two
 
 # Rows of one program: few in a decode step, which has few rows; 16 where they are multiplied by a matrix, whatever the
@@ -64,18 +64,27 @@ def rotate_rows(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step,
     from kvarn.core.kernels.rotate import rotate_kernel
 
     tokens, kv_heads, head_dim = k.shape
-    rotated = RotatedRows(*(torch.empty(k.shape, dtype=layer.tails.dtype, device=k.device) for _ in "kv"))
-    padded = layer.config.layout.padded_dim
-    block = _BLOCK_FEW if padded == head_dim and tokens <= _FEW_TOKENS else _BLOCK_MANY
-    rotate_kernel[(-(-tokens // block), 2 * kv_heads)](
+    rotated = RotatedRows(*torch.empty((2, *k.shape), dtype=layer.tails.dtype, device=k.device).unbind())
+    constants = _rotate_constants(layer.config, k.device, tokens <= _FEW_TOKENS, store)
+    launch(
+        rotate_kernel, (-(-tokens // constants.named["BLOCK"]), 2 * kv_heads),
         k, v, device_signs(head_dim, v.dtype, v.device, False), rotated.k, rotated.v,
         layer.tails, layer.sinks, step.token_request, step.token_position, step.rows, step.sink_slots, tokens,
-        *k.stride()[:2], *v.stride()[:2], *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
-        KV_HEADS=kv_heads, D=head_dim, DP=padded, NORM=layer.config.rotation_norm, RING=layer.config.ring_tokens,
-        SINK=layer.config.sink_tokens, STORE=store, BLOCK=block, CHUNK=min(padded, _CHUNK_CHANNELS),
-        **chained(k.device), num_warps=max(1, min(4, block * padded // _ELEMENTS_PER_WARP)),
+        *k.stride()[:2], *v.stride()[:2], *layer.tails.stride()[:3], *layer.sinks.stride()[:3], constants=constants,
     )  # fmt: skip
     return rotated
+
+
+@functools.lru_cache(maxsize=32)
+def _rotate_constants(config: CacheConfig, device: torch.device, few: bool, store: bool) -> Constants:
+    padded, head_dim = config.layout.padded_dim, config.layout.head_dim
+    block = _BLOCK_FEW if padded == head_dim and few else _BLOCK_MANY
+    return Constants({
+        "KV_HEADS": config.kv_heads, "D": head_dim, "DP": padded, "NORM": config.rotation_norm,
+        "RING": config.ring_tokens, "SINK": config.sink_tokens, "STORE": store, "BLOCK": block,
+        "CHUNK": min(padded, _CHUNK_CHANNELS), **chained(device),
+        "num_warps": max(1, min(4, block * padded // _ELEMENTS_PER_WARP)),
+    })  # fmt: skip
 
 
 def rotate_rows_reference(k: torch.Tensor, v: torch.Tensor) -> RotatedRows:
@@ -101,7 +110,8 @@ def launch_store(first: torch.Tensor, second: torch.Tensor, layer: LayerCache[An
 
     tokens, kv_heads, width = first.shape
     parts = layer.tails.shape[1]
-    store_tail_kernel[(-(-tokens // _BLOCK_MANY), parts * kv_heads)](
+    launch(
+        store_tail_kernel, (-(-tokens // _BLOCK_MANY), parts * kv_heads),
         first, second, layer.tails, layer.sinks, step.token_request, step.token_position, step.rows,
         step.sink_slots, step.seq_lens, tokens, *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
         KV_HEADS=kv_heads, D=width, DP=power_of_two(width), RING=layer.config.ring_tokens,

@@ -11,7 +11,7 @@ from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_tri
 from kvarn.core.chunk_step import chunk_task_shape
 from kvarn.core.combine import combine
 from kvarn.core.hadamard import rotate, rotate_keys
-from kvarn.core.launch import chained, has_lop3
+from kvarn.core.launch import chained, has_lop3, launch
 from kvarn.core.layout import TileLayout
 from kvarn.core.readable import readable_rows
 from kvarn.core.reference import decode_record, softmax_attention
@@ -175,7 +175,8 @@ def attend(
     parts = (programs + tasks, config.kv_heads, step.columns)
     partial_out = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
-    kernel[(programs, config.kv_heads)](
+    launch(
+        kernel, (programs, config.kv_heads),
         q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
         step.work_end, step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
         step.block_table, partial_out, partial_lse, scale, tasks, *q.stride()[:2], *layer.records.stride()[:3],

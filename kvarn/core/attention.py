@@ -45,12 +45,12 @@ def attention(
     Determinism: bitwise for equal inputs and batch shape. Graph-safe: yes for decode and verify steps.
     """
     rotated = append_and_seal(k, v, layer, step)
-    if out is None:
-        out = torch.empty(q.shape, dtype=layer.tails.dtype, device=q.device)
-    if step.plan is None or step.plan.short_tokens:
-        attend(q, rotated, layer, step, scale, logit_cap, out, sink_logits)
-    if step.plan is not None:
-        prefill(q, k, v, layer, step, step.plan, scale, logit_cap, out, sink_logits)
+    if step.plan is None:
+        out, _ = attend(q, rotated, layer, step, scale, logit_cap, out, sink_logits)
+    else:
+        if step.plan.short_tokens:
+            out, _ = attend(q, rotated, layer, step, scale, logit_cap, out, sink_logits)
+        out = prefill(q, k, v, layer, step, step.plan, scale, logit_cap, out, sink_logits)
     if not step.rows_in_ring:
         store_tail(rotated, layer, step)
     return out

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from kvarn.core.cache import CacheConfig, runs_triton
+from kvarn.core.launch import launch
 from kvarn.core.prefill_plan import PrefillPlan
 from kvarn.core.step import Step, aligned_ints, int32_words, power_of_two, task_shape
 from kvarn.core.tail import TailState
@@ -71,7 +72,8 @@ def chunk_step(
     by_request, by_token = aligned_ints(9, requests + 1, device), aligned_ints(2, num_tokens, device)
     by_seal, by_task = aligned_ints(2, seals, device), aligned_ints(3, tasks, device)
     given, widths = zip(*map(int32_words, (rows, prefix_lens, seq_lens)), strict=True)
-    chunk_step_kernel[(1,)](
+    launch(
+        chunk_step_kernel, (1,),
         *given, state.owner if tags is None else tags, block_table, state.ring_end, state.ring_page, state.sure_end,
         state.sure_page, state.own_start, state.owner, state.page_writer, state.page_slot, state.free_slots,
         state.free_count, state.faults, by_request, by_token, by_seal, by_task, *widths, requests, num_tokens, seals,

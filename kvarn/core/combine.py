@@ -7,7 +7,7 @@ import torch
 
 from kvarn.core.append import device_signs
 from kvarn.core.cache import CacheConfig, LayerCache
-from kvarn.core.launch import chained
+from kvarn.core.launch import chained, launch
 from kvarn.core.step import Step
 
 # From so many parts of a task on they are taken many at a time.
@@ -75,7 +75,8 @@ def combine(
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
     padded = layer.config.layout.padded_dim
     shape = combine_shape(programs, tasks, layer.config)
-    combine_kernel[(tasks, kv_heads, -(-columns // shape.columns))](
+    launch(
+        combine_kernel, (tasks, kv_heads, -(-columns // shape.columns)),
         partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse, sink_logits,
         step.task_request, step.task_row, step.work_end, step.query_start, tasks, programs, q_heads,
         GROUP=q_heads // kv_heads, ROWS=step.rows_per_task, COLUMNS=columns, BLOCK=shape.columns, PARTS=shape.parts,

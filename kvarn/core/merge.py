@@ -3,6 +3,7 @@
 import torch
 
 from kvarn.core.cache import runs_triton
+from kvarn.core.launch import launch
 
 _BLOCK_ELEMENTS = 2048
 
@@ -26,7 +27,8 @@ def merge(out: torch.Tensor, lse: torch.Tensor, part: torch.Tensor, part_lse: to
     queries, heads, head_dim = out.shape
     padded = 1 << (head_dim - 1).bit_length()
     block = _BLOCK_ELEMENTS // padded
-    merge_kernel[(-(-queries * heads // block),)](
+    launch(
+        merge_kernel, (-(-queries * heads // block),),
         out, lse, part, part_lse, queries * heads, heads, lse.stride(0), part_lse.stride(0),
         D=head_dim, DP=padded, BLOCK=block,
     )  # fmt: skip
@@ -58,8 +60,18 @@ def merge_sinks(out: torch.Tensor, lse: torch.Tensor, sink_logits: torch.Tensor)
     queries, heads, head_dim = out.shape
     padded = 1 << (head_dim - 1).bit_length()
     block = _BLOCK_ELEMENTS // padded
-    merge_sinks_kernel[(-(-queries * heads // block),)](
-        out, lse, sink_logits, queries * heads, heads, lse.stride(0), D=head_dim, DP=padded, BLOCK=block
+    launch(
+        merge_sinks_kernel,
+        (-(-queries * heads // block),),
+        out,
+        lse,
+        sink_logits,
+        queries * heads,
+        heads,
+        lse.stride(0),
+        D=head_dim,
+        DP=padded,
+        BLOCK=block,
     )
 
 

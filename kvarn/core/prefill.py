@@ -16,8 +16,8 @@ _FEW_MERGES = 2
 
 def prefill(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, plan: PrefillPlan, scale: float,
-    logit_cap: float, out: torch.Tensor, sink_logits: torch.Tensor | None = None,
-) -> None:  # fmt: skip
+    logit_cap: float, out: torch.Tensor | None = None, sink_logits: torch.Tensor | None = None,
+) -> torch.Tensor:  # fmt: skip
     """Attend the long chunks of a step, before its rows are stored.
 
     Args:
@@ -28,13 +28,16 @@ def prefill(
         plan: its long chunks.
         scale: factor on q . k.
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
-        out: [tokens, q_heads, head_dim], model dtype, contiguous: rows of long chunks are written.
+        out: [tokens, q_heads, head_dim], model dtype, contiguous: rows of long chunks are written; made here if None.
         sink_logits: [q_heads], any float dtype: learned logit of each head's sink; None for none.
+
+    Returns:
+        [tokens, q_heads, head_dim], model dtype.
 
     Determinism: that of the flash attention. Graph-safe: no.
     """
     workspace = torch.empty((2, plan.most_restored, *k.shape[1:]), dtype=k.dtype, device=k.device)
-    attend_long_chunks(
+    return attend_long_chunks(
         q,
         lambda tokens: (k[tokens], v[tokens]),
         lambda segment: restore(k, v, layer, step, segment, workspace),
@@ -53,10 +56,10 @@ def attend_long_chunks(
     plan: PrefillPlan,
     scale: float,
     logit_cap: float,
-    out: torch.Tensor,
+    out: torch.Tensor | None = None,
     first_row: int = 0,
     sink_logits: torch.Tensor | None = None,
-) -> None:
+) -> torch.Tensor:
     """Attend long chunks to rows in the model dtype, wherever they come from.
 
     Queries read their chunk's own rows as they come, and what was cached before as the chunk's first query does.
@@ -69,18 +72,33 @@ def attend_long_chunks(
         plan: the long chunks.
         scale: factor on q . k.
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
-        out: [tokens, q_heads, value width], model dtype, contiguous, of the same rows: long chunks' are written.
+        out: [tokens, q_heads, value width], model dtype, contiguous, of the same rows: long chunks' are written; None
+            to make it here, where values are as wide as keys.
         first_row: before it, the step has no rows of long chunks.
         sink_logits: [q_heads], any float dtype: learned logit of each head's sink; None for none.
+
+    Returns:
+        [tokens, q_heads, value width], model dtype, of the same rows.
     """
+
+    def part_of(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+        keys, values = restored(segment) if segment.restored else own(segment.tokens)
+        queries = q[_from(first_row, segment.tokens)]
+        return plan.flash(queries, keys, values, segment.spans, scale, logit_cap, causal=segment.causal)
+
+    only = plan.segments[0]
+    if only.tokens.stop - only.tokens.start == q.shape[0] and len(plan.segments) == 1 and sink_logits is None:
+        whole, _ = part_of(only)
+        return whole if out is None else out.copy_(whole)
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
     openings = [_from(first_row, segment.tokens) for segment in plan.segments if segment.opens]
     merges = len(plan.segments) - len(openings)
     total = out if merges <= _FEW_MERGES else torch.empty_like(out, dtype=torch.float32)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     for segment in plan.segments:
         at = _from(first_row, segment.tokens)
-        keys, values = restored(segment) if segment.restored else own(segment.tokens)
-        part, part_lse = plan.flash(q[at], keys, values, segment.spans, scale, logit_cap, causal=segment.causal)
+        part, part_lse = part_of(segment)
         if segment.opens:
             total[at], lse[:, at] = part, part_lse
         else:
@@ -90,6 +108,7 @@ def attend_long_chunks(
             merge_sinks(total[at], lse[:, at], sink_logits)
         if total is not out:
             out[at] = total[at]
+    return out
 
 
 def _from(first_row: int, tokens: slice) -> slice:

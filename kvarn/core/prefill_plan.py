@@ -16,7 +16,7 @@ from kvarn.core.flash import FlashAttention, Spans
 
 # A chunk of more rows is long. Kernels over tiles unpack them once for every few rows, restoring once for all.
 LONG_ROWS = 64
-_WORKSPACE_BYTES = 192 << 20
+_WORKSPACE_BYTES = 144 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +55,7 @@ class PrefillPlan:
         short_requests: requests that have these.
         long_last: whether they come first.
         most_short: a request of more rows is a long chunk.
+        most_restored: the most keys that are restored together, chunks' own ones behind them included.
     """
 
     flash: FlashAttention
@@ -63,11 +64,7 @@ class PrefillPlan:
     short_requests: int
     long_last: bool
     most_short: int
-
-    @property
-    def most_restored(self) -> int:
-        """The most keys that are restored together, chunks' own ones behind them included."""
-        return max((segment.keys for segment in self.segments if segment.restored), default=0)
+    most_restored: int
 
 
 def workspace_tokens(config: CacheConfig[Any], dtype: torch.dtype, token_numbers: int | None = None) -> int:
@@ -141,6 +138,7 @@ def plan_prefill(
         short_requests=len(query_lens) - len(longs),
         long_last=longs[0] + len(longs) == len(query_lens),
         most_short=most_short,
+        most_restored=max((sum(keys.count for keys in group) for group, *_ in groups if group[0].restored), default=0),
     )
 
 

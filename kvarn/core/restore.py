@@ -1,10 +1,13 @@
 """Restore: the keys and values of a segment, whatever they are stored as, in the model's basis and dtype."""
 
+import functools
+
 import torch
 
 from kvarn.core.append import device_signs
-from kvarn.core.cache import LayerCache, layout_constants, runs_triton
+from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
 from kvarn.core.hadamard import rotate, rotate_keys
+from kvarn.core.launch import Constants, launch
 from kvarn.core.layout import KEY_GROUP_TOKENS
 from kvarn.core.prefill_plan import Segment
 from kvarn.core.read_rule import record_end
@@ -34,7 +37,7 @@ def restore(
 
     Determinism: bitwise. Graph-safe: yes.
     """
-    keys, values = out[:, : segment.keys]
+    keys, values = out[:, : segment.keys].unbind()
     if not runs_triton(layer.records):
         for part, rows in zip((keys, values), restore_reference(k, v, layer, step, segment, out.dtype), strict=True):
             part.copy_(rows)
@@ -44,17 +47,26 @@ def restore(
     config, layout = layer.config, layer.config.layout
     device, heads = layer.records.device, config.kv_heads
     requests = segment.begin.shape[0]
-    restore_kernel[(-(-segment.spans.most_keys // KEY_GROUP_TOKENS), requests, 2 * heads)](
+    launch(
+        restore_kernel, (-(-segment.spans.most_keys // KEY_GROUP_TOKENS), requests, 2 * heads),
         layer.records, layer.tails, layer.sinks, device_signs(layout.head_dim, torch.float16, device, True),
         k, v, keys, values, step.rows, step.block_table, step.prefix_lens, step.own_start, step.query_start,
         step.sink_slots, segment.begin, segment.spans.key_start, segment.first, *layer.records.stride()[:3],
         *layer.tails.stride()[:3], *layer.sinks.stride()[:3], step.block_table.stride(0), *k.stride()[:2],
-        *v.stride()[:2], **layout_constants(layout), KV_HEADS=heads,
-        QP=power_of_two(layout.head_dim // 4), CHUNK=min(_CHUNK_CHANNELS, layout.padded_dim),
-        NORM=config.rotation_norm, RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens,
-        SINK=config.sink_tokens, num_warps=4 if layout.head_dim <= 128 else 8,
+        *v.stride()[:2], constants=_constants(config),
     )  # fmt: skip
     return keys, values
+
+
+@functools.lru_cache(maxsize=32)  # as of `layout_constants`
+def _constants(config: CacheConfig) -> Constants:
+    layout = config.layout
+    return Constants({
+        **layout_constants(layout), "KV_HEADS": config.kv_heads, "QP": power_of_two(layout.head_dim // 4),
+        "CHUNK": min(_CHUNK_CHANNELS, layout.padded_dim), "NORM": config.rotation_norm, "RING": config.ring_tokens,
+        "TILES": config.tiles_per_block, "TAIL": config.tail_tokens, "SINK": config.sink_tokens,
+        "num_warps": 4 if layout.head_dim <= 128 else 8,
+    })  # fmt: skip
 
 
 def restore_reference(

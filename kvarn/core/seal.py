@@ -1,12 +1,12 @@
 """Seal: turn every tile that becomes full in a step into its record."""
 
-from typing import Any
+import functools
 
 import torch
 
 from kvarn.core.append import RotatedRows, rotate_rows, rotate_rows_reference, store_first_reference
-from kvarn.core.cache import LayerCache, layout_constants, runs_triton
-from kvarn.core.launch import chained
+from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
+from kvarn.core.launch import Constants, chained, launch
 from kvarn.core.reference import SCALE_MAX, encode, key_clip, value_clip
 from kvarn.core.step import Step
 
@@ -41,13 +41,14 @@ def append_and_seal(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: S
         return rotated
     from kvarn.core.kernels.append import append_kernel
 
-    rotated = RotatedRows(*(torch.empty(k.shape, dtype=layer.tails.dtype, device=k.device) for _ in "kv"))
-    append_kernel[(seal_programs(step, 2 * kv_heads), kv_heads, 2)](
+    rotated = RotatedRows(*torch.empty((2, *k.shape), dtype=layer.tails.dtype, device=k.device).unbind())
+    launch(
+        append_kernel, (seal_programs(step, 2 * kv_heads), kv_heads, 2),
         k, v, rotated.k, rotated.v, layer.tails, layer.sinks, layer.records, step.seal_request, step.seal_tile,
         step.rows, step.sink_slots, step.prefix_lens, step.seq_lens, step.query_start, step.block_table, tokens,
         *k.stride()[:2], *v.stride()[:2], *layer.records.stride()[:3], *layer.tails.stride()[:3],
-        *layer.sinks.stride()[:3], step.block_table.stride(0), **_constants(layer, step), NORM=config.rotation_norm,
-        SINK=config.sink_tokens, ROWS_AT_ONCE=_ROWS_AT_ONCE,
+        *layer.sinks.stride()[:3], step.block_table.stride(0), NORM=config.rotation_norm, SINK=config.sink_tokens,
+        ROWS_AT_ONCE=_ROWS_AT_ONCE, constants=_constants(config, layer.records.device, step.rows_in_ring),
     )  # fmt: skip
     return rotated
 
@@ -78,26 +79,28 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
         return
     from kvarn.core.kernels.seal import seal_kernel
 
-    seal_kernel[(seal_programs(step, 2 * layer.config.kv_heads), layer.config.kv_heads, 2)](
+    launch(
+        seal_kernel, (seal_programs(step, 2 * layer.config.kv_heads), layer.config.kv_heads, 2),
         layer.tails, rotated.k, rotated.v, layer.records, step.seal_request, step.seal_tile, step.rows,
         step.prefix_lens, step.seq_lens, step.query_start, step.block_table, step.seal_tile.shape[0],
         *layer.records.stride()[:3], *layer.tails.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
-        **_constants(layer, step), ROWS_IN_RING=step.rows_in_ring,
+        ROWS_IN_RING=step.rows_in_ring, constants=_constants(layer.config, layer.records.device, step.rows_in_ring),
     )  # fmt: skip
 
 
-def _constants(layer: LayerCache, step: Step) -> dict[str, Any]:
+@functools.lru_cache(maxsize=32)  # as of `layout_constants`
+def _constants(config: CacheConfig, device: torch.device, rows_in_ring: bool) -> Constants:
     """Return the constants and options that both kernels take which seal."""
-    config, layout = layer.config, layer.config.layout
+    layout = config.layout
     constants = layout_constants(layout)
-    elements_per_warp = _DECODE_ELEMENTS_PER_WARP if step.rows_in_ring else _CHUNK_ELEMENTS_PER_WARP
-    return {
+    elements_per_warp = _DECODE_ELEMENTS_PER_WARP if rows_in_ring else _CHUNK_ELEMENTS_PER_WARP
+    return Constants({
         **constants, "RING": config.ring_tokens, "TILES": config.tiles_per_block, "KEY_BITS": layout.key_bits,
         "VALUE_BITS": layout.value_bits, "KEY_CLIP": key_clip(layout.key_bits),
         "VALUE_CLIP": value_clip(layout.value_bits, layout.head_dim), "SCALE_MAX": SCALE_MAX,
-        "BLOCK": SEAL_TASK_BLOCK if step.rows_in_ring else 1, **chained(layer.records.device),
+        "BLOCK": SEAL_TASK_BLOCK if rows_in_ring else 1, **chained(device),
         "num_warps": min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp)),
-    }  # fmt: skip
+    })  # fmt: skip
 
 
 def seal_programs(step: Step, parts: int) -> int:

@@ -7,6 +7,7 @@ import torch
 
 from kvarn.core import read_rule
 from kvarn.core.cache import CacheConfig, runs_triton
+from kvarn.core.launch import launch
 from kvarn.core.prefill_plan import PrefillPlan
 from kvarn.core.tail import TailState
 from kvarn.core.work import Tasks, count_work
@@ -128,7 +129,8 @@ def verify_step(
     tasks_each = -(-rows_each // rows_per_task)
     several = rows_each > 1
     out = aligned_ints(11 if several else 7, max(requests + 1, requests * rows_each), rows.device)
-    verify_step_kernel[(1,)](
+    launch(
+        verify_step_kernel, (1,),
         rows, seq_lens, block_table, state.ring_end, state.ring_page, state.sure_end, state.sure_page, state.own_start,
         state.page_writer, state.page_slot, state.free_slots, state.free_count, state.faults, out, requests,
         block_table.stride(0), out.stride(0), G=config.tile_tokens, PADDING_PAGES=config.tiles_per_block,

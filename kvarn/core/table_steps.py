@@ -8,6 +8,7 @@ import torch
 from kvarn import env
 from kvarn.core.cache import LayerCache, runs_triton
 from kvarn.core.chunk_step import chunk_step
+from kvarn.core.launch import launch
 from kvarn.core.prefill_plan import PrefillPlan
 from kvarn.core.step import Step, int32_words, verify_step
 from kvarn.core.tail import TailState, owner_tags
@@ -117,8 +118,18 @@ class TableSteps:
 
         out = torch.empty(rows.shape[0], pages, dtype=torch.int32, device=rows.device)
         words, row_words = int32_words(rows)
-        pages_kernel[(-(-pages // _PAGES_BLOCK), rows.shape[0])](
-            words, self._slots, out, row_words, pages, self._slots.stride(0), out.stride(0), G=tile, BLOCK=_PAGES_BLOCK
+        launch(
+            pages_kernel,
+            (-(-pages // _PAGES_BLOCK), rows.shape[0]),
+            words,
+            self._slots,
+            out,
+            row_words,
+            pages,
+            self._slots.stride(0),
+            out.stride(0),
+            G=tile,
+            BLOCK=_PAGES_BLOCK,
         )
         return out
 

@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from kvarn.core.cache import CacheConfig, runs_triton
+from kvarn.core.launch import launch
 
 _SINK_BLOCK = 1024
 
@@ -141,7 +142,9 @@ class TailState:
             return
         from kvarn.core.kernels.sinks import update_sinks_kernel
 
-        update_sinks_kernel[(1,)](
+        launch(
+            update_sinks_kernel,
+            (1,),
             self.page_slot,
             self.free_slots,
             self.free_count,

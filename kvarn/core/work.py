@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import torch
 
 from kvarn.core.cache import CacheConfig, runs_triton
+from kvarn.core.launch import launch
 from kvarn.core.read_rule import record_end
 
 # Raw rows of a unit.
@@ -60,7 +61,8 @@ def count_work(config: CacheConfig[Any], tasks: Tasks) -> torch.Tensor:
     from kvarn.core.kernels.work import count_work_kernel
 
     work_end = torch.empty_like(tasks.task_request)
-    count_work_kernel[(1,)](
+    launch(
+        count_work_kernel, (1,),
         tasks.task_request, tasks.task_row, tasks.query_start, tasks.prefix_lens, tasks.seq_lens, tasks.own_start,
         work_end, tasks.task_request.shape[0], ROWS=tasks.rows_per_task, G=config.tile_tokens,
         TAIL=config.tail_tokens, RAW_BLOCK=RAW_BLOCK, ROWS_IN_RING=tasks.rows_in_ring, CANONICAL=config.canonical,

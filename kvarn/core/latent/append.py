@@ -7,7 +7,7 @@ from kvarn.core.cache import LayerCache, runs_triton
 from kvarn.core.hadamard import rotate
 from kvarn.core.latent.layout import LatentLayout
 from kvarn.core.latent.rows import LatentRows
-from kvarn.core.launch import chained
+from kvarn.core.launch import chained, launch
 from kvarn.core.step import Step
 
 # Rows of one program.
@@ -39,7 +39,8 @@ def rotate_latents(rows: LatentRows, layer: LayerCache[LatentLayout], step: Step
     layout = layer.config.layout
     tokens = rows.latent.shape[0]
     raw = torch.empty(tokens, 1, layout.row_dim, dtype=layer.tails.dtype, device=rows.latent.device)
-    rotate_latents_kernel[(-(-tokens // _BLOCK),)](
+    launch(
+        rotate_latents_kernel, (-(-tokens // _BLOCK),),
         rows.latent, rows.rope, raw, layer.tails, layer.sinks, step.token_request, step.token_position, step.rows,
         step.sink_slots, tokens, rows.latent.stride(0), rows.rope.stride(0), layer.tails.stride(0),
         layer.sinks.stride(0), LATENT=layout.latent_dim, ROPE=layout.rope_dim, NORM=layer.config.rotation_norm,
@@ -90,7 +91,8 @@ def rotate_queries(
     tokens, heads = q_latent.shape[:2]
     q = torch.empty(tokens, heads, layout.row_dim, dtype=torch.float16, device=q_latent.device)
     unit = torch.empty(tokens, heads, dtype=torch.float32, device=q_latent.device)
-    rotate_queries_kernel[(-(-tokens * heads // _BLOCK),)](
+    launch(
+        rotate_queries_kernel, (-(-tokens * heads // _BLOCK),),
         q_latent, q_rope, q, unit, tokens * heads, heads, *q_latent.stride()[:2], *q_rope.stride()[:2],
         LATENT=layout.latent_dim, ROPE=layout.rope_dim, NORM=layout.latent_dim**-0.5, BLOCK=_BLOCK,
         **chained(q.device), num_warps=_warps(layout),

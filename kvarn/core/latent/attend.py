@@ -13,7 +13,7 @@ from kvarn.core.hadamard import rotate
 from kvarn.core.latent.append import rotate_queries
 from kvarn.core.latent.layout import LatentLayout, latent_constants
 from kvarn.core.latent.reference import decode_latents
-from kvarn.core.launch import chained, has_lop3
+from kvarn.core.launch import chained, has_lop3, launch
 from kvarn.core.readable import readable_rows
 from kvarn.core.reference import softmax_attention
 from kvarn.core.step import Step, record_end, task_shape
@@ -128,7 +128,8 @@ def attend_latents(
     parts = (programs + tasks, heads // group, LATENT_COLUMNS)
     partial_out = torch.empty(*parts, layout.latent_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
-    kernel[(programs, heads // group)](
+    launch(
+        kernel, (programs, heads // group),
         q, unit, layer.records, layer.tails, layer.sinks, raw, step.task_request, step.task_row, step.work_end,
         step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
         step.block_table, partial_out, partial_lse, scale, tasks, heads, *layer.records.stride()[:2],

@@ -10,7 +10,7 @@ from kvarn.core.hadamard import rotate
 from kvarn.core.latent.layout import LatentLayout, latent_constants
 from kvarn.core.latent.reference import decode_latents
 from kvarn.core.latent.rows import LatentRows, split_rows
-from kvarn.core.launch import has_lop3
+from kvarn.core.launch import has_lop3, launch
 from kvarn.core.prefill_plan import Segment
 from kvarn.core.read_rule import record_end
 from kvarn.core.step import Step
@@ -45,7 +45,8 @@ def restore_latents(
         return split_rows(rows, layout)
     from kvarn.core.kernels.latent.restore import restore_latents_kernel
 
-    restore_latents_kernel[(-(-segment.spans.most_keys // _TOKENS), segment.begin.shape[0])](
+    launch(
+        restore_latents_kernel, (-(-segment.spans.most_keys // _TOKENS), segment.begin.shape[0]),
         layer.records, layer.tails, layer.sinks, own.latent, own.rope, rows, step.rows, step.block_table,
         step.prefix_lens, step.own_start, step.query_start, step.sink_slots, segment.begin, segment.spans.key_start,
         segment.first, *layer.records.stride()[:2], layer.tails.stride(0), layer.sinks.stride(0),

@@ -6,7 +6,7 @@ from kvarn.core.cache import LayerCache, runs_triton
 from kvarn.core.latent.layout import LatentLayout, latent_constants
 from kvarn.core.latent.reference import encode_latents
 from kvarn.core.latent.rows import raw_rows, split_rows
-from kvarn.core.launch import chained
+from kvarn.core.launch import chained, launch
 from kvarn.core.reference import SCALE_MAX, key_clip
 from kvarn.core.seal import SEAL_TASK_BLOCK, seal_programs
 from kvarn.core.step import Step
@@ -36,7 +36,8 @@ def seal_latents(raw: torch.Tensor, layer: LayerCache[LatentLayout], step: Step)
 
     config, layout = layer.config, layer.config.layout
     parts = layout.latent_dim // _CHANNELS + 1
-    seal_latents_kernel[(seal_programs(step, parts), parts)](
+    launch(
+        seal_latents_kernel, (seal_programs(step, parts), parts),
         layer.tails, raw, layer.records, step.seal_request, step.seal_tile, step.rows, step.prefix_lens,
         step.seq_lens, step.query_start, step.block_table, step.seal_tile.shape[0],
         *layer.records.stride()[:2], layer.tails.stride(0), raw.stride(0), step.block_table.stride(0),
