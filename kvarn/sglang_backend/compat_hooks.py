@@ -136,9 +136,11 @@ def declare_flags(server_args: object, flags: Mapping[str, object]) -> None:
 def default_attention_backend(server_args: object) -> str:
     """Return the attention backend that SGLang would choose for these flags if ours had not been asked for.
 
-    What it chooses for a model with latents (MLA) serves drafts with keys and values, too.
+    What it chooses for a model with latents (MLA) serves drafts with keys and values, too. With drafts and pages of
+    several tokens it leaves FlashAttention 3 out, which can't do that for trees of drafts; ours are chains. What it
+    takes instead, if FlashInfer is missing, reads a long context many times as slowly.
     """
-    view = flags_of(server_args)
+    view = _OneTokenPages(flags_of(server_args))
     if view.device == "cpu":
         return tables.CPU_BACKEND
     from sglang.srt.arg_groups.overrides import get_default_attn_backend, model_config_of
@@ -146,6 +148,20 @@ def default_attention_backend(server_args: object) -> str:
     config = model_config_of(server_args)
     latents = config.attention_arch.name == "MLA"
     return str(get_default_attn_backend(view, use_mla_backend=latents, model_config=config))
+
+
+class _OneTokenPages:
+    """A view of flags in which pages have one token."""
+
+    page_size = 1
+    # no decisions beside those that the view tells
+    _resolved_overrides = ()
+
+    def __init__(self, view: Any) -> None:
+        self._view = view
+
+    def __getattr__(self, flag: str) -> Any:
+        return getattr(self._view, flag)
 
 
 def publish_request_limit(requests: int) -> None:

@@ -109,6 +109,23 @@ def test_draft_model_attends_by_what_sglang_would_choose_for_the_model(monkeypat
     assert compat_hooks.default_attention_backend(None) == str(asked)
 
 
+def test_on_hopper_chains_of_drafts_attend_by_flash_attention_3_whatever_the_page(monkeypatch):
+    overrides = pytest.importorskip("sglang.srt.arg_groups.overrides")
+    chooser = pytest.importorskip("sglang.srt.arg_groups.model_override_base")
+    config = SimpleNamespace(
+        attention_arch=SimpleNamespace(name="MHA"),
+        hf_config=SimpleNamespace(architectures=[]),
+        has_attention_sinks=False,
+    )
+    flags = {"device": "cuda", "page_size": 128, "speculative_eagle_topk": 1, "speculative_algorithm": "EAGLE"}
+    hopper = SimpleNamespace(is_hopper_with_cuda_12_3=True, is_sm100=False, is_hip=False, has_flashinfer=False)
+    monkeypatch.setattr(compat_hooks, "flags_of", lambda _: SimpleNamespace(**flags))
+    monkeypatch.setattr(overrides, "model_config_of", lambda _: config)
+    monkeypatch.setattr(chooser, "get_platform", lambda: hopper)
+    assert chooser.get_default_attn_backend(SimpleNamespace(**flags), False, config) == "triton"
+    assert compat_hooks.default_attention_backend(None) == "fa3"
+
+
 def mask_of(parents):
     """Return the mask of a tree, by the parent of each token."""
     mask = np.eye(len(parents), dtype=np.int64)
