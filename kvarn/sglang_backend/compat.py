@@ -136,7 +136,8 @@ def flash_attention(device: torch.device) -> FlashAttention | None:
         from sgl_kernel.flash_attn import flash_attn_varlen_func
     except ImportError:
         return None
-    return flash_from(flash_attn_varlen_func, version=3)
+    # 0: a context is split as far as the heads of few queries leave multiprocessors idle; the default is never
+    return flash_from(flash_attn_varlen_func, version=3, num_splits=0)
 
 
 def caps_logits(runner: ModelRunner) -> bool:
