@@ -61,50 +61,49 @@ def chunk_step(
         return chunk_step_reference(
             state, rows, prefix_lens, seq_lens, tags, block_table, group, num_tokens, plan, widest
         )
-    from kvarn.core.kernels.chunk_step import chunk_step_kernel
-
     config, requests, device = state.config, rows.shape[0], rows.device
     rows_per_task, columns = chunk_task_shape(config, group, widest)
-    short = (num_tokens, requests, _NO_LIMIT)
-    if plan is not None:
-        short = (plan.short_tokens, plan.short_requests, plan.most_short)
-    seals, tasks = num_tokens // config.tile_tokens + requests, short[0] // rows_per_task + short[1]
+    short_tokens, short_requests = (num_tokens, requests) if plan is None else (plan.short_tokens, plan.short_requests)
     by_request, by_token = aligned_ints(9, requests + 1, device), aligned_ints(2, num_tokens, device)
-    by_seal, by_task = aligned_ints(2, seals, device), aligned_ints(3, tasks, device)
-    given, widths = zip(*map(int32_words, (rows, prefix_lens, seq_lens)), strict=True)
+    by_seal = aligned_ints(2, num_tokens // config.tile_tokens + requests, device)
+    by_task = aligned_ints(3, short_tokens // rows_per_task + short_requests, device)
+    most_short = _NO_LIMIT if plan is None else plan.most_short
+    given = rows, prefix_lens, seq_lens
+    _launch(state, given, tags, block_table, (by_request, by_token, by_seal, by_task), rows_per_task, most_short)
+    ring_rows, prefixes, lengths, own_start, continued, sink_slots = by_request[:6, :requests].unbind()
+    step = Step(
+        rows=ring_rows, block_table=block_table, prefix_lens=prefixes, seq_lens=lengths, own_start=own_start,
+        sink_slots=sink_slots, query_start=by_request[6], token_request=by_token[0], token_position=by_token[1],
+        seal_request=by_seal[0], seal_tile=by_seal[1], task_request=by_task[0], task_row=by_task[1],
+        work_end=by_task[2], rows_per_task=rows_per_task, columns=columns, rows_in_ring=False, plan=plan,
+    )  # fmt: skip
+    return step, continued.bool()
+
+
+def _launch(
+    state: TailState,
+    given: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    tags: torch.Tensor | None,
+    block_table: torch.Tensor,
+    out: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    rows_per_task: int,
+    most_short: int,
+) -> None:
+    """Launch the kernel. given: rows, prefixes, lengths; out: its outputs by request, token, full tile and task."""
+    from kvarn.core.kernels.chunk_step import chunk_step_kernel
+
+    config, requests = state.config, given[0].shape[0]
+    words, widths = zip(*map(int32_words, given), strict=True)
     launch(
         chunk_step_kernel, (1,),
-        *given, state.owner if tags is None else tags, block_table, state.ring_end, state.ring_page, state.sure_end,
+        *words, state.owner if tags is None else tags, block_table, state.ring_end, state.ring_page, state.sure_end,
         state.sure_page, state.own_start, state.owner, state.page_writer, state.page_slot, state.free_slots,
-        state.free_count, state.faults, by_request, by_token, by_seal, by_task, *widths, requests, num_tokens, seals,
-        tasks, requests.bit_length(), short[2], block_table.stride(0), by_request.stride(0), by_token.stride(0),
-        by_seal.stride(0), by_task.stride(0), G=config.tile_tokens,
+        state.free_count, state.faults, *out, *widths, requests, *(x.shape[1] for x in out[1:]),
+        requests.bit_length(), most_short, block_table.stride(0), *(x.stride(0) for x in out), G=config.tile_tokens,
         PADDING_PAGES=config.tiles_per_block, SINKS=config.sink_tokens > 0, DRAFTS=config.draft_tokens,
         TAGGED=tags is not None, ROWS=rows_per_task, TAIL=config.tail_tokens, RAW_BLOCK=RAW_BLOCK,
         CANONICAL=config.canonical, SHARE=units_per_share(config, rows_in_ring=False), BLOCK=_BLOCK,
     )  # fmt: skip
-    fields = by_request[:6, :requests].unbind()
-    step = Step(
-        rows=fields[0],
-        block_table=block_table,
-        prefix_lens=fields[1],
-        seq_lens=fields[2],
-        own_start=fields[3],
-        sink_slots=fields[5],
-        query_start=by_request[6],
-        token_request=by_token[0],
-        token_position=by_token[1],
-        seal_request=by_seal[0],
-        seal_tile=by_seal[1],
-        task_request=by_task[0],
-        task_row=by_task[1],
-        work_end=by_task[2],
-        rows_per_task=rows_per_task,
-        columns=columns,
-        rows_in_ring=False,
-        plan=plan,
-    )
-    return step, fields[4].bool()
 
 
 def chunk_step_reference(

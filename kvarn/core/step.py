@@ -108,7 +108,7 @@ def verify_step(
         rows: [requests], int32.
         seq_lens: [requests], int32, the new tokens included; fewer than rows_each for padding.
         block_table: [requests, pages], int32; padding stands on block 0.
-        group: query heads of one kv head.
+        group: query heads of a kv head.
         rows_each: tokens that each request gets, at most one more than `CacheConfig.draft_tokens`.
         widest: query columns of a program, unless the group is larger: what the kernel of attention is built for.
 
@@ -126,8 +126,7 @@ def verify_step(
 
     requests = rows.shape[0]
     rows_per_task, _ = task_shape(config, group, rows_each, widest)
-    tasks_each = -(-rows_each // rows_per_task)
-    several = rows_each > 1
+    tasks_each, several = -(-rows_each // rows_per_task), rows_each > 1
     out = aligned_ints(11 if several else 7, max(requests + 1, requests * rows_each), rows.device)
     launch(
         verify_step_kernel, (1,),
