@@ -26,7 +26,7 @@ class Segment:
     Args:
         first: the first of these requests.
         tokens: their rows of the step.
-        begin: [requests], int32, on the device: position of the first key; a multiple of a tile.
+        begin: [requests], int32, on the device: position of the first key; a multiple of a tile where it is cached.
         spans: where each one's queries and keys are.
         keys: how many there are.
         restored: keys begin with cached ones. Otherwise they are the chunks' own rows as they come.
