@@ -119,18 +119,9 @@ class TableSteps:
         out = torch.empty(rows.shape[0], pages, dtype=torch.int32, device=rows.device)
         words, row_words = int32_words(rows)
         launch(
-            pages_kernel,
-            (-(-pages // _PAGES_BLOCK), rows.shape[0]),
-            words,
-            self._slots,
-            out,
-            row_words,
-            pages,
-            self._slots.stride(0),
-            out.stride(0),
-            G=tile,
-            BLOCK=_PAGES_BLOCK,
-        )
+            pages_kernel, (-(-pages // _PAGES_BLOCK), rows.shape[0]),
+            words, self._slots, out, row_words, pages, self._slots.stride(0), out.stride(0), G=tile, BLOCK=_PAGES_BLOCK,
+        )  # fmt: skip
         return out
 
     def _scrub(self, rows: torch.Tensor, continued: torch.Tensor) -> None:

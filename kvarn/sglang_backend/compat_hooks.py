@@ -140,14 +140,17 @@ def default_attention_backend(server_args: object) -> str:
     several tokens it leaves FlashAttention 3 out, which can't do that for trees of drafts; ours are chains. What it
     takes instead, if FlashInfer is missing, reads a long context many times as slowly.
     """
-    view = _OneTokenPages(flags_of(server_args))
+    view = flags_of(server_args)
     if view.device == "cpu":
         return tables.CPU_BACKEND
     from sglang.srt.arg_groups.overrides import get_default_attn_backend, model_config_of
 
     config = model_config_of(server_args)
-    latents = config.attention_arch.name == "MLA"
-    return str(get_default_attn_backend(view, use_mla_backend=latents, model_config=config))
+    asked = {"use_mla_backend": config.attention_arch.name == "MLA", "model_config": config}
+    for_one_token = str(get_default_attn_backend(_OneTokenPages(view), **asked))
+    return (
+        tables.FLASH_BACKEND if for_one_token == tables.FLASH_BACKEND else str(get_default_attn_backend(view, **asked))
+    )
 
 
 class _OneTokenPages:

@@ -52,6 +52,7 @@ NGRAM_DRAFTS: Final = "sglang.srt.speculative.cpp_ngram.ngram_corpus.NgramCorpus
 
 # What SGLang attends with on a CPU.
 CPU_BACKEND: Final = "intel_amx"
+FLASH_BACKEND: Final = "fa3"
 
 # A process that has loaded this runs a model, or launches one that does; hooks cost it no import that it could avoid.
 ENGINE_MODULE: Final = "sglang.srt.managers.scheduler"

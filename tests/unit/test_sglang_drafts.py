@@ -116,6 +116,7 @@ def test_on_hopper_chains_of_drafts_attend_by_flash_attention_3_whatever_the_pag
         attention_arch=SimpleNamespace(name="MHA"),
         hf_config=SimpleNamespace(architectures=[]),
         has_attention_sinks=False,
+        has_asymmetric_kv=False,
     )
     flags = {"device": "cuda", "page_size": 128, "speculative_eagle_topk": 1, "speculative_algorithm": "EAGLE"}
     hopper = SimpleNamespace(is_hopper_with_cuda_12_3=True, is_sm100=False, is_hip=False, has_flashinfer=False)
@@ -124,6 +125,10 @@ def test_on_hopper_chains_of_drafts_attend_by_flash_attention_3_whatever_the_pag
     monkeypatch.setattr(chooser, "get_platform", lambda: hopper)
     assert chooser.get_default_attn_backend(SimpleNamespace(**flags), False, config) == "triton"
     assert compat_hooks.default_attention_backend(None) == "fa3"
+    # what else it would take for pages of one token may not know ours
+    blackwell = SimpleNamespace(is_hopper_with_cuda_12_3=False, is_sm100=True, is_hip=False, has_flashinfer=True)
+    monkeypatch.setattr(chooser, "get_platform", lambda: blackwell)
+    assert compat_hooks.default_attention_backend(None) == "flashinfer"
 
 
 def mask_of(parents):
