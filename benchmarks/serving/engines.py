@@ -28,6 +28,8 @@ class Engine(ABC):
     """
 
     kv_tokens: int
+    # Of the prompts of the last call.
+    cached_tokens: int
     # What the engine calls a cache of 8-bit floats.
     fp8 = "fp8"
 
@@ -126,6 +128,7 @@ class SGLang(Engine):
         self._steps += steps
         # a request's first token comes from its prefill, then one of each step beside the drafts
         self._accepted += sum(len(out["output_ids"]) - 1 for out in outs) - steps if steps else 0
+        self.cached_tokens = sum(out["meta_info"].get("cached_tokens", 0) for out in outs)
         return [out["output_ids"] for out in outs]
 
     @staticmethod
@@ -207,6 +210,7 @@ class VLLM(Engine):
         ]
         asked = [{"prompt_token_ids": prompt} for prompt in prompts]
         answers = self._engine.generate(asked, sampling, use_tqdm=False)
+        self.cached_tokens = sum(answer.num_cached_tokens or 0 for answer in answers)
         return [list(answer.outputs[0].token_ids) for answer in answers]
 
     @staticmethod

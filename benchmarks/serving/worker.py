@@ -40,6 +40,8 @@ def main() -> None:
         result["decode"] = [decode_speed(engine, **case) for case in job["decode"]]
     if "hit" in job:
         result["hit"] = first_token_after_hit(engine, **job["hit"])
+    if "hits" in job:
+        result["hits"] = [first_tokens(engine, **case) for case in job["hits"]]
     if "traffic" in job:
         result["traffic"] = traffic.drive(engine, **job["traffic"])
     engine.close()
@@ -106,16 +108,9 @@ def first_token_after_hit(engine: Engine, cached: int, new_tokens: int, repeats:
         repeats: measurements, each with other new tokens; the median, lowest and highest are reported.
         vocab: ids are drawn below this.
     """
-    engine.flush()
-    prefix = _arbitrary_tokens(0, cached, vocab)
-    engine.generate([prefix], 1)
-    milliseconds = []
-    for i in range(1 + repeats):
-        prompt = prefix + _arbitrary_tokens(1 + i, new_tokens, vocab)
-        began = time.perf_counter()
-        engine.generate([prompt], 1)
-        milliseconds.append(1e3 * (time.perf_counter() - began))
-    milliseconds = sorted(milliseconds[1:])  # the first warms up
+    endings = [_arbitrary_tokens(1 + i, new_tokens, vocab) for i in range(1 + repeats)]
+    found = first_tokens(engine, _arbitrary_tokens(0, cached, vocab), endings)
+    milliseconds = sorted(found["ms"][1:])  # the first warms up
     return {
         "hit_cached": cached,
         "hit_new": new_tokens,
@@ -123,6 +118,30 @@ def first_token_after_hit(engine: Engine, cached: int, new_tokens: int, repeats:
         "hit_ttft_ms_low": milliseconds[0],
         "hit_ttft_ms_high": milliseconds[-1],
     }
+
+
+def first_tokens(engine: Engine, prefix: list[int], endings: list[list[int]]) -> dict[str, list[Any]]:
+    """Ask prompts that begin alike one after the other, their beginning cached, for one token each.
+
+    Args:
+        engine: the engine.
+        prefix: how all prompts begin; may be empty.
+        endings: how each goes on.
+
+    Returns:
+        Of each prompt the milliseconds, the token, and how many tokens the engine found in its cache.
+    """
+    engine.flush()
+    if prefix:
+        engine.generate([prefix], 1)
+    found: dict[str, list[Any]] = {"ms": [], "tokens": [], "cached": []}
+    for ending in endings:
+        began = time.perf_counter()
+        ((token,),) = engine.generate([prefix + ending], 1)
+        found["ms"].append(1e3 * (time.perf_counter() - began))
+        found["tokens"].append(token)
+        found["cached"].append(engine.cached_tokens)
+    return found
 
 
 def _arbitrary_tokens(which: int, count: int, vocab: int) -> list[int]:

@@ -3,7 +3,9 @@
 #
 #   tools/gpu/lane.sh OUT NAME GPU STEP...     begin measure.sh's steps in the background, on a GPU and its share of the
 #                                              cores; several GPUs with commas, as 0,1, and the cores of all
-#   tools/gpu/lane.sh OUT wait SECONDS         wait for all lanes, and print how each ends
+#   tools/gpu/lane.sh OUT NAME GPU -- COMMAND  begin a command instead, in the same environment
+#   tools/gpu/lane.sh OUT wait SECONDS [FILE]  wait for all lanes, and print how each ends; then pack OUT into FILE, a
+#                                              .tgz in the folder that is brought back
 #
 # A lane runs from a copy of the tree, since a call replaces the tree, and goes on when the call ends. Once everything is
 # installed that its first step needs, it can begin while the rest travels: NEEDS="model draft" makes it wait for these.
@@ -23,6 +25,7 @@ if [ "$name" = wait ]; then
   done
   echo "waited $i s, $running lanes still run"
   for log in "$out"/*.txt; do echo "## $log" && tail -n "${LINES_EACH:-15}" "$log" | cut -c1-300; done
+  [ -z "${2-}" ] || tar czf "$2" -C "$out" .
   exit
 fi
 
@@ -38,6 +41,12 @@ cd "$home/lanes/$name"
 # shellcheck disable=SC2016 # expanded by the shell that it starts
 setsid nohup taskset -c "$of_lane" bash -c '
   for step in ${NEEDS-}; do until [ -e "$0/$step.done" ]; do sleep 1; done; done
-  tools/gpu/measure.sh "$@"
-  rm -f "$1/'"$name"'.lane"
+  out=$1
+  if [ "$2" = -- ]; then
+    . tools/gpu/env.sh && export PYTHONPATH=$PWD:$PYTHONPATH
+    "${@:3}" || echo "stopped with $?"
+  else
+    tools/gpu/measure.sh "$@"
+  fi
+  rm -f "$out/'"$name"'.lane"
 ' "$home" "$out" "$@" >"$out/$name.txt" 2>&1 </dev/null &

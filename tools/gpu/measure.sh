@@ -1,16 +1,17 @@
 #!/usr/bin/env bash
 # On the GPU machine, in the repository root, after receive.sh and install.sh; KVARN_COMMIT is the commit of the tree:
 #
-#   tools/gpu/measure.sh OUT [tests] [kernels] [compare] [verify] [speculate] [parallel] [serving] [quality]
+#   tools/gpu/measure.sh OUT [tests] [kernels] [compare] [hits] [verify] [speculate] [parallel] [serving] [quality]
 #
 # Default: the first three.
 #
 # tests: kernels against the references; kernels: writing, prefill and decode; compare: SGLang, or vLLM if
-# KVARN_GPU_ENGINE=vllm, with and without tiles; verify and speculate: drafts, alone and in the engine (after
-# install.sh draft); parallel: two GPUs beside one, and PARALLEL_STEPS steps of both; serving: `kvarn bench serve` of
-# SHAPE with WORKLOADS, beside PEERS, with SERVER_FLAGS more; quality: quality.sh with its steps QUALITY. Every step
-# stops after STEP_SECONDS; parallel, speculate and quality go on where they were. Writes OUT/*-h100.json, serving-*.json,
-# tp2-*.json and logs; copy the results to benchmarks/results afterwards, under the name of the GPU that they tell.
+# KVARN_GPU_ENGINE=vllm, with and without tiles; hits: first tokens after prefix hits, with nothing beside, since they wait
+# for the host; verify and speculate: drafts, alone and in the engine (after install.sh draft); parallel: two GPUs beside
+# one, and PARALLEL_STEPS steps of both; serving: `kvarn bench serve` of SHAPE with WORKLOADS, beside PEERS, with
+# SERVER_FLAGS more; quality: quality.sh with its steps QUALITY. Every step stops after STEP_SECONDS; parallel, speculate
+# and quality go on where they were. Writes OUT/*-h100.json, serving-*.json, tp2-*.json and logs; copy the results to
+# benchmarks/results afterwards, under the name of the GPU that they tell.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:?a folder for the results}
@@ -59,6 +60,12 @@ kernels() {
 compare() {
   limited python3 -m benchmarks.serving.compare --engine "$engine" --model "$KVARN_GPU_MODEL" --text "$KVARN_GPU_PROSE" \
     --dtypes "${dtypes[@]}" --out "$out/$engine-h100.json" --arguments "$arguments" --baseline-arguments "$baseline"
+}
+
+hits() {
+  limited python3 -m benchmarks.serving.hits --engine "$engine" --model "$KVARN_GPU_MODEL" \
+    --text "$KVARN_GPU_HOME/in/prose-long.txt" --out "$out/hits-$engine-h100.json" \
+    --arguments "$arguments" --baseline-arguments "$baseline"
 }
 
 verify() {

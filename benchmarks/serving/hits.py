@@ -1,0 +1,124 @@
+"""First tokens of prompts whose beginning is cached: KVarN beside the model dtype, by cached and by new tokens.
+
+    python -m benchmarks.serving.hits --engine sglang --model DIR --text FILE --out hits-sglang-h100.json
+
+Prompts are cut from a text, one stream, one token each. No time is reported if the engine found less in its cache than
+was left there, or if too many first tokens differ from those of the model dtype.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from benchmarks.serving.compare import read_tokens
+from benchmarks.serving.engines import BASELINE, add_arguments, add_dtype_arguments, started_with
+from benchmarks.serving.jobs import EngineFailed, run_job
+from kvarn import results
+
+_PAGE = 128
+_WARM = 2
+
+
+def main() -> None:
+    """Measure every dtype in a process of its own and write one row for each case."""
+    args = _arguments()
+    cases = [(cached, new) for cached in args.cached for new in args.new]
+    asked = cut(read_tokens(args.model, args.text), cases, args.repeats + _WARM)
+    found: dict[str, list[dict[str, Any]]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        for dtype in (BASELINE, *args.dtypes):
+            arguments = started_with(
+                args.engine, args.model, args.model_dtype, dtype, args.requests, args.arguments, args.baseline_arguments
+            )
+            try:
+                found[dtype] = run_job(args.engine, {"engine": arguments, "hits": asked}, Path(folder), dtype)["hits"]
+            except EngineFailed as error:
+                sys.exit(str(error))
+            if faults := list(gate(cases, found[BASELINE], found[dtype], args.least_equal)):
+                sys.exit(f"{dtype}: no time is reported. " + " ".join(faults))
+            results.write(args.out, rows_of(args, cases, found), engine=args.engine)
+    for row in results.read(args.out):
+        print(json.dumps(row))
+
+
+def cut(ids: list[int], cases: list[tuple[int, int]], prompts: int) -> list[dict[str, list[Any]]]:
+    """Return for each case, cached and new tokens, a beginning and that many endings, which follow it in a text.
+
+    Raises:
+        SystemExit: the text is too short.
+    """
+    longest = max(cached + prompts * new for cached, new in cases)
+    if len(ids) < longest:
+        sys.exit(f"The text has {len(ids)} tokens; {longest} are needed.")
+    return [
+        {
+            "prefix": ids[:cached],
+            "endings": [ids[cached + i * new : cached + (i + 1) * new] for i in range(prompts)],
+        }
+        for cached, new in cases
+    ]
+
+
+def gate(
+    cases: list[tuple[int, int]], baseline: list[dict[str, Any]], mine: list[dict[str, Any]], least_equal: float
+) -> list[str]:
+    """Return why times mean nothing: what wasn't found in the cache, and answers that differ; nothing if they do."""
+    faults = [
+        f"Of {cached} cached tokens only {min(case['cached'])} were found."
+        for (cached, _), case in zip(cases, mine, strict=True)
+        if min(case["cached"]) < cached - _PAGE
+    ]
+    pairs = [pair for a, b in zip(baseline, mine, strict=True) for pair in zip(a["tokens"], b["tokens"], strict=True)]
+    equal = sum(a == b for a, b in pairs) / len(pairs)
+    if equal < least_equal:
+        faults.append(f"{equal:.0%} of the first tokens are those of the model dtype, fewer than {least_equal:.0%}.")
+    return faults
+
+
+def rows_of(
+    args: argparse.Namespace, cases: list[tuple[int, int]], found: dict[str, list[dict[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Return a row for every dtype and case; the first prompts of a case warm up."""
+    rows = []
+    for dtype, measured in found.items():
+        for (cached, new), mine, baseline in zip(cases, measured, found[BASELINE], strict=True):
+            times, theirs = (sorted(case["ms"][_WARM:]) for case in (mine, baseline))
+            rows.append(
+                {
+                    "engine": args.engine,
+                    "model": Path(args.model).name,
+                    "model_dtype": args.model_dtype,
+                    "dtype": args.model_dtype if dtype == BASELINE else dtype,
+                    "cached": cached,
+                    "new_tokens": new,
+                    "ttft_ms": round(statistics.median(times), 2),
+                    "ttft_ms_low": round(times[0], 2),
+                    "ttft_ms_high": round(times[-1], 2),
+                    "of_model_dtype": round(statistics.median(times) / statistics.median(theirs), 3),
+                    "first_tokens": len(mine["tokens"]),
+                    "first_tokens_equal": sum(a == b for a, b in zip(mine["tokens"], baseline["tokens"], strict=True)),
+                }
+            )
+    return rows
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    add_arguments(parser)
+    add_dtype_arguments(parser)
+    parser.add_argument("--text", type=Path, required=True, help="prose, a plain text file")
+    parser.add_argument("--cached", type=int, nargs="+", default=[31744, 4096, 0], help="tokens cached before")
+    parser.add_argument("--new", type=int, nargs="+", default=[512, 128, 40], help="new tokens")
+    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--least-equal", type=float, default=0.8, help="share of first tokens that must not differ")
+    return parser.parse_args()
+
+
+if __name__ == "__main__":
+    main()
