@@ -112,7 +112,7 @@ def test_chunks_and_state_are_those_of_the_reference(
     requests, slots, drafts, steps, tiles_per_block, device, monkeypatch
 ):
     """With names and without, planned and not, in batches that leave requests out and run past the kernel's block."""
-    monkeypatch.setattr(f"{chunk_step.__module__}._BLOCK", 64)
+    monkeypatch.setattr(f"{chunk_step.__module__}._BLOCK", 16)
     dice = random.Random(requests + drafts)
     state = make_state(requests, slots, tiles_per_block, drafts)
     ours = moved(state, device)
