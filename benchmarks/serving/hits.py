@@ -40,7 +40,7 @@ def main() -> None:
                 found[dtype] = run_job(args.engine, {"engine": arguments, "hits": asked}, Path(folder), dtype)["hits"]
             except EngineFailed as error:
                 sys.exit(str(error))
-            if faults := list(gate(cases, found[BASELINE], found[dtype], args.least_equal)):
+            if faults := gate(cases, found[BASELINE], found[dtype], args.least_equal):
                 sys.exit(f"{dtype}: no time is reported. " + " ".join(faults))
             results.write(args.out, rows_of(args, cases, found), engine=args.engine)
     for row in results.read(args.out):
@@ -68,7 +68,7 @@ def cut(ids: list[int], cases: list[tuple[int, int]], prompts: int) -> list[dict
 def gate(
     cases: list[tuple[int, int]], baseline: list[dict[str, Any]], mine: list[dict[str, Any]], least_equal: float
 ) -> list[str]:
-    """Return why times mean nothing: what wasn't found in the cache, and answers that differ; nothing if they do."""
+    """Return why times mean nothing: too little found in the cache, too many other answers. Empty if they do."""
     faults = [
         f"Of {cached} cached tokens only {min(case['cached'])} were found."
         for (cached, _), case in zip(cases, mine, strict=True)

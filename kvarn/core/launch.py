@@ -25,9 +25,7 @@ class Constants:
 _NONE = Constants({})
 
 
-def launch(
-    kernel: Any, grid: tuple[int, ...], *args: Any, constants: Constants = _NONE, **more: Any
-) -> None:  # fmt: skip
+def launch(kernel: Any, grid: tuple[int, ...], *args: Any, constants: Constants = _NONE, **more: Any) -> None:
     """Launch a Triton kernel, as ``kernel[grid](*args, **constants)`` does, by a shorter way from the second time on.
 
     At every launch Triton finds anew which code it compiled for such arguments. That takes longer than the launch, and

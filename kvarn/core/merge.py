@@ -61,18 +61,9 @@ def merge_sinks(out: torch.Tensor, lse: torch.Tensor, sink_logits: torch.Tensor)
     padded = 1 << (head_dim - 1).bit_length()
     block = _BLOCK_ELEMENTS // padded
     launch(
-        merge_sinks_kernel,
-        (-(-queries * heads // block),),
-        out,
-        lse,
-        sink_logits,
-        queries * heads,
-        heads,
-        lse.stride(0),
-        D=head_dim,
-        DP=padded,
-        BLOCK=block,
-    )
+        merge_sinks_kernel, (-(-queries * heads // block),),
+        out, lse, sink_logits, queries * heads, heads, lse.stride(0), D=head_dim, DP=padded, BLOCK=block,
+    )  # fmt: skip
 
 
 def merge_sinks_reference(out: torch.Tensor, lse: torch.Tensor, sink_logits: torch.Tensor) -> None:

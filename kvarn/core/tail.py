@@ -20,8 +20,7 @@ from typing import Any
 
 import torch
 
-from kvarn.core.cache import CacheConfig, runs_triton
-from kvarn.core.launch import launch
+from kvarn.core.cache import CacheConfig
 
 _SINK_BLOCK = 1024
 
@@ -131,30 +130,13 @@ class TailState:
             token_position: [tokens], int32.
             token_page: [tokens], int32, physical page of every token.
 
-        Determinism: slots are taken in token order. Graph-safe: yes.
+        Determinism: slots are taken in token order. Graph-safe: no; kernels that describe steps do the same.
         """
         if not self.config.sink_tokens:
             return
-        if not runs_triton(self.page_slot):
-            for start in range(0, token_position.shape[0], _SINK_BLOCK):
-                end = start + _SINK_BLOCK
-                self._update_sinks_reference(token_position[start:end], token_page[start:end])
-            return
-        from kvarn.core.kernels.sinks import update_sinks_kernel
-
-        launch(
-            update_sinks_kernel,
-            (1,),
-            self.page_slot,
-            self.free_slots,
-            self.free_count,
-            token_position,
-            token_page,
-            token_position.shape[0],
-            G=self.config.tile_tokens,
-            PADDING_PAGES=self.config.tiles_per_block,
-            BLOCK=_SINK_BLOCK,
-        )
+        for start in range(0, token_position.shape[0], _SINK_BLOCK):
+            end = start + _SINK_BLOCK
+            self._update_sinks_reference(token_position[start:end], token_page[start:end])
 
     def check_integrity(self) -> None:
         """Raise RuntimeError unless every sink slot is either free or held by exactly one page. Syncs; for tests."""

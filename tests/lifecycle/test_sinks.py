@@ -4,8 +4,11 @@ import random
 
 import pytest
 import torch
+import triton
+import triton.language as tl
 
 from kvarn.core.cache import CacheConfig
+from kvarn.core.kernels.sinks import move_sink_slots
 from kvarn.core.layout import TileLayout
 from kvarn.core.tail import TailState
 from kvarn.presets import get_preset
@@ -13,6 +16,24 @@ from kvarn.presets import get_preset
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 TILE = 64
 PAGES = 40
+BLOCK = 1024
+
+
+@triton.jit
+def update_sinks_kernel(
+    page_slot_ptr, free_slots_ptr, free_count_ptr, token_position_ptr, token_page_ptr, num_tokens, G: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """Do with tokens what kernels that describe steps do. One program."""
+    count = tl.load(free_count_ptr)
+    for start in range(0, num_tokens, BLOCK):
+        token = start + tl.arange(0, BLOCK)
+        ok = token < num_tokens
+        position = tl.load(token_position_ptr + token, mask=ok, other=1)
+        page = tl.load(token_page_ptr + token, mask=ok, other=0)
+        starts = ok & (position % G == 0) & (page > 0)
+        count = move_sink_slots(count, page_slot_ptr, free_slots_ptr, page, starts, position == 0)
+    tl.store(free_count_ptr, count)
 
 
 def fresh_state(slots: int, device: str) -> TailState:
@@ -41,17 +62,18 @@ def contents(state: TailState) -> tuple[list[int], list[int]]:
 
 
 @pytest.mark.parametrize("slots", [1, 5, 8])
-def test_kernel_keeps_the_map_that_the_reference_keeps(slots: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernel_keeps_the_map_that_the_reference_keeps(slots: int) -> None:
     pick = random.Random(slots)
     by_kernel, by_reference = fresh_state(slots, DEVICE), fresh_state(slots, "cpu")
     exhausted = given_back = False
     for _ in range(40):
         position, page = random_tokens(pick, pick.choice([1, 60, 1500]))
         held = by_reference.page_slot >= 0
-        monkeypatch.setenv("KVARN_FORCE_TRITON", "0")
         by_reference.update_sinks(position, page)
-        monkeypatch.setenv("KVARN_FORCE_TRITON", "1")
-        by_kernel.update_sinks(position.to(DEVICE), page.to(DEVICE))
+        update_sinks_kernel[(1,)](
+            by_kernel.page_slot, by_kernel.free_slots, by_kernel.free_count, position.to(DEVICE), page.to(DEVICE),
+            position.shape[0], G=TILE, BLOCK=BLOCK,
+        )  # fmt: skip
         assert contents(by_kernel) == contents(by_reference)
         by_kernel.check_integrity()
         assert int(by_kernel.page_slot[0]) == -1

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from kvarn.core.kernels.ring import continues
 from kvarn.core.kernels.sinks import move_sink_slots
 from kvarn.core.kernels.work import units_of
 
@@ -30,15 +31,10 @@ def _begin(
     """Let requests continue their rings or take them over, and return how many lost their open tile."""
     table = table_ptr + request.to(tl.int64) * table_stride
     last_page = tl.load(table + tl.maximum(prefix - 1, 0) // G, mask=ok, other=0)
-    end = tl.load(ring_end_ptr + row, mask=ok, other=-1)
-    held_page = tl.load(ring_page_ptr + row, mask=ok, other=-1)
-    sure_end = end
-    if DRAFTS > 0:
-        sure_end = tl.load(sure_end_ptr + row, mask=ok, other=0)
-        sure_page = tl.load(sure_page_ptr + row, mask=ok, other=-1)
-        held_page = tl.where((prefix - 1) // G == (end - 1) // G, held_page, sure_page)
-    continued = (sure_end <= prefix) & (prefix <= end) & (prefix > 0) & (held_page == last_page)
-    continued &= tl.load(page_writer_ptr + last_page, mask=ok, other=-1) == row
+    continued = continues(
+        row, prefix, last_page, ok, ring_end_ptr, ring_page_ptr, sure_end_ptr, sure_page_ptr, page_writer_ptr, G,
+        DRAFTS,
+    )  # fmt: skip
     if TAGGED:
         owners = owner_ptr + 2 * row
         tags = tags_ptr + 2 * request

@@ -30,20 +30,3 @@ def move_sink_slots(count, page_slot_ptr, free_slots_ptr, page, starts, at_zero)
     count -= tl.sum(takes.to(tl.int32), axis=0)
     tl.debug_barrier()
     return count
-
-
-@triton.jit(do_not_specialize=["num_tokens"])
-def update_sinks_kernel(
-    page_slot_ptr, free_slots_ptr, free_count_ptr, token_position_ptr, token_page_ptr, num_tokens,
-    G: tl.constexpr, PADDING_PAGES: tl.constexpr, BLOCK: tl.constexpr,
-):  # fmt: skip
-    """One program. Pages that start as another page give their slot back; pages that start at position 0 take one."""
-    count = tl.load(free_count_ptr)
-    for start in range(0, num_tokens, BLOCK):
-        token = start + tl.arange(0, BLOCK)
-        ok = token < num_tokens
-        position = tl.load(token_position_ptr + token, mask=ok, other=1)
-        page = tl.load(token_page_ptr + token, mask=ok, other=0)
-        starts = ok & (position % G == 0) & (page >= PADDING_PAGES)
-        count = move_sink_slots(count, page_slot_ptr, free_slots_ptr, page, starts, position == 0)
-    tl.store(free_count_ptr, count)

@@ -3,6 +3,7 @@
 import triton
 import triton.language as tl
 
+from kvarn.core.kernels.ring import continues
 from kvarn.core.kernels.sinks import move_sink_slots
 
 
@@ -33,15 +34,10 @@ def verify_step_kernel(
         end_page = page
         if ROWS > 1:
             end_page = tl.load(table + (length - 1) // G, mask=ok, other=0)
-        end = tl.load(ring_end_ptr + row, mask=ok, other=-1)
-        held_page = tl.load(ring_page_ptr + row, mask=ok, other=-1)
-        sure_end = end
-        if DRAFTS > 0:
-            sure_end = tl.load(sure_end_ptr + row, mask=ok, other=0)
-            sure_page = tl.load(sure_page_ptr + row, mask=ok, other=-1)
-            held_page = tl.where((prefix - 1) // G == (end - 1) // G, held_page, sure_page)
-        continued = (sure_end <= prefix) & (prefix <= end) & (prefix > 0) & (held_page == last_page)
-        continued &= tl.load(page_writer_ptr + last_page, mask=ok, other=-1) == row
+        continued = continues(
+            row, prefix, last_page, ok, ring_end_ptr, ring_page_ptr, sure_end_ptr, sure_page_ptr, page_writer_ptr, G,
+            DRAFTS,
+        )  # fmt: skip
         own_start = tl.where(continued, tl.load(own_start_ptr + row, mask=ok, other=0), prefix)
         faults += tl.sum((ok & (last_page >= PADDING_PAGES) & (own_start % G != 0)).to(tl.int32), axis=0)
         # all of a block is read before any of it is written
