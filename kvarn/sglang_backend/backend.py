@@ -98,7 +98,7 @@ class TileAttentionBackend(AttentionBackend):
         save_kv_cache: bool = True, **kwargs: Any,
     ) -> torch.Tensor:  # fmt: skip
         """Attend one row a request. Graph-safe: yes."""
-        return self._forward(q, k, v, layer, save_kv_cache, kwargs)
+        return self._forward(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
 
     def forward_extend(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: RadixAttention, forward_batch: ForwardBatch,
@@ -108,7 +108,7 @@ class TileAttentionBackend(AttentionBackend):
 
         Graph-safe: yes for rows to be verified.
         """
-        return self._forward(q, k, v, layer, save_kv_cache, kwargs)
+        return self._forward(q, k, v, layer, forward_batch, save_kv_cache, kwargs)
 
     def _forward(
         self,
@@ -116,19 +116,22 @@ class TileAttentionBackend(AttentionBackend):
         k: torch.Tensor | None,
         v: torch.Tensor | None,
         layer: RadixAttention,
+        forward_batch: ForwardBatch,
         save_kv_cache: bool,
         extras: dict[str, Any],
     ) -> torch.Tensor:
         sinks = extras.pop("sinks", None)
         compat.require_plain_attention(layer, k, save_kv_cache, extras)
+        q = q.view(-1, layer.tp_q_head_num, layer.head_dim)
         out = attention(
-            q.view(-1, layer.tp_q_head_num, layer.head_dim),
+            q,
             k.view(-1, layer.tp_k_head_num, layer.head_dim),
             v.view(-1, layer.tp_v_head_num, layer.head_dim),
             self._layers[layer.layer_id],
             self.forward_metadata,
             layer.scaling,
             layer.logit_cap,
-            sink_logits=sinks,
+            compat.given_output(forward_batch, q.shape),
+            sinks,
         )
         return out.view(-1, layer.tp_q_head_num * layer.head_dim)

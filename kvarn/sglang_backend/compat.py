@@ -19,6 +19,7 @@ from kvarn.sglang_backend.compat_facts import (
     draft_bytes,
     draft_tokens,
     drafts_ngrams,
+    latent_dims,
     shape_of,
 )
 from kvarn.sglang_backend.compat_layers import tile_pool_of, window_pool
@@ -26,6 +27,8 @@ from kvarn.signatures import field_differences, signature_differences
 
 if TYPE_CHECKING:
     import torch
+    from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     from kvarn.core.flash import FlashAttention
@@ -63,13 +66,24 @@ def require_tested_version() -> None:
 
 def draft_version_reasons() -> list[str]:
     """Return why drafts can't be verified in this version, one sentence; empty if they can."""
-    version = engine_version()
-    if version.partition("+")[0] in tables.DRAFT_VERSIONS or env.allow_untested_engine():
+    if _is_tested_for(tables.DRAFT_VERSIONS):
         return []
     return [
-        f"--speculative-algorithm can't be used in SGLang {version}, in which drafts have not been tested with tiles; "
-        f"leave it out or install sglang=={tables.DRAFT_VERSIONS[-1]}."
+        f"--speculative-algorithm can't be used in SGLang {engine_version()}, in which drafts have not been tested "
+        f"with tiles; leave it out or install sglang=={tables.DRAFT_VERSIONS[-1]}."
     ]
+
+
+def captures_chunks(config: ModelConfig) -> bool:
+    """Tell whether this version may capture a model's prefill in CUDA graphs, which leave attention to us.
+
+    Not with latents (MLA): whether keys are expanded depends on the step, and a graph would hold one of both ways.
+    """
+    return latent_dims(config) is None and _is_tested_for(tables.CHUNK_GRAPH_VERSIONS)
+
+
+def _is_tested_for(versions: tuple[str, ...]) -> bool:
+    return engine_version().partition("+")[0] in versions or env.allow_untested_engine()
 
 
 def require_compatible(*, drafts: bool = False) -> None:
@@ -207,6 +221,12 @@ def require_plain_attention(layer: Any, k: object, save_kv_cache: bool, extras: 
             f"Layer {layer.layer_id} asks for {', '.join(asked)}, which KVarN can't serve yet. "
             "Serve this model without a kvarn cache dtype."
         )
+
+
+def given_output(batch: ForwardBatch, shape: tuple[int, ...]) -> torch.Tensor | None:
+    """Return where a piece of a prefill graph will read attention's result; None if there is no such place."""
+    output: torch.Tensor | None = getattr(batch, "_attn_output", None)
+    return None if output is None else output.view(shape)
 
 
 def is_first_rank() -> bool:

@@ -13,6 +13,8 @@ TESTED_VERSIONS: Final = ("0.5.17", "0.5.23")
 RECOMMENDED_VERSION: Final = "0.5.23"
 # Those in which drafts were tested, too.
 DRAFT_VERSIONS: Final = ("0.5.23",)
+# Those in which prefill in CUDA graphs was.
+CHUNK_GRAPH_VERSIONS: Final = ("0.5.23",)
 
 BACKEND_NAME: Final = "kvarn"
 # Kinds of layers that are served beside those in tiles, though not both in one model.

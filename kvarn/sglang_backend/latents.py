@@ -21,6 +21,7 @@ from kvarn.sglang_backend.metadata import StepBuilder
 if TYPE_CHECKING:
     import torch
     from sglang.srt.layers.radix_attention import RadixAttention
+    from sglang.srt.model_executor.forward_batch_info import ForwardBatch
     from sglang.srt.model_executor.model_runner import ModelRunner
 
     from kvarn.sglang_backend.pool import TilePool
@@ -61,7 +62,7 @@ class LatentTileBackend(TileAttentionBackend):
 
     def _forward(
         self, q: torch.Tensor, k: torch.Tensor | None, v: torch.Tensor | None, layer: RadixAttention,
-        save_kv_cache: bool, extras: dict[str, Any],
+        forward_batch: ForwardBatch, save_kv_cache: bool, extras: dict[str, Any],
     ) -> torch.Tensor:  # fmt: skip
         tiles, step = self._layers[layer.layer_id], self.forward_metadata
         kept, self._rows = self._rows, None

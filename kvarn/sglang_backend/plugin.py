@@ -136,8 +136,9 @@ def decide_flags(server_args: object) -> None:
     view = compat_hooks.flags_of(server_args)
     drafts = view.speculative_algorithm is not None
     config = compat_facts.model_config(server_args)
+    chunk_graphs = compat.captures_chunks(config)
     reasons = [
-        *resolution.flag_reasons(view, preset),
+        *resolution.flag_reasons(view, preset, chunk_graphs=chunk_graphs),
         *(compat.draft_version_reasons() if drafts else []),
         *compat_layers.layer_reasons(view, config, preset),
         *compat_facts.environment_reasons(),
@@ -146,7 +147,8 @@ def decide_flags(server_args: object) -> None:
     if reasons:
         raise UnsupportedConfig(reasons)
     compat.require_compatible(drafts=drafts)
-    compat_hooks.declare_flags(server_args, {**resolution.declared_flags(preset), **declared_draft_flags(view)})
+    decided = resolution.declared_flags(preset, chunk_graphs=chunk_graphs)
+    compat_hooks.declare_flags(server_args, {**decided, **declared_draft_flags(view)})
     if drafts_with_model(view) and view.speculative_draft_attention_backend is None:
         backend = compat_hooks.default_attention_backend(server_args)
         compat_hooks.declare_flags(server_args, {"speculative_draft_attention_backend": backend})
@@ -165,7 +167,8 @@ def confirm_flags(server_args: Any) -> None:
     name = server_args.kv_cache_dtype
     if not is_preset_name(name):
         return
-    reasons = resolution.final_reasons(compat_hooks.flags_of(server_args), get_preset(name))
+    chunk_graphs = compat.captures_chunks(compat_facts.model_config(server_args))
+    reasons = resolution.final_reasons(compat_hooks.flags_of(server_args), get_preset(name), chunk_graphs=chunk_graphs)
     if reasons:
         raise UnsupportedConfig(reasons)
 

@@ -11,6 +11,8 @@ from kvarn.sglang_backend.drafts import draft_reasons
 
 _BACKEND_FLAGS = ("attention_backend", "prefill_attention_backend", "decode_attention_backend")
 _DISABLED = "disabled"
+# Chunks replayed in pieces, between which attention runs as it does without graphs.
+_BREAKABLE = "breakable"
 _NOT_TESTED = "it has not been tested with tiles"
 _HOST_COPIES = "it copies K and V by token, and a record holds a whole tile of tokens"
 _SPLIT_CACHE = "it spreads one request's cache over ranks, and its exact tail stands on one"
@@ -64,13 +66,15 @@ _DETERMINISTIC = Limit(
 )
 
 
-def declared_flags(preset: Preset) -> dict[str, object]:
-    """Return the flags that follow from the preset."""
-    return {
-        "attention_backend": BACKEND_NAME,
-        "page_size": preset.tile_tokens,
-        "disable_prefill_cuda_graph": True,
-    }
+def declared_flags(preset: Preset, *, chunk_graphs: bool) -> dict[str, object]:
+    """Return the flags that follow from the preset.
+
+    Args:
+        preset: the preset asked for.
+        chunk_graphs: whether prefill may be captured in CUDA graphs, breakable ones.
+    """
+    flags = {"attention_backend": BACKEND_NAME, "page_size": preset.tile_tokens}
+    return flags if chunk_graphs else {**flags, "disable_prefill_cuda_graph": True}
 
 
 def asks_for_backend(view: object) -> bool:
@@ -78,31 +82,34 @@ def asks_for_backend(view: object) -> bool:
     return any(getattr(view, flag, None) == BACKEND_NAME for flag in _BACKEND_FLAGS)
 
 
-def flag_reasons(view: object, preset: Preset) -> list[str]:
+def flag_reasons(view: object, preset: Preset, *, chunk_graphs: bool) -> list[str]:
     """Return why the flags can't be served with the preset, one sentence each; empty if they can.
 
     Args:
         view: the flags as a user typed them, or as SGLang resolved them.
         preset: the preset asked for.
+        chunk_graphs: whether prefill may be captured in CUDA graphs, breakable ones.
     """
     limits = FLAG_LIMITS if env.order_is_fixed() else (*FLAG_LIMITS, _DETERMINISTIC)
     return [
         *_backend_reasons(view, preset),
+        *_graph_reasons(view, chunk_graphs),
         *_page_reasons(view, preset),
         *draft_reasons(view, preset),
         *limit_reasons(limits, view, "leave it out or serve with --kv-cache-dtype auto"),
     ]
 
 
-def final_reasons(view: object, preset: Preset) -> list[str]:
+def final_reasons(view: object, preset: Preset, *, chunk_graphs: bool) -> list[str]:
     """Return why the flags as SGLang resolved them can't be served: those above, and decisions of ours that were lost.
 
     Args:
         view: the flags at the end of SGLang's resolution.
         preset: the preset asked for.
+        chunk_graphs: whether prefill may be captured in CUDA graphs, breakable ones.
     """
-    reasons = flag_reasons(view, preset)
-    expected = {"kv_cache_dtype": preset.name, **declared_flags(preset)}
+    reasons = flag_reasons(view, preset, chunk_graphs=chunk_graphs)
+    expected = {"kv_cache_dtype": preset.name, **declared_flags(preset, chunk_graphs=chunk_graphs)}
     for flag, value in expected.items():
         found = getattr(view, flag, None)
         reported = flag in ("attention_backend", "page_size") and found is not None
@@ -112,11 +119,8 @@ def final_reasons(view: object, preset: Preset) -> list[str]:
                 "decide it or, if the model does, serve it with --kv-cache-dtype auto."
             )
     prefill = getattr(getattr(view, "cuda_graph_config", None), "prefill", None)
-    if prefill is not None and prefill.backend != _DISABLED:
-        reasons.append(
-            f"--cuda-graph-config sets the prefill backend {prefill.backend!r}, but prefill of tiles is not captured "
-            f"yet; leave it out or set it to {_DISABLED!r} (decode graphs stay on)."
-        )
+    if prefill is not None and prefill.backend not in _graph_backends(chunk_graphs):
+        reasons.append(_graph_reason(f"--cuda-graph-config with the prefill backend {prefill.backend!r}", chunk_graphs))
     return reasons
 
 
@@ -129,13 +133,28 @@ def _backend_reasons(view: object, preset: Preset) -> list[str]:
                 f"--{flag.replace('_', '-')} {value} can't read the records of {preset.name}, only the backend "
                 f"{BACKEND_NAME!r} can; leave the flag out."
             )
-    graphs = getattr(view, "cuda_graph_backend_prefill", None)
-    if graphs not in (None, _DISABLED):
-        reasons.append(
-            f"--cuda-graph-backend-prefill {graphs} can't be used, because prefill of tiles is not captured yet; "
-            "leave it out (decode graphs stay on)."
-        )
     return reasons
+
+
+def _graph_backends(chunk_graphs: bool) -> tuple[str, ...]:
+    return (_DISABLED, _BREAKABLE) if chunk_graphs else (_DISABLED,)
+
+
+def _graph_reasons(view: object, chunk_graphs: bool) -> list[str]:
+    asked = getattr(view, "cuda_graph_backend_prefill", None)
+    if asked in (None, *_graph_backends(chunk_graphs)):
+        return []
+    return [_graph_reason(f"--cuda-graph-backend-prefill {asked}", chunk_graphs)]
+
+
+def _graph_reason(asked: str, chunk_graphs: bool) -> str:
+    why = (
+        "how a chunk attends to tiles follows from its lengths, so that graphs must leave attention out"
+        if chunk_graphs
+        else "prefill in graphs has not been tested with latents (MLA), or in this version of SGLang"
+    )
+    fitting = " or ".join(map(repr, _graph_backends(chunk_graphs)))
+    return f"{asked} can't be used, because {why}; leave it out or use {fitting} (decode graphs stay on)."
 
 
 def _page_reasons(view: object, preset: Preset) -> list[str]:

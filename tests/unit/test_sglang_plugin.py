@@ -3,6 +3,7 @@
 import argparse
 import dataclasses
 import sys
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -51,19 +52,28 @@ def flags(**changes):
 
 def resolved(**changes):
     """Flags as they must be at the end of resolution."""
-    graphs = SimpleNamespace(prefill=SimpleNamespace(backend="disabled"))
-    decided = {"kv_cache_dtype": PRESET.name, **resolution.declared_flags(PRESET), "cuda_graph_config": graphs}
+    graphs = with_graphs("disabled")
+    decided = {"kv_cache_dtype": PRESET.name, **declared_flags(PRESET), "cuda_graph_config": graphs}
     return flags(**{**decided, "chunked_prefill_size": 2048, **changes})
+
+
+flag_reasons = partial(resolution.flag_reasons, chunk_graphs=True)
+final_reasons = partial(resolution.final_reasons, chunk_graphs=True)
+declared_flags = partial(resolution.declared_flags, chunk_graphs=True)
+
+
+def with_graphs(backend):
+    return SimpleNamespace(prefill=SimpleNamespace(backend=backend))
 
 
 class TestFlags:
     def test_defaults_are_served(self):
-        assert resolution.flag_reasons(flags(), PRESET) == []
-        assert resolution.final_reasons(resolved(), PRESET) == []
+        assert flag_reasons(flags(), PRESET) == []
+        assert final_reasons(resolved(), PRESET) == []
 
     @pytest.mark.parametrize("limit", resolution.FLAG_LIMITS, ids=lambda limit: limit.path)
     def test_each_limited_flag_gives_one_sentence_with_reason_and_remedy(self, limit):
-        (reason,) = resolution.flag_reasons(flags(**{limit.path: TYPED.get(limit.path, True)}), PRESET)
+        (reason,) = flag_reasons(flags(**{limit.path: TYPED.get(limit.path, True)}), PRESET)
         assert reason.startswith(f"--{limit.path.replace('_', '-')} ")
         assert f"because {limit.why}" in reason
         assert "leave it out" in reason
@@ -75,7 +85,8 @@ class TestFlags:
             ({"attention_backend": "triton"}, "--attention-backend triton"),
             ({"prefill_attention_backend": "fa3"}, "--prefill-attention-backend fa3"),
             ({"decode_attention_backend": "fa3"}, "--decode-attention-backend fa3"),
-            ({"cuda_graph_backend_prefill": "breakable"}, "--cuda-graph-backend-prefill breakable"),
+            ({"cuda_graph_backend_prefill": "full"}, "--cuda-graph-backend-prefill full"),
+            ({"cuda_graph_backend_prefill": "tc_piecewise"}, "use 'disabled' or 'breakable'"),
             ({"chunked_prefill_size": 1000}, "use 896"),
             ({"chunked_prefill_size": 100}, "use 128"),
             ({"max_total_tokens": 100}, "--max-total-tokens 100"),
@@ -83,21 +94,22 @@ class TestFlags:
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
     def test_flag_that_the_dtype_decides_is_refused_at_another_value(self, changes, said):
-        (reason,) = resolution.flag_reasons(flags(**changes), PRESET)
+        (reason,) = flag_reasons(flags(**changes), PRESET)
         assert said in reason
 
     @pytest.mark.parametrize(
         "changes",
         [
             {"page_size": 128, "attention_backend": "kvarn", "cuda_graph_backend_prefill": "disabled"},
+            {"cuda_graph_backend_prefill": "breakable"},
             {"chunked_prefill_size": -1},
             {"chunked_prefill_size": 384},
             {"max_total_tokens": 128},
         ],
-        ids=["as decided", "no chunks", "whole pages", "one page"],
+        ids=["as decided", "graphs", "no chunks", "whole pages", "one page"],
     )
     def test_flag_at_a_value_that_fits_is_served(self, changes):
-        assert resolution.flag_reasons(flags(**changes), PRESET) == []
+        assert flag_reasons(flags(**changes), PRESET) == []
 
     @pytest.mark.parametrize(
         ("changes", "said"),
@@ -106,22 +118,35 @@ class TestFlags:
             ({"attention_backend": None}, "attention_backend to None"),
             ({"page_size": 1}, "--page-size 1"),
             ({"kv_cache_dtype": "fp8_e4m3"}, "kv_cache_dtype to 'fp8_e4m3'"),
-            ({"disable_prefill_cuda_graph": False}, "disable_prefill_cuda_graph"),
-            ({"cuda_graph_config": SimpleNamespace(prefill=SimpleNamespace(backend="full"))}, "'full'"),
+            ({"cuda_graph_config": with_graphs("full")}, "'full'"),
             ({"chunked_prefill_size": 2000}, "2000"),
             ({"enable_hisparse": True}, "--enable-hisparse"),
         ],
         ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
     )
     def test_decision_that_sglang_or_a_model_undid_is_refused(self, changes, said):
-        (reason,) = resolution.final_reasons(resolved(**changes), PRESET)
+        (reason,) = final_reasons(resolved(**changes), PRESET)
         assert said in reason
+
+    @pytest.mark.parametrize("backend", ["breakable", "disabled"])
+    def test_prefill_is_served_in_breakable_graphs_and_without(self, backend):
+        assert final_reasons(resolved(cuda_graph_config=with_graphs(backend)), PRESET) == []
+
+    def test_prefill_graphs_that_were_not_tested_are_switched_off_and_refused(self):
+        decided = resolution.declared_flags(PRESET, chunk_graphs=False)
+        assert decided == {**declared_flags(PRESET), "disable_prefill_cuda_graph": True}
+        (reason,) = resolution.flag_reasons(flags(cuda_graph_backend_prefill="breakable"), PRESET, chunk_graphs=False)
+        assert "not been tested" in reason
+        undone = resolved(disable_prefill_cuda_graph=False, cuda_graph_config=with_graphs("breakable"))
+        lost, captured = resolution.final_reasons(undone, PRESET, chunk_graphs=False)
+        assert "disable_prefill_cuda_graph" in lost
+        assert "'breakable'" in captured
 
     def test_all_reasons_are_collected(self):
         view = flags(
             page_size=1, attention_backend="fa3", pp_size=2, enable_lmcache=True, speculative_algorithm="DFLASH"
         )
-        assert len(resolution.flag_reasons(view, PRESET)) == 5
+        assert len(flag_reasons(view, PRESET)) == 5
 
 
 class TestBudget:

@@ -31,7 +31,7 @@ if [ "$engine" = sglang ]; then
   arguments='{"sampling_backend":"pytorch","mem_fraction_static":'$share',"cuda_graph_max_bs_decode":64}'
   # FlashAttention 3 is not part of the first pieces.
   backend=$([ -e "$KVARN_GPU_HOME/fa3.done" ] && echo fa3 || echo triton)
-  baseline='{"attention_backend":"'$backend'","disable_prefill_cuda_graph":true}'
+  baseline='{"attention_backend":"'$backend'"}'
   dtypes=(kvarn_k4v2_g128)
   peers=fp8_e4m3
   server=(--mem-fraction-static "$server_share" --max-running-requests 64 --sampling-backend pytorch)

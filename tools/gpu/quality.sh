@@ -46,7 +46,7 @@ tasks() {
   local arguments='{}' baseline='{}'
   if [ "$engine" = sglang ]; then
     arguments='{"sampling_backend":"pytorch","mem_fraction_static":0.7,"cuda_graph_max_bs_decode":64}'
-    baseline='{"attention_backend":"triton","disable_prefill_cuda_graph":true}'
+    baseline='{"attention_backend":"triton"}'
   fi
   python3 -m benchmarks.quality humaneval gsm8k needles --engine "$engine" --model "$model" --haystack "$long_prose" \
     --dtypes ${TASK_DTYPES:-kvarn_k4v2_g128 kvarn_k4v4_g128 kvarn_k2v2_g128} --out "$out/tasks-h100.json" \
