@@ -114,9 +114,16 @@ def launch_store(first: torch.Tensor, second: torch.Tensor, layer: LayerCache[An
         store_tail_kernel, (-(-tokens // _BLOCK_MANY), parts * kv_heads),
         first, second, layer.tails, layer.sinks, step.token_request, step.token_position, step.rows,
         step.sink_slots, step.seq_lens, tokens, *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
-        KV_HEADS=kv_heads, D=width, DP=power_of_two(width), RING=layer.config.ring_tokens,
-        SINK=layer.config.sink_tokens, BLOCK=_BLOCK_MANY,
+        constants=_store_constants(layer.config, kv_heads, width),
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=32)
+def _store_constants(config: CacheConfig[Any], kv_heads: int, width: int) -> Constants:
+    return Constants({
+        "KV_HEADS": kv_heads, "D": width, "DP": power_of_two(width), "RING": config.ring_tokens,
+        "SINK": config.sink_tokens, "BLOCK": _BLOCK_MANY,
+    })  # fmt: skip
 
 
 def store_tail_reference(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:

@@ -1,5 +1,6 @@
 """Attend: queries over records, exact tail, sinks and the step's own rows, in one softmax."""
 
+import functools
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -11,7 +12,7 @@ from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_tri
 from kvarn.core.chunk_step import chunk_task_shape
 from kvarn.core.combine import combine
 from kvarn.core.hadamard import rotate, rotate_keys
-from kvarn.core.launch import chained, has_lop3, launch
+from kvarn.core.launch import Constants, chained, has_lop3, launch
 from kvarn.core.layout import TileLayout
 from kvarn.core.readable import readable_rows
 from kvarn.core.reference import decode_record, softmax_attention
@@ -171,35 +172,61 @@ def attend(
     shape = launch_shape(layout, step.columns, device)
     tasks, pages = step.task_request.shape[0], step.block_table.shape[1]
     programs = num_programs(config, shape, tasks, pages, step.rows_in_ring, device)
-    kernel, options = _attend_kernel(layout, device)
+    options = _Options(
+        step.columns, step.rows_per_task, group, step.rows_in_ring, task_block(tasks), float(logit_cap), shape, device
+    )
     parts = (programs + tasks, config.kv_heads, step.columns)
     partial_out = torch.empty(*parts, head_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
     launch(
-        kernel, (programs, config.kv_heads),
+        _attend_kernel(layout, device), (programs, config.kv_heads),
         q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
         step.work_end, step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
         step.block_table, partial_out, partial_lse, scale, tasks, *q.stride()[:2], *layer.records.stride()[:3],
         *layer.tails.stride()[:3], *layer.sinks.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
-        **layout_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=step.columns,
-        RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
-        SOFTCAP=float(logit_cap), ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical,
-        RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=task_block(tasks),
-        SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring),
-        STAGES=shape.stages, **options, **chained(device), num_warps=shape.warps, maxnreg=shape.registers,
+        constants=_constants(config, options),
     )  # fmt: skip
     return out, combine(partial_out, partial_lse, layer, step, out, sink_logits)
 
 
-def _attend_kernel(layout: TileLayout, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """Return the kernel for a layout and the constants that it alone takes."""
+@functools.lru_cache(maxsize=32)
+def _attend_kernel(layout: TileLayout, device: torch.device) -> Any:
+    """Return the kernel for a layout."""
     if has_explicit_layouts(layout, device):
         from kvarn.core.kernels.gluon.attend import attend_kernel as explicit_kernel
 
-        return explicit_kernel, {}
+        return explicit_kernel
     from kvarn.core.kernels.attend import attend_kernel
 
-    return attend_kernel, {"USE_ASM": has_lop3(device)}
+    return attend_kernel
+
+
+@dataclass(frozen=True, slots=True)
+class _Options:
+    """What of a launch's constants a cache doesn't decide: fields of a Step, and where it runs."""
+
+    columns: int
+    rows_per_task: int
+    group: int
+    rows_in_ring: bool
+    task_block: int
+    logit_cap: float
+    shape: LaunchShape
+    device: torch.device
+
+
+@functools.lru_cache(maxsize=256)  # steps that no graph has captured wait for it in every layer
+def _constants(config: CacheConfig, options: _Options) -> Constants:
+    layout, shape, device = config.layout, options.shape, options.device
+    asm = {} if has_explicit_layouts(layout, device) else {"USE_ASM": has_lop3(device)}
+    return Constants({
+        **layout_constants(layout), "GROUP": options.group, "ROWS": options.rows_per_task, "COLUMNS": options.columns,
+        "RING": config.ring_tokens, "TILES": config.tiles_per_block, "TAIL": config.tail_tokens,
+        "SINK": config.sink_tokens, "SOFTCAP": options.logit_cap, "ROWS_IN_RING": options.rows_in_ring,
+        "CANONICAL": config.canonical, "RAW_BLOCK": RAW_BLOCK, "TASK_BLOCK": options.task_block,
+        "SHARE": units_per_share(config, rows_in_ring=options.rows_in_ring), "STAGES": shape.stages, **asm,
+        **chained(device), "num_warps": shape.warps, "maxnreg": shape.registers,
+    })  # fmt: skip
 
 
 def attend_reference(

@@ -1,5 +1,6 @@
 """Merge what the programs of attention left of each row, rotate back and cast."""
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 
 from kvarn.core.append import device_signs
 from kvarn.core.cache import CacheConfig, LayerCache
-from kvarn.core.launch import chained, launch
+from kvarn.core.launch import Constants, chained, launch
 from kvarn.core.step import Step
 
 # From so many parts of a task on they are taken many at a time.
@@ -73,13 +74,22 @@ def combine(
     tasks = step.task_request.shape[0]
     programs = partial.shape[0] - tasks
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
-    padded = layer.config.layout.padded_dim
     shape = combine_shape(programs, tasks, layer.config)
     launch(
         combine_kernel, (tasks, kv_heads, -(-columns // shape.columns)),
-        partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse, sink_logits,
-        step.task_request, step.task_row, step.work_end, step.query_start, tasks, programs, q_heads,
-        GROUP=q_heads // kv_heads, ROWS=step.rows_per_task, COLUMNS=columns, BLOCK=shape.columns, PARTS=shape.parts,
-        D=head_dim, DP=padded, NORM=layer.config.rotation_norm, **chained(partial.device), num_warps=shape.warps,
+        partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse,
+        step.task_request, step.task_row, step.work_end, step.query_start, sink_logits, tasks, programs, q_heads,
+        constants=_constants(layer.config, shape, q_heads // kv_heads, step.rows_per_task, columns, partial.device),
     )  # fmt: skip
     return lse
+
+
+@functools.lru_cache(maxsize=256)
+def _constants(
+    config: CacheConfig[Any], shape: CombineShape, group: int, rows_per_task: int, columns: int, device: torch.device
+) -> Constants:
+    return Constants({
+        "GROUP": group, "ROWS": rows_per_task, "COLUMNS": columns, "BLOCK": shape.columns, "PARTS": shape.parts,
+        "D": config.layout.head_dim, "DP": config.layout.padded_dim, "NORM": config.rotation_norm, **chained(device),
+        "num_warps": shape.warps,
+    })  # fmt: skip

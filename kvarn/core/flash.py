@@ -38,7 +38,7 @@ class FlashAttention(Protocol):
 
     def __call__(
         self, q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float, logit_cap: float, *,
-        causal: bool,
+        causal: bool, out: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         """Attend.
 
@@ -50,6 +50,7 @@ class FlashAttention(Protocol):
             scale: factor on q . k.
             logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
             causal: the queries are the request's newest tokens, and see no later ones.
+            out: [queries, q_heads, value width], model dtype, contiguous: where to write the output; made here if None.
 
         Returns:
             Output [queries, q_heads, value width], model dtype; and natural log-sum-exp [q_heads, queries], float32.
@@ -88,18 +89,19 @@ def flash_from(varlen: Callable[..., Any], *, version: int, **options: Any) -> F
     """Return flash attention by a function with the arguments of FlashAttention's ``flash_attn_varlen_func``.
 
     Args:
-        varlen: the function; it must return log-sum-exps if asked to.
+        varlen: the function; it must return log-sum-exps if asked to, and write its output where it is told.
         version: of FlashAttention.
         options: arguments that this variant of it takes beside the usual ones.
     """
 
     def attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float, logit_cap: float, *, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float, logit_cap: float, *,
+        causal: bool, out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         out, lse, *_ = varlen(
             q, k, v, cu_seqlens_q=spans.query_start, cu_seqlens_k=spans.key_start, max_seqlen_q=spans.most_queries,
             max_seqlen_k=spans.most_keys, softmax_scale=scale, softcap=logit_cap, causal=causal,
-            return_softmax_lse=True, **options,
+            return_softmax_lse=True, out=out, **options,
         )  # fmt: skip
         return out, lse
 
@@ -115,14 +117,15 @@ def widened(flash: FlashAttention, *, takes_narrow: bool = False) -> FlashAttent
     """
 
     def attend(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float, logit_cap: float, *, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float, logit_cap: float, *,
+        causal: bool, out: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
         width = v.shape[-1]
         if width == k.shape[-1] or (takes_narrow and _takes(k, v)):
-            return flash(q, k, v, spans, scale, logit_cap, causal=causal)
+            return flash(q, k, v, spans, scale, logit_cap, causal=causal, out=out)
         wide = torch.nn.functional.pad(v, (0, k.shape[-1] - width))
-        out, lse = flash(q, k, wide, spans, scale, logit_cap, causal=causal)
-        return out[..., :width].contiguous(), lse
+        found, lse = flash(q, k, wide, spans, scale, logit_cap, causal=causal)
+        return (found[..., :width].contiguous() if out is None else out.copy_(found[..., :width])), lse
 
     return attend
 
@@ -134,8 +137,9 @@ def _takes(k: torch.Tensor, v: torch.Tensor) -> bool:
 
 
 def torch_flash(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float, logit_cap: float, *, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float, logit_cap: float, *,
+    causal: bool, out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attend by FlashAttention 2 as torch ships it, to keys and values of one width.
 
     By the operator: the public function can't share keys in groups in every version of torch that engines pin.
@@ -145,16 +149,17 @@ def torch_flash(
     """
     if logit_cap:
         raise ValueError("torch's flash attention has no soft cap.")
-    out, lse, *_ = torch.ops.aten._flash_attention_forward(
+    found, lse, *_ = torch.ops.aten._flash_attention_forward(
         q, k, v, spans.query_start, spans.key_start, spans.most_queries, spans.most_keys, 0.0, causal, False,
         scale=scale,
     )  # fmt: skip
-    return out, lse
+    return (found if out is None else out.copy_(found)), lse
 
 
 def flash_reference(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float, logit_cap: float, *, causal: bool
-) -> tuple[torch.Tensor, torch.Tensor]:
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, spans: Spans, scale: float, logit_cap: float, *,
+    causal: bool, out: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Attend in plain torch, request by request, in float32."""
     outs, lses = [], []
     bounds = (spans.query_start.tolist(), spans.key_start.tolist())
@@ -167,7 +172,7 @@ def flash_reference(
         own_q, own_k, own_v = (
             x.to(torch.float32, copy=True).contiguous() for x in (q[q_begin:q_end], k[k_begin:k_end], v[k_begin:k_end])
         )
-        out, lse = softmax_attention(own_q, own_k, own_v, visible, scale, logit_cap)
-        outs.append(out.to(q.dtype))
+        one, lse = softmax_attention(own_q, own_k, own_v, visible, scale, logit_cap)
+        outs.append(one.to(q.dtype))
         lses.append(lse.T)
-    return torch.cat(outs), torch.cat(lses, dim=1)
+    return torch.cat(outs, out=out), torch.cat(lses, dim=1)

@@ -1,7 +1,9 @@
 """How kernels are launched on a device."""
 
 import functools
-from collections.abc import Mapping
+import itertools
+import operator
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +12,13 @@ import torch
 _FIRST_WITH_DEPENDENT_LAUNCH = (9, 0)
 # Triton tells apart whether pointers are multiples of this.
 _ALIGNMENT = 16
+# What doesn't fit here Triton takes as a wider number.
+_LEAST, _MOST = -(1 << 31), (1 << 31) - 1
 # By all that the choice of code depends on: the code, and constants by position.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _MOST_KEYS = 4096
+# By the identity of kernels, which are kept with it.
+_parameters: dict[int, "_Parameters | None"] = {}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -28,35 +34,39 @@ _NONE = Constants({})
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, constants: Constants = _NONE, **more: Any) -> None:
     """Launch a Triton kernel, as ``kernel[grid](*args, **constants)`` does, by a shorter way from the second time on.
 
-    At every launch Triton finds anew which code it compiled for such arguments. That takes longer than the launch, and
-    steps that no graph has captured wait for it in every layer. Here code is found by no less than Triton's choice
-    depends on: constants, types, where tensors are aligned, and the values of numbers that code is specialised for.
+    At every launch Triton finds anew which code it compiled for such arguments, and asks the driver about every
+    pointer. That takes longer than the launch, and steps that no graph has captured wait for it in every layer. Here
+    code is found by no less than Triton's choice depends on: constants, types, where tensors are aligned, and the
+    values of numbers that code is specialised for. It is launched with addresses, which nobody asks about.
 
     Args:
         kernel: a function made by ``triton.jit`` or Gluon's.
         grid: programs along up to three axes.
-        args: tensors, numbers and None, by position.
+        args: tensors, numbers and None, by position: those first that are tensors at every launch. A parameter that
+            takes whole numbers takes no others.
         constants: its other parameters, all constants, and the compiler's options.
         more: the same, of those that aren't made once.
 
     Graph-safe: yes.
     """
-    specialized = _specialized(kernel)
-    if specialized is None:
+    if id(kernel) not in _parameters:
+        _parameters[id(kernel)] = _Parameters.of(kernel, args)
+    parameters = _parameters[id(kernel)]
+    if parameters is None:
         kernel[grid](*args, **constants.named, **more)
         return
     # this is a good part of what a launch costs
-    kinds = [
-        (x if by_value else x >> 31) if type(x) is int
-        else (x.dtype if x.data_ptr() % _ALIGNMENT == 0 else (x.dtype,)) if isinstance(x, torch.Tensor)
-        else type(x)
-        for x, by_value in zip(args, specialized, strict=False)
-    ]  # fmt: skip
-    key = (kernel, args[0].get_device(), constants, *kinds, *more.items())
+    tensors = args[: parameters.tensors]
+    addresses = [x.data_ptr() for x in tensors]
+    bits = functools.reduce(operator.or_, addresses) % _ALIGNMENT
+    key = (
+        parameters, args[0].get_device(), constants, *[x.dtype for x in tensors],
+        bits and tuple(x % _ALIGNMENT == 0 for x in addresses), *parameters.kinds(args), *more.items(),
+    )  # fmt: skip
     known = _compiled.get(key)
     if known is not None:
         code, rest = known
-        code[grid + (1,) * (3 - len(grid))](*args, *rest)
+        code[grid + (1,) * (3 - len(grid))](*addresses, *args[parameters.tensors :], *rest)
         return
     if len(_compiled) >= _MOST_KEYS:
         _compiled.clear()
@@ -66,15 +76,55 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, constants: Constants 
     _compiled[key] = kernel[grid](*args, **named), rest
 
 
-@functools.lru_cache(maxsize=64)
-def _specialized(kernel: Any) -> list[bool] | None:
-    """Return of each parameter whether code may depend on its value.
+@dataclass(frozen=True, slots=True, eq=False)
+class _Parameters:
+    """What the choice of code depends on in the arguments of a kernel, told from those of its first launch.
 
-    None where that is not known: in the interpreter, and on AMD's GPUs, where Triton looks at more.
+    Args:
+        kernel: the kernel.
+        tensors: so many parameters come first that are tensors.
+        by_value: returns the numbers that code may be specialised for.
+        by_width: returns other whole numbers, of which Triton looks at the width.
+        others: the rest, by position: they may be tensors, fractions or None.
     """
-    if torch.version.hip is not None or not hasattr(kernel, "params"):
-        return None
-    return [not parameter.do_not_specialize for parameter in kernel.params]
+
+    kernel: Any
+    tensors: int
+    by_value: Callable[[tuple[Any, ...]], tuple[Any, ...]]
+    by_width: Callable[[tuple[Any, ...]], tuple[int, ...]]
+    others: tuple[int, ...]
+
+    @classmethod
+    def of(cls, kernel: Any, args: tuple[Any, ...]) -> "_Parameters | None":
+        """Return what is told by a launch.
+
+        None where that is not known: in the interpreter, and on AMD's GPUs, where Triton looks at more.
+        """
+        if torch.version.hip is not None or not hasattr(kernel, "params"):
+            return None
+        tensors = sum(1 for _ in itertools.takewhile(lambda x: isinstance(x, torch.Tensor), args))
+        whole = [i for i, x in enumerate(args) if type(x) is int]
+        by_value = [i for i in whole if not kernel.params[i].do_not_specialize]
+        others = tuple(i for i in range(tensors, len(args)) if i not in whole)
+        return cls(kernel, tensors, _picked(by_value), _picked([i for i in whole if i not in by_value]), others)
+
+    def kinds(self, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        """Return what the choice of code depends on beside the tensors that come first."""
+        numbers = self.by_width(args)
+        narrow = not numbers or (min(numbers) >= _LEAST and max(numbers) <= _MOST)
+        others = [_kind(args[i]) for i in self.others]
+        return self.by_value(args), narrow or tuple(x >> 31 for x in numbers), *others
+
+
+def _picked(positions: list[int]) -> Callable[[tuple[Any, ...]], tuple[Any, ...]]:
+    """Return what picks these positions of a tuple."""
+    if len(positions) > 1:
+        return operator.itemgetter(*positions)
+    return lambda args: tuple(args[i] for i in positions)
+
+
+def _kind(x: object) -> object:
+    return (x.dtype, x.data_ptr() % _ALIGNMENT == 0) if isinstance(x, torch.Tensor) else type(x)
 
 
 @functools.lru_cache(maxsize=32)

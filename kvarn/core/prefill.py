@@ -81,15 +81,14 @@ def attend_long_chunks(
         [tokens, q_heads, value width], model dtype, of the same rows.
     """
 
-    def part_of(segment: Segment) -> tuple[torch.Tensor, torch.Tensor]:
+    def part_of(segment: Segment, out: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = restored(segment) if segment.restored else own(segment.tokens)
         queries = q[_from(first_row, segment.tokens)]
-        return plan.flash(queries, keys, values, segment.spans, scale, logit_cap, causal=segment.causal)
+        return plan.flash(queries, keys, values, segment.spans, scale, logit_cap, causal=segment.causal, out=out)
 
     only = plan.segments[0]
     if only.tokens.stop - only.tokens.start == q.shape[0] and len(plan.segments) == 1 and sink_logits is None:
-        whole, _ = part_of(only)
-        return whole if out is None else out.copy_(whole)
+        return part_of(only, out)[0]
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
     openings = [_from(first_row, segment.tokens) for segment in plan.segments if segment.opens]

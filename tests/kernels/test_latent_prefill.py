@@ -74,20 +74,23 @@ def test_flash_attention_gets_values_as_wide_as_keys_unless_it_takes_narrower_on
     seen = []
 
     def varlen(
-        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, **options: object
+        q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None, **options: object
     ) -> tuple[torch.Tensor, torch.Tensor]:
         del k, options
         seen.append(v.shape[-1])
-        return q[..., : v.shape[-1]], torch.empty(q.shape[1], q.shape[0])
+        found = q[..., : v.shape[-1]]
+        return found if out is None else out.copy_(found), torch.empty(q.shape[1], q.shape[0])
 
     spans = Spans(torch.empty(0), torch.empty(0), 5, 5)
     for capability, version in (((9, 0), 3), ((8, 0), 3), ((9, 0), 2)):
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device, found=capability: found)
         for key, value in ((192, 128), (192, 64), (128, 128)):
-            q, v = torch.zeros(5, 2, key), torch.zeros(5, 2, value)
-            out, _ = flash_from(varlen, version=version)(q, q, v, spans, 1.0, 0.0, causal=True)
-            assert out.shape == v.shape
-    assert seen == [128, 192, 128, *[192, 192, 128] * 2]
+            q, v = torch.ones(5, 2, key), torch.zeros(5, 2, value)
+            for given in (None, torch.zeros(5, 2, value)):
+                out, _ = flash_from(varlen, version=version)(q, q, v, spans, 1.0, 0.0, causal=True, out=given)
+                assert given is None or out is given
+                assert torch.equal(out, torch.ones(5, 2, value))
+    assert seen[::2] == seen[1::2] == [128, 192, 128, *[192, 192, 128] * 2]
 
 
 def test_warm_up_writes_nothing_but_padding(device, monkeypatch):

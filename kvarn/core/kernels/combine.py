@@ -11,8 +11,8 @@ from kvarn.core.kernels.work import program_of
 
 @triton.jit(do_not_specialize=["tasks", "programs"])
 def combine_kernel(
-    partial_ptr, partial_lse_ptr, signs_ptr, out_ptr, lse_ptr, sink_logits_ptr, task_request_ptr, task_row_ptr,
-    work_end_ptr, query_start_ptr, tasks, programs, q_heads,
+    partial_ptr, partial_lse_ptr, signs_ptr, out_ptr, lse_ptr, task_request_ptr, task_row_ptr, work_end_ptr,
+    query_start_ptr, sink_logits_ptr, tasks, programs, q_heads,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
     D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
