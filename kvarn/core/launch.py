@@ -42,8 +42,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, constants: Constants 
     Args:
         kernel: a function made by ``triton.jit`` or Gluon's.
         grid: programs along up to three axes.
-        args: tensors, numbers and None, by position: those first that are tensors at every launch. A parameter that
-            takes whole numbers takes no others.
+        args: tensors, numbers and None, by position, a tensor first; best those at the beginning that are tensors at
+            every launch. A parameter that takes whole numbers takes no others.
         constants: its other parameters, all constants, and the compiler's options.
         more: the same, of those that aren't made once.
 
@@ -57,7 +57,12 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, constants: Constants 
         return
     # this is a good part of what a launch costs
     tensors = args[: parameters.tensors]
-    addresses = [x.data_ptr() for x in tensors]
+    try:
+        addresses = [x.data_ptr() for x in tensors]
+    except AttributeError:  # None, where the kernel was given a tensor before
+        _parameters[id(kernel)] = _Parameters.of(kernel, args)
+        launch(kernel, grid, *args, constants=constants, **more)
+        return
     bits = functools.reduce(operator.or_, addresses) % _ALIGNMENT
     key = (
         parameters, args[0].get_device(), constants, *[x.dtype for x in tensors],
@@ -78,7 +83,7 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, constants: Constants 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Parameters:
-    """What the choice of code depends on in the arguments of a kernel, told from those of its first launch.
+    """What the choice of code depends on in the arguments of a kernel, told from those of a launch.
 
     Args:
         kernel: the kernel.

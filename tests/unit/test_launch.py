@@ -98,6 +98,14 @@ def test_which_of_two_tensors_is_aligned_is_told_apart() -> None:
     assert (len(kernel.compiled), len(kernel.launched)) == (2, 0)
 
 
+def test_a_tensor_that_is_missing_later_is_none_from_then_on_and_a_tensor_again() -> None:
+    kernel = Kernel()
+    for y in (ALIGNED, None, None, ALIGNED, ALIGNED, None):
+        launch(kernel, (1,), ALIGNED, y, 16, 5, 0.5, None, FLAG=True, constants=BLOCKS)
+    assert [args[1] is None for _, args, _ in kernel.compiled] == [False, True, False]
+    assert [args[2] is None for args in kernel.launched] == [True, False, True]
+
+
 def test_other_constants_and_kernels_are_compiled_for() -> None:
     kernels = Kernel(), Kernel()
     for kernel in kernels:
