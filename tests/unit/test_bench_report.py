@@ -19,7 +19,7 @@ ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 SERVING = sorted(RESULTS.glob("serving-*.json"))
 # Where the KL of a cache dtype is looked up, in this order.
-QUALITY = [RESULTS / name for name in ("sglang-h200.json", "vllm-h100.json", "quality.json")]
+QUALITY = [RESULTS / name for name in ("sglang-h100.json", "vllm-h100.json", "quality.json")]
 PRESET = "kvarn_k4v2_g128"
 # The model of the committed engine results, as its config.json says it.
 QWEN2 = {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "hidden_size": 1536}
