@@ -17,7 +17,7 @@ from kvarn import results
 from kvarn.core.append import rotate_rows, store_tail
 from kvarn.core.cache import LayerCache, allocate_layer
 from kvarn.core.reference import unpack_record
-from kvarn.core.seal import seal, seal_reference
+from kvarn.core.seal import append_and_seal, seal, seal_reference
 from kvarn.core.step import Step
 
 _PREFILL_TOKENS = 8192
@@ -97,14 +97,13 @@ def _prepared(case: Case, bench: Bench) -> Workload:
 
 
 def _writes(work: Workload) -> Callable[[int], None]:
-    """Return what rotates, stores and seals a step's rows in one layer."""
+    """Return what rotates, stores and seals a step's rows in one layer, as attention does."""
     inputs, step = work.inputs, work.step
 
     def write(copy: int) -> None:
         layer = work.layers[copy]
-        rotated = rotate_rows(inputs.k, inputs.v, layer, step, store=step.rows_in_ring)
-        seal(rotated, layer, step)
-        if not step.rows_in_ring:
+        rotated = append_and_seal(inputs.k, inputs.v, layer, step)
+        if not step.stores_first:
             store_tail(rotated, layer, step)
 
     return write

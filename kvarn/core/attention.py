@@ -51,7 +51,7 @@ def attention(
         if step.plan.short_tokens:
             out, _ = attend(q, rotated, layer, step, scale, logit_cap, out, sink_logits)
         out = prefill(q, k, v, layer, step, step.plan, scale, logit_cap, out, sink_logits)
-    if not step.rows_in_ring:
+    if not step.stores_first:
         store_tail(rotated, layer, step)
     return out
 
@@ -63,7 +63,7 @@ def attention_reference(
     """Do the same in plain torch, whatever the device; the output in the model dtype."""
     rotated = append_and_seal_reference(k, v, layer, step)
     out, _ = attend_reference(q, rotated, layer, step, scale, logit_cap, sink_logits)
-    if not step.rows_in_ring:
+    if not step.stores_first:
         store_tail_reference(rotated, layer, step)
     return out.to(q.dtype)
 

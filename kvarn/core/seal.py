@@ -4,7 +4,14 @@ import functools
 
 import torch
 
-from kvarn.core.append import RotatedRows, rotate_rows, rotate_rows_reference, store_first_reference
+from kvarn.core.append import (
+    RotatedRows,
+    rotate_rows,
+    rotate_rows_reference,
+    store_first_reference,
+    store_tail,
+    store_tail_reference,
+)
 from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
 from kvarn.core.launch import Constants, chained, launch
 from kvarn.core.reference import SCALE_MAX, encode, key_clip, value_clip
@@ -16,9 +23,10 @@ _DECODE_ELEMENTS_PER_WARP = 2048
 # In a decode step few requests fill a tile: not many more programs than run at once, each looking at so many requests.
 _DECODE_PROGRAMS = 256
 SEAL_TASK_BLOCK = 32
-# Requests of a decode step up to which a launch saved is worth more than rows rotated by more programs; 0 for never.
-_APPENDED_AT_ONCE = 64
-_ROWS_AT_ONCE = 4
+# Tokens of a decode step and of chunks up to which launches saved are worth more than rows rotated by more programs; 0
+# for never. Small chunks wait for the host, which launches.
+_APPENDED_AT_ONCE, CHUNK_AT_ONCE = 64, 1024
+_ROWS_AT_ONCE, _CHUNK_ROWS_AT_ONCE = 4, 32
 
 
 def append_and_seal(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step) -> RotatedRows:
@@ -32,25 +40,55 @@ def append_and_seal(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: S
 
     Determinism: as of `rotate_rows` and `seal`; one launch writes the same bits as two. Graph-safe: yes.
     """
-    config, layout = layer.config, layer.config.layout
-    tokens, kv_heads, head_dim = k.shape
-    one_each = step.rows_in_ring and tokens == step.seal_tile.shape[0]
-    if not runs_triton(k) or not one_each or tokens > _APPENDED_AT_ONCE or layout.padded_dim != head_dim:
-        rotated = rotate_rows(k, v, layer, step, store=step.rows_in_ring)
-        seal(rotated, layer, step)
-        return rotated
+    tokens, _, head_dim = k.shape
+    if runs_triton(k) and layer.config.layout.padded_dim == head_dim:
+        if not step.rows_in_ring and tokens <= CHUNK_AT_ONCE:
+            return _append_chunk(k, v, layer, step)
+        if step.rows_in_ring and tokens <= _APPENDED_AT_ONCE and tokens == step.seal_tile.shape[0]:
+            return _append_one_each(k, v, layer, step)
+    rotated = rotate_rows(k, v, layer, step, store=step.rows_in_ring)
+    seal(rotated, layer, step)
+    if step.stores_first and not step.rows_in_ring:
+        store_tail(rotated, layer, step)
+    return rotated
+
+
+def _append_one_each(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step) -> RotatedRows:
     from kvarn.core.kernels.append import append_kernel
 
-    rotated = RotatedRows(*torch.empty((2, *k.shape), dtype=layer.tails.dtype, device=k.device).unbind())
+    tokens, kv_heads, _ = k.shape
+    rotated = _empty_rows(k, layer)
     launch(
         append_kernel, (seal_programs(step, 2 * kv_heads), kv_heads, 2),
         k, v, rotated.k, rotated.v, layer.tails, layer.sinks, layer.records, step.seal_request, step.seal_tile,
         step.rows, step.sink_slots, step.prefix_lens, step.seq_lens, step.query_start, step.block_table, tokens,
         *k.stride()[:2], *v.stride()[:2], *layer.records.stride()[:3], *layer.tails.stride()[:3],
-        *layer.sinks.stride()[:3], step.block_table.stride(0), NORM=config.rotation_norm, SINK=config.sink_tokens,
-        ROWS_AT_ONCE=_ROWS_AT_ONCE, constants=_constants(config, layer.records.device, step.rows_in_ring),
+        *layer.sinks.stride()[:3], step.block_table.stride(0), NORM=layer.config.rotation_norm,
+        SINK=layer.config.sink_tokens, ROWS_AT_ONCE=_ROWS_AT_ONCE,
+        constants=_constants(layer.config, layer.records.device, step.rows_in_ring),
     )  # fmt: skip
     return rotated
+
+
+def _append_chunk(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step) -> RotatedRows:
+    from kvarn.core.kernels.append import append_chunk_kernel
+
+    kv_heads, tasks = k.shape[1], step.seal_tile.shape[0]
+    constants = _append_chunk_constants(layer.config, layer.records.device, step.stores_first)
+    open_parts = step.rows.shape[0] * layer.config.tile_tokens // constants.named["ROWS_AT_ONCE"]
+    rotated = _empty_rows(k, layer)
+    launch(
+        append_chunk_kernel, (tasks + open_parts, kv_heads, 2),
+        k, v, rotated.k, rotated.v, layer.tails, layer.sinks, layer.records, step.seal_request, step.seal_tile,
+        step.rows, step.sink_slots, step.prefix_lens, step.seq_lens, step.query_start, step.token_request,
+        step.token_position, step.block_table, tasks, *k.stride()[:2], *v.stride()[:2], *layer.records.stride()[:3],
+        *layer.tails.stride()[:3], *layer.sinks.stride()[:3], step.block_table.stride(0), constants=constants,
+    )  # fmt: skip
+    return rotated
+
+
+def _empty_rows(k: torch.Tensor, layer: LayerCache) -> RotatedRows:
+    return RotatedRows(*torch.empty((2, *k.shape), dtype=layer.tails.dtype, device=k.device).unbind())
 
 
 def append_and_seal_reference(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step) -> RotatedRows:
@@ -58,6 +96,8 @@ def append_and_seal_reference(k: torch.Tensor, v: torch.Tensor, layer: LayerCach
     rotated = rotate_rows_reference(k, v)
     store_first_reference(torch.stack((rotated.k, rotated.v), dim=1), layer, step, store=step.rows_in_ring)
     seal_reference(rotated, layer, step)
+    if step.stores_first and not step.rows_in_ring:
+        store_tail_reference(rotated, layer, step)
     return rotated
 
 
@@ -86,6 +126,16 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
         *layer.records.stride()[:3], *layer.tails.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
         ROWS_IN_RING=step.rows_in_ring, constants=_constants(layer.config, layer.records.device, step.rows_in_ring),
     )  # fmt: skip
+
+
+@functools.lru_cache(maxsize=32)
+def _append_chunk_constants(config: CacheConfig, device: torch.device, store: bool) -> Constants:
+    sealing = dict(_constants(config, device, False).named)
+    del sealing["BLOCK"]
+    return Constants({
+        **sealing, "NORM": config.rotation_norm, "SINK": config.sink_tokens, "STORE": store,
+        "ROWS_AT_ONCE": _CHUNK_ROWS_AT_ONCE,
+    })  # fmt: skip
 
 
 @functools.lru_cache(maxsize=32)  # as of `layout_constants`

@@ -42,8 +42,8 @@ class Step:
         work_end: [tasks], units of attention's work up to and including each task's.
         rows_per_task: query rows of one task.
         columns: query columns of one program, padding included.
-        rows_in_ring: this step's rows are stored before they are attended to (decode and verify), or after (chunks,
-            whose rows would push out rows that their first queries still read).
+        rows_in_ring: this step's rows are stored before they are attended to, and then read there (decode and verify),
+            or are read as they come (chunks, whose rows push out rows that their first queries still read).
         plan: long chunks, which have no attention tasks; None if there are none.
     """
 
@@ -65,6 +65,12 @@ class Step:
     columns: int
     rows_in_ring: bool
     plan: PrefillPlan | None = None
+
+    @property
+    def stores_first(self) -> bool:
+        """Whether all of this step's rows are stored before they are attended to: no query reads what they push out."""
+        plan = self.plan
+        return self.rows_in_ring or (plan is not None and not plan.short_tokens and not plan.most_restored)
 
 
 def decode_step(

@@ -1,5 +1,6 @@
 """Warm-up: compile every kernel that a server's steps launch, before it serves."""
 
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -9,14 +10,15 @@ from kvarn.core.attention import attention
 from kvarn.core.cache import LayerCache, runs_triton
 from kvarn.core.chunk_step import CHUNK_COLUMNS, chunk_step
 from kvarn.core.flash import FlashAttention
-from kvarn.core.prefill_plan import plan_prefill
+from kvarn.core.prefill_plan import LONG_ROWS, plan_prefill
+from kvarn.core.seal import CHUNK_AT_ONCE
 from kvarn.core.step import Step, verify_step
 from kvarn.core.tail import TailState
 
 # Attention has a variant for up to 32 tasks, for up to 128, and for more.
 _TASKS = (1, 33, 129)
-# Rotation has one for more than 512 tokens.
-_LONG_CHUNK = 520
+# Small chunks are appended in one launch, others in several; both are long.
+_LONG_CHUNKS = (LONG_ROWS + 8, CHUNK_AT_ONCE + 8)
 
 
 def warm_up(
@@ -81,8 +83,8 @@ def warm_up_steps(
         for each in sorted({1, config.draft_tokens + 1}):
             run(verify_step(_scratch_state(layer), rows, ones, table, group, each, widest), tasks * each)
         run_chunk(None, 0, tasks * max(1, widest // group))
-    for prefix in (0, config.tile_tokens):
-        run_chunk(flash, prefix, _LONG_CHUNK)
+    for prefix, tokens in itertools.product((0, config.tile_tokens), _LONG_CHUNKS):
+        run_chunk(flash, prefix, tokens)
     if layer.records.is_cuda:
         torch.cuda.synchronize(device)
 
