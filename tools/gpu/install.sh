@@ -6,10 +6,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 . tools/gpu/env.sh
 pieces=$KVARN_GPU_HOME/in
 
+# Engines import some thousand modules in each of their processes; a few that aren't for this Python don't matter.
+compiled() { python3 -m compileall -q -j 0 "$@" >/dev/null 2>&1 || true; }
+
 engine() {
   tar xJf "$pieces/site.txz" -C "$KVARN_GPU_HOME" & # SGLang and sgl_kernel, into site/
   python3 -m pip install -q --no-index --no-deps --no-compile --target "$KVARN_GPU_HOME/wheels" "$pieces"/whl/*.whl
   wait $!
+  compiled "$KVARN_GPU_HOME"/{site,wheels}
 }
 
 fa3() { cat "$pieces"/fa3.zip.? >"$pieces/fa3.zip" && python3 -m zipfile -e "$pieces/fa3.zip" "$KVARN_GPU_HOME/site"; }
@@ -27,6 +31,7 @@ vllm() { # into a folder of its own: SGLang wants other versions of the same pac
   cat "$pieces"/vllm-fa2.so.xz.? | xz -dc >"$home/site/vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so"
   python3 -m pip install -q --no-index --no-deps --no-compile --target "$home/wheels" "$pieces"/vllm-whl/*.whl
   wait $c && wait $moe
+  compiled "$home"/{site,wheels}
 }
 
 model() { python3 tools/gpu/convert.py "$pieces" "$KVARN_GPU_MODEL"; }

@@ -5,7 +5,7 @@
 #
 # texts: all methods on 4,096 tokens of prose and code; long: some on 32,768; turns: conversations; tasks: HumanEval,
 # GSM8K and needles with SGLang, or with vLLM if KVARN_GPU_ENGINE=vllm, for TASK_DTYPES; twobits: variants of 2-bit keys;
-# layers: presets chosen layer by layer. Writes OUT/{quality,tasks,twobits,layers}-h100.json, going on with the rows that
+# layers: presets chosen layer by layer. Writes OUT/{quality,tasks,twobits,layers}-gpu.json, going on with the rows that
 # stand in benchmarks/results; copy them there afterwards.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
@@ -19,11 +19,11 @@ long_prose=$KVARN_GPU_HOME/in/prose-long.txt
 main_methods=(kvarn_k4v2_g128 kvarn_k4v4_g128 kvarn_k2v2_g128 hadamard-rtn-k4v2 published-k4v2 fp8-e4m3)
 ln -sfn "$KVARN_GPU_MODEL" "$model" # results call a model by its folder's name
 mkdir -p "$out"
-for name in {quality,tasks,twobits,layers}-h100.json; do
+for name in {quality,tasks,twobits,layers}-gpu.json; do
   if [ ! -e "$out/$name" ] && [ -e "benchmarks/results/$name" ]; then cp "benchmarks/results/$name" "$out/"; fi
 done
 
-evaluate() { python3 -m kvarn eval "$model" "$@" --device cuda --out "$out/${results:-quality}-h100.json"; }
+evaluate() { python3 -m kvarn eval "$model" "$@" --device cuda --out "$out/${results:-quality}-gpu.json"; }
 
 texts() {
   evaluate kvarn_k4v2_g128 kvarn_k4v4_g128 --text "$KVARN_GPU_PROSE" --tokens 4096 --generate 256
@@ -46,10 +46,10 @@ tasks() {
   local arguments='{}' baseline='{}'
   if [ "$engine" = sglang ]; then
     arguments='{"sampling_backend":"pytorch","mem_fraction_static":0.7,"cuda_graph_max_bs_decode":64}'
-    baseline='{"attention_backend":"triton"}'
+    baseline='{"attention_backend":"'$([ -e "$KVARN_GPU_HOME/fa3.done" ] && echo fa3 || echo triton)'"}'
   fi
   python3 -m benchmarks.quality humaneval gsm8k needles --engine "$engine" --model "$model" --haystack "$long_prose" \
-    --dtypes ${TASK_DTYPES:-kvarn_k4v2_g128 kvarn_k4v4_g128 kvarn_k2v2_g128} --out "$out/tasks-h100.json" \
+    --dtypes ${TASK_DTYPES:-kvarn_k4v2_g128 kvarn_k4v4_g128 kvarn_k2v2_g128} --out "$out/tasks-gpu.json" \
     --arguments "$arguments" --baseline-arguments "$baseline"
 }
 
@@ -60,7 +60,7 @@ twobits() {
 
 layers() {
   python3 -m benchmarks.quality.layers --model "$model" --text "$KVARN_GPU_PROSE" --tokens 4096 --dtype float16 \
-    --device cuda --out "$out/layers-h100.json"
+    --device cuda --out "$out/layers-gpu.json"
 }
 
 [ $# -gt 0 ] || set -- texts long turns tasks
