@@ -9,7 +9,7 @@ from kvarn.core.append import (
 )
 from kvarn.core.attend import attend, attend_reference, most_partial_rows
 from kvarn.core.cache import CacheConfig, LayerCache
-from kvarn.core.prefill import prefill
+from kvarn.core.prefill import prefill, restore_cached
 from kvarn.core.prefill_plan import LONG_ROWS, workspace_tokens
 from kvarn.core.seal import append_and_seal, append_and_seal_reference
 from kvarn.core.step import Step
@@ -44,13 +44,15 @@ def attention(
 
     Determinism: bitwise for equal inputs and batch shape. Graph-safe: yes for decode and verify steps.
     """
+    plan = step.plan
+    restored = restore_cached(k, v, layer, step, plan) if plan is not None and step.restores_first else None
     rotated = append_and_seal(k, v, layer, step)
-    if step.plan is None:
+    if plan is None:
         out, _ = attend(q, rotated, layer, step, scale, logit_cap, out, sink_logits)
     else:
-        if step.plan.short_tokens:
+        if plan.short_tokens:
             out, _ = attend(q, rotated, layer, step, scale, logit_cap, out, sink_logits)
-        out = prefill(q, k, v, layer, step, step.plan, scale, logit_cap, out, sink_logits)
+        out = prefill(q, k, v, layer, step, plan, scale, logit_cap, out, sink_logits, restored)
     if not step.stores_first:
         store_tail(rotated, layer, step)
     return out
@@ -63,7 +65,7 @@ def attention_reference(
     """Do the same in plain torch, whatever the device; the output in the model dtype."""
     rotated = append_and_seal_reference(k, v, layer, step)
     out, _ = attend_reference(q, rotated, layer, step, scale, logit_cap, sink_logits)
-    if not step.stores_first:
+    if not step.rows_in_ring:
         store_tail_reference(rotated, layer, step)
     return out.to(q.dtype)
 

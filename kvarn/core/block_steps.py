@@ -57,7 +57,9 @@ def block_steps(
     else:
         prefix_lens = batch.seq_lens - batch.query_start.diff()
         ends, tokens, plan = batch.seq_lens, batch.num_tokens, batch.plan
-        step, _ = chunk_step(pool.state, rows[0], prefix_lens, ends, None, table, group, tokens, plan, **options)
+        step, _ = chunk_step(
+            pool.state, rows[0], prefix_lens, ends, None, table, group, tokens, plan, hits_inside=True, **options
+        )
     return [replace(step, rows=column) for column in rows]
 
 

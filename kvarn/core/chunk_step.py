@@ -37,6 +37,7 @@ def chunk_step(
     num_tokens: int,
     plan: PrefillPlan | None = None,
     widest: int = CHUNK_COLUMNS,
+    hits_inside: bool = True,
 ) -> tuple[Step, torch.Tensor]:
     """Describe a step that adds any number of tokens to every request: prefill, chunks, mixed batches.
 
@@ -51,6 +52,7 @@ def chunk_step(
         num_tokens: tokens of the step, the sum of seq_lens - prefix_lens.
         plan: `plan_prefill` of this step; without, long chunks are cut into attention tasks like any other rows.
         widest: query columns of a program, unless the group is larger.
+        hits_inside: as of a Step.
 
     Returns:
         The step, and which requests continue their ring, [requests], bool.
@@ -59,7 +61,7 @@ def chunk_step(
     """
     if not runs_triton(state.page_slot):
         return chunk_step_reference(
-            state, rows, prefix_lens, seq_lens, tags, block_table, group, num_tokens, plan, widest
+            state, rows, prefix_lens, seq_lens, tags, block_table, group, num_tokens, plan, widest, hits_inside
         )
     config, requests, device = state.config, rows.shape[0], rows.device
     rows_per_task, columns = chunk_task_shape(config, group, widest)
@@ -76,6 +78,7 @@ def chunk_step(
         sink_slots=sink_slots, query_start=by_request[6], token_request=by_token[0], token_position=by_token[1],
         seal_request=by_seal[0], seal_tile=by_seal[1], task_request=by_task[0], task_row=by_task[1],
         work_end=by_task[2], rows_per_task=rows_per_task, columns=columns, rows_in_ring=False, plan=plan,
+        hits_inside=hits_inside,
     )  # fmt: skip
     return step, continued.bool()
 
@@ -117,6 +120,7 @@ def chunk_step_reference(
     num_tokens: int,
     plan: PrefillPlan | None = None,
     widest: int = CHUNK_COLUMNS,
+    hits_inside: bool = True,
 ) -> tuple[Step, torch.Tensor]:
     """Describe it by operations of torch."""
     rows, prefix_lens, seq_lens = rows.int(), prefix_lens.int(), seq_lens.int()
@@ -143,6 +147,7 @@ def chunk_step_reference(
         seal_tile=seal_tile,
         rows_in_ring=False,
         plan=plan,
+        hits_inside=hits_inside,
         **tasks,
     )
     return step, continued

@@ -1,6 +1,7 @@
 """Prefill: long chunks attend by flash attention, to their own rows and to cached ones restored to the model dtype."""
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 
@@ -17,8 +18,9 @@ _FEW_MERGES = 2
 def prefill(
     q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, plan: PrefillPlan, scale: float,
     logit_cap: float, out: torch.Tensor | None = None, sink_logits: torch.Tensor | None = None,
+    restored: tuple[torch.Tensor, torch.Tensor] | None = None,
 ) -> torch.Tensor:  # fmt: skip
-    """Attend the long chunks of a step, before its rows are stored.
+    """Attend the long chunks of a step, before its rows are stored, unless what is cached was restored before.
 
     Args:
         q: [tokens, q_heads, head_dim], model dtype; token and head strides are free.
@@ -30,23 +32,45 @@ def prefill(
         logit_cap: soft cap c of ``c * tanh(x / c)``; 0 for none.
         out: [tokens, q_heads, head_dim], model dtype, contiguous: rows of long chunks are written; made here if None.
         sink_logits: [q_heads], any float dtype: learned logit of each head's sink; None for none.
+        restored: what `restore_cached` returned, where the step restores first.
 
     Returns:
         [tokens, q_heads, head_dim], model dtype.
 
     Determinism: that of the flash attention. Graph-safe: no.
     """
-    workspace = torch.empty((2, plan.most_restored, *k.shape[1:]), dtype=k.dtype, device=k.device)
+    found = (lambda _: restored) if restored else partial(restore, k, v, layer, step, out=_workspace(k, plan))
     return attend_long_chunks(
         q,
         lambda tokens: (k[tokens], v[tokens]),
-        lambda segment: restore(k, v, layer, step, segment, workspace),
+        found,
         plan,
         scale,
         logit_cap,
         out,
         sink_logits=sink_logits,
     )
+
+
+def restore_cached(
+    k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, plan: PrefillPlan
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Restore what a step attends to that restores first, before it changes the cache.
+
+    Args:
+        k: [tokens, kv_heads, head_dim]; v: the same. Not rotated.
+        layer: the layer's cache.
+        step: the forward pass.
+        plan: its long chunks.
+
+    Returns:
+        Keys and values, as of `restore`.
+    """
+    return restore(k, v, layer, step, plan.segments[0], _workspace(k, plan))
+
+
+def _workspace(k: torch.Tensor, plan: PrefillPlan) -> torch.Tensor:
+    return torch.empty((2, plan.most_restored, *k.shape[1:]), dtype=k.dtype, device=k.device)
 
 
 def attend_long_chunks(

@@ -56,6 +56,7 @@ class PrefillPlan:
         long_last: whether they come first.
         most_short: a request of more rows is a long chunk.
         most_restored: the most keys that are restored together, chunks' own ones behind them included.
+        on_tiles: all begin at the boundary of a tile.
     """
 
     flash: FlashAttention
@@ -65,6 +66,7 @@ class PrefillPlan:
     long_last: bool
     most_short: int
     most_restored: int
+    on_tiles: bool
 
 
 def workspace_tokens(config: CacheConfig[Any], dtype: torch.dtype, token_numbers: int | None = None) -> int:
@@ -122,24 +124,21 @@ def plan_prefill(
     return PrefillPlan(
         flash=flash,
         segments=[
-            Segment(
-                group[0].request,
-                slice(starts[group[0].request], starts[group[-1].request + 1]),
-                numbers.tensor(begin),
-                numbers.found(spans),
-                sum(keys.count for keys in group),
-                group[0].restored,
-                group[0].causal,
-                group[0].opens,
-            )
-            for group, begin, spans in groups
+            _segment(group, starts, numbers.tensor(begin), numbers.found(spans)) for group, begin, spans in groups
         ],
         short_tokens=starts[-1] - long_tokens,
         short_requests=len(query_lens) - len(longs),
         long_last=longs[0] + len(longs) == len(query_lens),
         most_short=most_short,
         most_restored=max((sum(keys.count for keys in group) for group, *_ in groups if group[0].restored), default=0),
+        on_tiles=all(prefix_lens[i] % config.tile_tokens == 0 for i in longs),
     )
+
+
+def _segment(group: "list[_Keys]", starts: list[int], begin: torch.Tensor, spans: Spans) -> Segment:
+    first, tokens = group[0], slice(starts[group[0].request], starts[group[-1].request + 1])
+    count = sum(keys.count for keys in group)
+    return Segment(first.request, tokens, begin, spans, count, first.restored, first.causal, first.opens)
 
 
 def _worth_restoring(prefix_lens: list[int], query_lens: list[int]) -> bool:

@@ -4,14 +4,7 @@ import functools
 
 import torch
 
-from kvarn.core.append import (
-    RotatedRows,
-    rotate_rows,
-    rotate_rows_reference,
-    store_first_reference,
-    store_tail,
-    store_tail_reference,
-)
+from kvarn.core.append import RotatedRows, rotate_rows, rotate_rows_reference, store_first_reference, store_tail
 from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
 from kvarn.core.launch import Constants, chained, launch
 from kvarn.core.reference import SCALE_MAX, encode, key_clip, value_clip
@@ -92,12 +85,10 @@ def _empty_rows(k: torch.Tensor, layer: LayerCache) -> RotatedRows:
 
 
 def append_and_seal_reference(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step) -> RotatedRows:
-    """Do the same in plain torch, whatever the device."""
+    """Do the same in plain torch, whatever the device, but leave rings that attention without flash may read alone."""
     rotated = rotate_rows_reference(k, v)
     store_first_reference(torch.stack((rotated.k, rotated.v), dim=1), layer, step, store=step.rows_in_ring)
     seal_reference(rotated, layer, step)
-    if step.stores_first and not step.rows_in_ring:
-        store_tail_reference(rotated, layer, step)
     return rotated
 
 

@@ -45,6 +45,7 @@ class Step:
         rows_in_ring: this step's rows are stored before they are attended to, and then read there (decode and verify),
             or are read as they come (chunks, whose rows push out rows that their first queries still read).
         plan: long chunks, which have no attention tasks; None if there are none.
+        hits_inside: a request may read pages that another fills in this step: the engine publishes them before.
     """
 
     rows: torch.Tensor
@@ -65,12 +66,25 @@ class Step:
     columns: int
     rows_in_ring: bool
     plan: PrefillPlan | None = None
+    hits_inside: bool = True
+
+    @property
+    def restores_first(self) -> bool:
+        """Whether cached rows are restored before this step's own are sealed and stored, all at once.
+
+        Not if a tile that is sealed begins in the ring, where the same launch would store newer rows.
+        """
+        plan = self.plan
+        if plan is None or plan.short_tokens or self.hits_inside or not plan.on_tiles:
+            return False
+        return len(plan.segments) == 1 and plan.segments[0].restored
 
     @property
     def stores_first(self) -> bool:
         """Whether all of this step's rows are stored before they are attended to: no query reads what they push out."""
-        plan = self.plan
-        return self.rows_in_ring or (plan is not None and not plan.short_tokens and not plan.most_restored)
+        if self.rows_in_ring or self.restores_first:
+            return True
+        return self.plan is not None and not self.plan.short_tokens and not self.plan.most_restored
 
 
 def decode_step(
@@ -210,7 +224,10 @@ def _verify_step(config: CacheConfig[Any], group: int, rows_each: int, widest: i
     rows_per_task, columns = task_shape(config, group, rows_each, widest)
     named = {name: fields[name] for name in Tasks._fields if name in fields}
     work_end = count_work(config, Tasks(rows_per_task=rows_per_task, rows_in_ring=True, **named))
-    return Step(work_end=work_end, rows_per_task=rows_per_task, columns=columns, rows_in_ring=True, plan=None, **fields)
+    return Step(
+        work_end=work_end, rows_per_task=rows_per_task, columns=columns, rows_in_ring=True, plan=None, hits_inside=True,
+        **fields,
+    )  # fmt: skip
 
 
 def task_shape(config: CacheConfig[Any], group: int, rows_each: int, widest: int = VERIFY_COLUMNS) -> tuple[int, int]:

@@ -18,7 +18,7 @@ _PAGES_BLOCK = 128
 
 
 class TableSteps:
-    """Describes forward passes.
+    """Describes forward passes of an engine that lets requests find a page in its prefix cache after it was filled.
 
     Args:
         state: ring owners and sinks of the pool.
@@ -93,6 +93,7 @@ class TableSteps:
             self._group,
             sum(host_query_lens),
             plan,
+            hits_inside=False,
             **self._columns,
         )
         self.state.watch_faults()

@@ -1,11 +1,15 @@
 """Chunks are rotated, stored and sealed in one launch: the same bits as by one launch for each."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from cases import Case, make_case, to_device
 
+from kvarn.core import prefill_plan
 from kvarn.core import seal as seal_module
 from kvarn.core.append import rotate_rows, store_tail
+from kvarn.core.attention import attention, attention_reference
 from kvarn.core.seal import append_and_seal, seal
 
 # Tokens before and in the step: first chunks, ones that go on inside a tile or fill it, some short of a tile.
@@ -106,3 +110,36 @@ def test_small_chunks_take_one_launch_and_large_ones_write_the_same(device, monk
     monkeypatch.setattr(seal_module, "CHUNK_AT_ONCE", 199)
     at_once(cases[1])
     assert_same(*cases)
+
+
+@pytest.mark.parametrize("reference", [False, True], ids=["kernels", "reference"])
+@pytest.mark.parametrize(
+    ("lengths", "new", "hits", "at_once"),
+    [([256], [200], [0], 1024), ([384, 256], [70, 130], [256, 256], 1024), ([256], [200], [0], 0)],
+    ids=["goes on", "hits", "large"],
+)
+def test_cached_rows_are_restored_before_anything_is_stored(
+    lengths, new, hits, at_once, reference, device, dtype, monkeypatch
+):
+    """Where no request reads what the same step fills, results and cache are those of the other order."""
+    monkeypatch.setattr(seal_module, "CHUNK_AT_ONCE", at_once)
+    made = make_case(lengths, new, hits=hits, dtype=dtype, planned=True)
+    cases = [to_device(made, device) for _ in range(2)]
+    cases[1].step = replace(cases[1].step, hits_inside=False)
+    assert [case.step.restores_first for case in cases] == [case.step.stores_first for case in cases] == [False, True]
+    attend = attention_reference if reference else attention
+    outs = [attend(case.q, case.k, case.v, case.layer, case.step, 0.1) for case in cases]
+    assert torch.equal(*outs)
+    for case in cases:
+        case.rotated = cases[0].rotated
+    assert_same(*cases)
+
+
+def test_steps_that_restore_piece_by_piece_or_have_short_rows_or_begin_inside_a_tile_keep_their_order(monkeypatch):
+    for lengths, new in (([256], [3]), ([256, 0], [100, 3]), ([0], [200]), ([256, 200], [100, 100])):
+        step = make_case(lengths, new, planned=True).step
+        assert not replace(step, hits_inside=False).restores_first
+    monkeypatch.setattr(prefill_plan, "_WORKSPACE_BYTES", 1)
+    step = make_case([256], [100], planned=True).step
+    assert len(step.plan.segments) > 1
+    assert not replace(step, hits_inside=False).restores_first
