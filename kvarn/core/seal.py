@@ -16,10 +16,14 @@ _DECODE_ELEMENTS_PER_WARP = 2048
 # In a decode step few requests fill a tile: not many more programs than run at once, each looking at so many requests.
 _DECODE_PROGRAMS = 256
 SEAL_TASK_BLOCK = 32
-# Tokens of a decode step and of chunks up to which launches saved are worth more than rows rotated by more programs; 0
-# for never. Small chunks wait for the host, which launches.
-_APPENDED_AT_ONCE, CHUNK_AT_ONCE = 64, 1024
-_ROWS_AT_ONCE, _CHUNK_ROWS_AT_ONCE = 4, 32
+# Requests of a decode step up to which a launch saved is worth more than rows rotated by more programs; 0 for never.
+_APPENDED_AT_ONCE = 64
+_ROWS_AT_ONCE = 4
+# The same of chunks, which wait for the host if they are small: tokens, and programs. Not many more of these run at
+# once, and with many requests most would take their time to find nothing to do.
+CHUNK_AT_ONCE = 1024
+CHUNK_PROGRAMS = 512
+_CHUNK_ROWS_AT_ONCE = 32
 
 
 def append_and_seal(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step) -> RotatedRows:
@@ -33,10 +37,11 @@ def append_and_seal(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: S
 
     Determinism: as of `rotate_rows` and `seal`; one launch writes the same bits as two. Graph-safe: yes.
     """
-    tokens, _, head_dim = k.shape
+    tokens, kv_heads, head_dim = k.shape
     if runs_triton(k) and layer.config.layout.padded_dim == head_dim:
-        if not step.rows_in_ring and tokens <= CHUNK_AT_ONCE:
-            return _append_chunk(k, v, layer, step)
+        programs = _chunk_programs(step, layer.config)
+        if not step.rows_in_ring and tokens <= CHUNK_AT_ONCE and 2 * kv_heads * programs <= CHUNK_PROGRAMS:
+            return _append_chunk(k, v, layer, step, programs)
         if step.rows_in_ring and tokens <= _APPENDED_AT_ONCE and tokens == step.seal_tile.shape[0]:
             return _append_one_each(k, v, layer, step)
     rotated = rotate_rows(k, v, layer, step, store=step.rows_in_ring)
@@ -63,19 +68,22 @@ def _append_one_each(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: 
     return rotated
 
 
-def _append_chunk(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step) -> RotatedRows:
+def _chunk_programs(step: Step, config: CacheConfig) -> int:
+    """Return the programs of one part of a record: of tiles that become full, and of what requests have besides."""
+    return step.seal_tile.shape[0] + step.rows.shape[0] * (config.tile_tokens // _CHUNK_ROWS_AT_ONCE)
+
+
+def _append_chunk(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, programs: int) -> RotatedRows:
     from kvarn.core.kernels.append import append_chunk_kernel
 
-    kv_heads, tasks = k.shape[1], step.seal_tile.shape[0]
-    constants = _append_chunk_constants(layer.config, layer.records.device, step.stores_first)
-    open_parts = step.rows.shape[0] * layer.config.tile_tokens // constants.named["ROWS_AT_ONCE"]
     rotated = _empty_rows(k, layer)
     launch(
-        append_chunk_kernel, (tasks + open_parts, kv_heads, 2),
+        append_chunk_kernel, (programs, k.shape[1], 2),
         k, v, rotated.k, rotated.v, layer.tails, layer.sinks, layer.records, step.seal_request, step.seal_tile,
         step.rows, step.sink_slots, step.prefix_lens, step.seq_lens, step.query_start, step.token_request,
-        step.token_position, step.block_table, tasks, *k.stride()[:2], *v.stride()[:2], *layer.records.stride()[:3],
-        *layer.tails.stride()[:3], *layer.sinks.stride()[:3], step.block_table.stride(0), constants=constants,
+        step.token_position, step.block_table, step.seal_tile.shape[0], *k.stride()[:2], *v.stride()[:2],
+        *layer.records.stride()[:3], *layer.tails.stride()[:3], *layer.sinks.stride()[:3], step.block_table.stride(0),
+        constants=_append_chunk_constants(layer.config, layer.records.device, step.stores_first),
     )  # fmt: skip
     return rotated
 

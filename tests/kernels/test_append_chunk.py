@@ -97,19 +97,22 @@ def test_rings_that_a_step_reads_are_left_alone_until_then(lengths, new, planned
     assert torch.equal(before.nan_to_num(7.0), case.layer.tails.nan_to_num(7.0))
 
 
-def test_small_chunks_take_one_launch_and_large_ones_write_the_same(device, monkeypatch):
-    launched = []
-    original = seal_module.launch
+def test_few_small_chunks_take_one_launch_and_others_write_the_same(device, monkeypatch):
+    rotated = []
     monkeypatch.setattr(
-        seal_module, "launch", lambda kernel, *args, **named: launched.append(1) or original(kernel, *args, **named)
+        seal_module, "rotate_rows", lambda *args, **named: rotated.append(1) or rotate_rows(*args, **named)
     )
     made = make_case([0], [200], planned=True)
-    cases = [to_device(made, device) for _ in range(2)]
-    at_once(cases[0])
-    assert len(launched) == 1
-    monkeypatch.setattr(seal_module, "CHUNK_AT_ONCE", 199)
-    at_once(cases[1])
-    assert_same(*cases)
+    one = to_device(made, device)
+    at_once(one)
+    assert not rotated
+    for name, most in (("CHUNK_AT_ONCE", 199), ("CHUNK_PROGRAMS", 10)):
+        other = to_device(made, device)
+        with monkeypatch.context() as patch:
+            patch.setattr(seal_module, name, most)
+            at_once(other)
+        assert rotated.pop()
+        assert_same(one, other)
 
 
 @pytest.mark.parametrize("reference", [False, True], ids=["kernels", "reference"])
