@@ -311,7 +311,7 @@ def test_chunks_are_measured_beside_fp16(tmp_path):
 
 def test_a_wrong_chunk_fails_the_gate(tmp_path, monkeypatch):
     restored = restore.restore
-    monkeypatch.setattr(prefill, "restore", lambda *args: [2 * rows for rows in restored(*args)])
+    monkeypatch.setattr(prefill, "restore", lambda *args, **named: [2 * rows for rows in restored(*args, **named)])
     assert not extend.run(bench(), tmp_path / "extend.json", [(70, 256)])
 
 
