@@ -1,6 +1,7 @@
 """Seal: turn every tile that becomes full in a step into its record."""
 
 import functools
+from typing import Any
 
 import torch
 
@@ -39,11 +40,12 @@ def append_and_seal(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: S
     """
     tokens, kv_heads, head_dim = k.shape
     if runs_triton(k) and layer.config.layout.padded_dim == head_dim:
-        programs = _chunk_programs(step, layer.config)
-        if not step.rows_in_ring and tokens <= CHUNK_AT_ONCE and 2 * kv_heads * programs <= CHUNK_PROGRAMS:
-            return _append_chunk(k, v, layer, step, programs)
         if step.rows_in_ring and tokens <= _APPENDED_AT_ONCE and tokens == step.seal_tile.shape[0]:
             return _append_one_each(k, v, layer, step)
+        if not step.rows_in_ring and tokens <= CHUNK_AT_ONCE:
+            programs = _chunk_programs(step, layer.config)
+            if 2 * kv_heads * programs <= CHUNK_PROGRAMS:
+                return _append_chunk(k, v, layer, step, programs)
     rotated = rotate_rows(k, v, layer, step, store=step.rows_in_ring)
     seal(rotated, layer, step)
     if step.stores_first and not step.rows_in_ring:
@@ -129,27 +131,29 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
 
 @functools.lru_cache(maxsize=32)
 def _append_chunk_constants(config: CacheConfig, device: torch.device, store: bool) -> Constants:
-    sealing = dict(_constants(config, device, False).named)
-    del sealing["BLOCK"]
     return Constants({
-        **sealing, "NORM": config.rotation_norm, "SINK": config.sink_tokens, "STORE": store,
-        "ROWS_AT_ONCE": _CHUNK_ROWS_AT_ONCE,
+        **_seal_constants(config, device, rows_in_ring=False), "NORM": config.rotation_norm, "SINK": config.sink_tokens,
+        "STORE": store, "ROWS_AT_ONCE": _CHUNK_ROWS_AT_ONCE,
     })  # fmt: skip
 
 
 @functools.lru_cache(maxsize=32)  # as of `layout_constants`
 def _constants(config: CacheConfig, device: torch.device, rows_in_ring: bool) -> Constants:
-    """Return the constants and options that both kernels take which seal."""
+    block = SEAL_TASK_BLOCK if rows_in_ring else 1
+    return Constants({**_seal_constants(config, device, rows_in_ring=rows_in_ring), "BLOCK": block})
+
+
+def _seal_constants(config: CacheConfig, device: torch.device, *, rows_in_ring: bool) -> dict[str, Any]:
+    """Return the constants and options that all kernels take which seal."""
     layout = config.layout
     constants = layout_constants(layout)
     elements_per_warp = _DECODE_ELEMENTS_PER_WARP if rows_in_ring else _CHUNK_ELEMENTS_PER_WARP
-    return Constants({
+    return {
         **constants, "RING": config.ring_tokens, "TILES": config.tiles_per_block, "KEY_BITS": layout.key_bits,
         "VALUE_BITS": layout.value_bits, "KEY_CLIP": key_clip(layout.key_bits),
         "VALUE_CLIP": value_clip(layout.value_bits, layout.head_dim), "SCALE_MAX": SCALE_MAX,
-        "BLOCK": SEAL_TASK_BLOCK if rows_in_ring else 1, **chained(device),
-        "num_warps": min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp)),
-    })  # fmt: skip
+        **chained(device), "num_warps": min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp)),
+    }  # fmt: skip
 
 
 def seal_programs(step: Step, parts: int) -> int:
