@@ -17,6 +17,8 @@ _FEW_TOKENS = 512
 _BLOCK_FEW = 4
 _BLOCK_MANY = 16
 _ELEMENTS_PER_WARP = 512
+# Rows of one program that stores a chunk's: as many as fit these elements. Most programs of a long chunk store nothing.
+_STORED_ELEMENTS = 8192
 # Channels whose part of the rotation matrix is in shared memory at a time.
 _CHUNK_CHANNELS = 128
 # The largest number that is finite in fp16 and exact in bf16.
@@ -53,7 +55,8 @@ def rotate_rows(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step,
         v: the same.
         layer: the layer's cache.
         step: the forward pass.
-        store: write rings in the same launch. Right only if no query of the step reads a row that they push out.
+        store: write rings in the same launch. Right only if no query of the step reads a row that they push out, and
+            no tile that it fills begins among these.
 
     Determinism: a row's bits depend on that row alone. Graph-safe: yes.
     """
@@ -68,9 +71,9 @@ def rotate_rows(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step,
     constants = _rotate_constants(layer.config, k.device, tokens <= _FEW_TOKENS, store)
     launch(
         rotate_kernel, (-(-tokens // constants.named["BLOCK"]), 2 * kv_heads),
-        k, v, device_signs(head_dim, v.dtype, v.device, False), rotated.k, rotated.v,
-        layer.tails, layer.sinks, step.token_request, step.token_position, step.rows, step.sink_slots, tokens,
-        *k.stride()[:2], *v.stride()[:2], *layer.tails.stride()[:3], *layer.sinks.stride()[:3], constants=constants,
+        k, v, device_signs(head_dim, v.dtype, v.device, False), rotated.k, rotated.v, layer.tails, layer.sinks,
+        step.token_request, step.token_position, step.rows, step.sink_slots, step.seq_lens, tokens, *k.stride()[:2],
+        *v.stride()[:2], *layer.tails.stride()[:3], *layer.sinks.stride()[:3], constants=constants,
     )  # fmt: skip
     return rotated
 
@@ -110,19 +113,20 @@ def launch_store(first: torch.Tensor, second: torch.Tensor, layer: LayerCache[An
 
     tokens, kv_heads, width = first.shape
     parts = layer.tails.shape[1]
+    constants = _store_constants(layer.config, kv_heads, width)
     launch(
-        store_tail_kernel, (-(-tokens // _BLOCK_MANY), parts * kv_heads),
-        first, second, layer.tails, layer.sinks, step.token_request, step.token_position, step.rows,
-        step.sink_slots, step.seq_lens, tokens, *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
-        constants=_store_constants(layer.config, kv_heads, width),
+        store_tail_kernel, (-(-tokens // constants.named["BLOCK"]), parts * kv_heads),
+        first, second, layer.tails, layer.sinks, step.token_request, step.token_position, step.rows, step.sink_slots,
+        step.seq_lens, tokens, *layer.tails.stride()[:3], *layer.sinks.stride()[:3], constants=constants,
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=32)
 def _store_constants(config: CacheConfig[Any], kv_heads: int, width: int) -> Constants:
+    padded = power_of_two(width)
     return Constants({
-        "KV_HEADS": kv_heads, "D": width, "DP": power_of_two(width), "RING": config.ring_tokens,
-        "SINK": config.sink_tokens, "BLOCK": _BLOCK_MANY,
+        "KV_HEADS": kv_heads, "D": width, "DP": padded, "RING": config.ring_tokens, "SINK": config.sink_tokens,
+        "BLOCK": _STORED_ELEMENTS // padded,
     })  # fmt: skip
 
 

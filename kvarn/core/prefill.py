@@ -115,23 +115,36 @@ def attend_long_chunks(
         return part_of(only, out)[0]
     if out is None:
         out = torch.empty_like(q, memory_format=torch.contiguous_format)
-    openings = [_from(first_row, segment.tokens) for segment in plan.segments if segment.opens]
-    merges = len(plan.segments) - len(openings)
+    merges = sum(not segment.opens for segment in plan.segments)
     total = out if merges <= _FEW_MERGES else torch.empty_like(out, dtype=torch.float32)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     for segment in plan.segments:
         at = _from(first_row, segment.tokens)
-        part, part_lse = part_of(segment)
-        if segment.opens:
-            total[at], lse[:, at] = part, part_lse
-        else:
-            merge(total[at], lse[:, at], part, part_lse)
-    for at in openings:
+        _add_part(partial(part_of, segment), segment, total[at], lse[:, at], out.dtype)
+    for at in (_from(first_row, segment.tokens) for segment in plan.segments if segment.opens):
         if sink_logits is not None:
             merge_sinks(total[at], lse[:, at], sink_logits)
         if total is not out:
             out[at] = total[at]
     return out
+
+
+def _add_part(
+    part_of: Callable[[torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]],
+    segment: Segment,
+    total: torch.Tensor,
+    lse: torch.Tensor,
+    dtype: torch.dtype,
+) -> None:
+    """Attend a segment and merge it with what its chunks attended to before. Its output is freed on return."""
+    if segment.opens and total.dtype == dtype:
+        lse[:] = part_of(total)[1]
+        return
+    part, part_lse = part_of(None)
+    if segment.opens:
+        total[:], lse[:] = part, part_lse
+    else:
+        merge(total, lse, part, part_lse)
 
 
 def _from(first_row: int, tokens: slice) -> slice:

@@ -1,11 +1,10 @@
 """Seal: turn every tile that becomes full in a step into its record."""
 
 import functools
-from typing import Any
 
 import torch
 
-from kvarn.core.append import RotatedRows, rotate_rows, rotate_rows_reference, store_first_reference, store_tail
+from kvarn.core.append import RotatedRows, rotate_rows, rotate_rows_reference, store_first_reference
 from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
 from kvarn.core.launch import Constants, chained, launch
 from kvarn.core.reference import SCALE_MAX, encode, key_clip, value_clip
@@ -20,11 +19,6 @@ SEAL_TASK_BLOCK = 32
 # Requests of a decode step up to which a launch saved is worth more than rows rotated by more programs; 0 for never.
 _APPENDED_AT_ONCE = 64
 _ROWS_AT_ONCE = 4
-# The same of chunks, which wait for the host if they are small: tokens, and programs. Not many more of these run at
-# once, and with many requests most would take their time to find nothing to do.
-CHUNK_AT_ONCE = 1024
-CHUNK_PROGRAMS = 512
-_CHUNK_ROWS_AT_ONCE = 32
 
 
 def append_and_seal(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step) -> RotatedRows:
@@ -39,25 +33,14 @@ def append_and_seal(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: S
     Determinism: as of `rotate_rows` and `seal`; one launch writes the same bits as two. Graph-safe: yes.
     """
     tokens, kv_heads, head_dim = k.shape
-    if runs_triton(k) and layer.config.layout.padded_dim == head_dim:
-        if step.rows_in_ring and tokens <= _APPENDED_AT_ONCE and tokens == step.seal_tile.shape[0]:
-            return _append_one_each(k, v, layer, step)
-        if not step.rows_in_ring and tokens <= CHUNK_AT_ONCE:
-            programs = _chunk_programs(step, layer.config)
-            if 2 * kv_heads * programs <= CHUNK_PROGRAMS:
-                return _append_chunk(k, v, layer, step, programs)
-    rotated = rotate_rows(k, v, layer, step, store=step.rows_in_ring)
-    seal(rotated, layer, step)
-    if step.stores_first and not step.rows_in_ring:
-        store_tail(rotated, layer, step)
-    return rotated
-
-
-def _append_one_each(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step) -> RotatedRows:
+    one_each = step.rows_in_ring and tokens == step.seal_tile.shape[0]
+    if not runs_triton(k) or not one_each or tokens > _APPENDED_AT_ONCE or layer.config.layout.padded_dim != head_dim:
+        rotated = rotate_rows(k, v, layer, step, store=step.stores_first)
+        seal(rotated, layer, step)
+        return rotated
     from kvarn.core.kernels.append import append_kernel
 
-    tokens, kv_heads, _ = k.shape
-    rotated = _empty_rows(k, layer)
+    rotated = RotatedRows(*torch.empty((2, *k.shape), dtype=layer.tails.dtype, device=k.device).unbind())
     launch(
         append_kernel, (seal_programs(step, 2 * kv_heads), kv_heads, 2),
         k, v, rotated.k, rotated.v, layer.tails, layer.sinks, layer.records, step.seal_request, step.seal_tile,
@@ -68,30 +51,6 @@ def _append_one_each(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: 
         constants=_constants(layer.config, layer.records.device, step.rows_in_ring),
     )  # fmt: skip
     return rotated
-
-
-def _chunk_programs(step: Step, config: CacheConfig) -> int:
-    """Return the programs of one part of a record: of tiles that become full, and of what requests have besides."""
-    return step.seal_tile.shape[0] + step.rows.shape[0] * (config.tile_tokens // _CHUNK_ROWS_AT_ONCE)
-
-
-def _append_chunk(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step, programs: int) -> RotatedRows:
-    from kvarn.core.kernels.append import append_chunk_kernel
-
-    rotated = _empty_rows(k, layer)
-    launch(
-        append_chunk_kernel, (programs, k.shape[1], 2),
-        k, v, rotated.k, rotated.v, layer.tails, layer.sinks, layer.records, step.seal_request, step.seal_tile,
-        step.rows, step.sink_slots, step.prefix_lens, step.seq_lens, step.query_start, step.token_request,
-        step.token_position, step.block_table, step.seal_tile.shape[0], *k.stride()[:2], *v.stride()[:2],
-        *layer.records.stride()[:3], *layer.tails.stride()[:3], *layer.sinks.stride()[:3], step.block_table.stride(0),
-        constants=_append_chunk_constants(layer.config, layer.records.device, step.stores_first),
-    )  # fmt: skip
-    return rotated
-
-
-def _empty_rows(k: torch.Tensor, layer: LayerCache) -> RotatedRows:
-    return RotatedRows(*torch.empty((2, *k.shape), dtype=layer.tails.dtype, device=k.device).unbind())
 
 
 def append_and_seal_reference(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step) -> RotatedRows:
@@ -129,31 +88,19 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=32)
-def _append_chunk_constants(config: CacheConfig, device: torch.device, store: bool) -> Constants:
-    return Constants({
-        **_seal_constants(config, device, rows_in_ring=False), "NORM": config.rotation_norm, "SINK": config.sink_tokens,
-        "STORE": store, "ROWS_AT_ONCE": _CHUNK_ROWS_AT_ONCE,
-    })  # fmt: skip
-
-
 @functools.lru_cache(maxsize=32)  # as of `layout_constants`
 def _constants(config: CacheConfig, device: torch.device, rows_in_ring: bool) -> Constants:
-    block = SEAL_TASK_BLOCK if rows_in_ring else 1
-    return Constants({**_seal_constants(config, device, rows_in_ring=rows_in_ring), "BLOCK": block})
-
-
-def _seal_constants(config: CacheConfig, device: torch.device, *, rows_in_ring: bool) -> dict[str, Any]:
-    """Return the constants and options that all kernels take which seal."""
+    """Return the constants and options that both kernels take which seal."""
     layout = config.layout
     constants = layout_constants(layout)
     elements_per_warp = _DECODE_ELEMENTS_PER_WARP if rows_in_ring else _CHUNK_ELEMENTS_PER_WARP
-    return {
+    return Constants({
         **constants, "RING": config.ring_tokens, "TILES": config.tiles_per_block, "KEY_BITS": layout.key_bits,
         "VALUE_BITS": layout.value_bits, "KEY_CLIP": key_clip(layout.key_bits),
         "VALUE_CLIP": value_clip(layout.value_bits, layout.head_dim), "SCALE_MAX": SCALE_MAX,
-        **chained(device), "num_warps": min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp)),
-    }  # fmt: skip
+        "BLOCK": SEAL_TASK_BLOCK if rows_in_ring else 1, **chained(device),
+        "num_warps": min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp)),
+    })  # fmt: skip
 
 
 def seal_programs(step: Step, parts: int) -> int:

@@ -70,9 +70,9 @@ class Step:
 
     @property
     def restores_first(self) -> bool:
-        """Whether cached rows are restored before this step's own are sealed and stored, all at once.
+        """Whether cached rows are restored before this step's own are stored and sealed.
 
-        Not if a tile that is sealed begins in the ring, where the same launch would store newer rows.
+        Not if a tile that is sealed begins in the ring, where newer rows would have taken its rows' places.
         """
         plan = self.plan
         if plan is None or plan.short_tokens or self.hits_inside or not plan.on_tiles:
@@ -81,7 +81,10 @@ class Step:
 
     @property
     def stores_first(self) -> bool:
-        """Whether all of this step's rows are stored before they are attended to: no query reads what they push out."""
+        """Whether all of this step's rows are stored before they are attended to.
+
+        So where no query reads rows that they push out, and no tile that they fill begins among those.
+        """
         if self.rows_in_ring or self.restores_first:
             return True
         return self.plan is not None and not self.plan.short_tokens and not self.plan.most_restored

@@ -1,6 +1,5 @@
 """Warm-up: compile every kernel that a server's steps launch, before it serves."""
 
-import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -10,16 +9,14 @@ from kvarn.core.attention import attention
 from kvarn.core.cache import LayerCache, runs_triton
 from kvarn.core.chunk_step import CHUNK_COLUMNS, chunk_step
 from kvarn.core.flash import FlashAttention
-from kvarn.core.prefill_plan import LONG_ROWS, plan_prefill
-from kvarn.core.seal import CHUNK_AT_ONCE, CHUNK_PROGRAMS
+from kvarn.core.prefill_plan import plan_prefill
 from kvarn.core.step import Step, verify_step
 from kvarn.core.tail import TailState
 
 # Attention has a variant for up to 32 tasks, for up to 128, and for more.
 _TASKS = (1, 33, 129)
-# Few small chunks are appended in one launch, many or large ones in several.
-_LONG_CHUNKS = (LONG_ROWS + 8, CHUNK_AT_ONCE + 8)
-_MANY_CHUNKS = CHUNK_PROGRAMS
+# Rotation has one for more than 512 tokens.
+_LONG_CHUNK = 520
 
 
 def warm_up(
@@ -70,23 +67,22 @@ def warm_up_steps(
         return
     config, device = layer.config, layer.records.device
 
-    def run_chunk(flash: FlashAttention | None, prefix: int, tokens: int, count: int = 1) -> None:
-        plan = plan_prefill(config, flash, layer.tails.dtype, [prefix] * count, [tokens] * count, device, token_numbers)
-        table = torch.zeros(count, -(-(prefix + tokens) // config.tile_tokens), dtype=torch.int32, device=device)
-        ends = _ints(device, count, prefix), _ints(device, count, prefix + tokens)
-        rows, total = _ints(device, count, 0), tokens * count
-        for tags in (torch.zeros(count, 2, dtype=torch.int64, device=device), None):
-            step, _ = chunk_step(_scratch_state(layer), rows, *ends, tags, table, group, total, plan, widest)
-        run(step, total)
+    def run_chunk(flash: FlashAttention | None, prefix: int, tokens: int) -> None:
+        plan = plan_prefill(config, flash, layer.tails.dtype, [prefix], [tokens], device, token_numbers)
+        table = torch.zeros(1, -(-(prefix + tokens) // config.tile_tokens), dtype=torch.int32, device=device)
+        ends = _ints(device, 1, prefix), _ints(device, 1, prefix + tokens)
+        row = _ints(device, 1, 0)
+        for tags in (torch.zeros(1, 2, dtype=torch.int64, device=device), None):
+            step, _ = chunk_step(_scratch_state(layer), row, *ends, tags, table, group, tokens, plan, widest)
+        run(step, tokens)
 
     for tasks in _TASKS:
         rows, ones, table = _ints(device, tasks, 0), _ints(device, tasks, 1), _ints(device, tasks, 0)[:, None]
         for each in sorted({1, config.draft_tokens + 1}):
             run(verify_step(_scratch_state(layer), rows, ones, table, group, each, widest), tasks * each)
         run_chunk(None, 0, tasks * max(1, widest // group))
-    run_chunk(None, 0, 1, _MANY_CHUNKS)
-    for prefix, tokens in itertools.product((0, config.tile_tokens), _LONG_CHUNKS):
-        run_chunk(flash, prefix, tokens)
+    for prefix in (0, config.tile_tokens):
+        run_chunk(flash, prefix, _LONG_CHUNK)
     if layer.records.is_cuda:
         torch.cuda.synchronize(device)
 

@@ -25,7 +25,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from kvarn.core.attend import launch_shape
 from kvarn.core.cache import layout_constants
 from kvarn.core.chunk_step import CHUNK_COLUMNS
-from kvarn.core.kernels.append import append_chunk_kernel, append_kernel
+from kvarn.core.kernels.append import append_kernel
 from kvarn.core.kernels.attend import attend_kernel as plain_attend_kernel
 from kvarn.core.kernels.chunk_step import chunk_step_kernel
 from kvarn.core.kernels.combine import combine_kernel
@@ -52,7 +52,6 @@ from kvarn.presets import get_preset
 
 KERNELS = {
     "append": append_kernel,
-    "append_chunk": append_chunk_kernel,
     "attend": plain_attend_kernel,
     "chunk_step": chunk_step_kernel,
     "combine": combine_kernel,
@@ -76,10 +75,7 @@ LATENT_KERNELS = {
     "rotate": rotate_latents_kernel,
     "seal": seal_latents_kernel,
 }
-_CHANGED = {
-    "append_chunk": {"ROWS_AT_ONCE": 32},
-    "verify": {"ROWS": 4, "DRAFTS": 4, "TASKS": 2, "TASK_ROWS": 2},
-}
+_VERIFIED = {"ROWS": 4, "DRAFTS": 4, "TASKS": 2, "TASK_ROWS": 2}
 _POINTERS = {
     "fp16": ("q_ptr", "k_ptr", "v_ptr", "k_out_ptr", "v_out_ptr", "chunk_k_ptr", "chunk_v_ptr", "tails_ptr")
     + ("sinks_ptr", "signs_ptr", "out_ptr", "part_ptr", "latent_ptr", "rope_ptr", "raw_ptr", "chunk_ptr"),
@@ -128,7 +124,7 @@ def plain_resources(kernel: str, preset: str, head_dim: int) -> dict[str, int]:
     """Return what one of the other kernels takes, in a decode step."""
     layout = TileLayout.of(get_preset(preset), head_dim)
     block = 4 if kernel.startswith("combine") and layout.padded_dim == head_dim else 16
-    constants = _constants(layout, BLOCK=block, **_CHANGED.get(kernel, {}))
+    constants = _constants(layout, BLOCK=block, **(_VERIFIED if kernel == "verify" else {}))
     if kernel.endswith("sinks"):
         del constants["sink_logits_ptr"]
     source = ASTSource(KERNELS[kernel], **_arguments(KERNELS[kernel], constants))

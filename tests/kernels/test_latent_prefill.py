@@ -96,8 +96,7 @@ def test_flash_attention_gets_values_as_wide_as_keys_unless_it_takes_narrower_on
 def test_warm_up_writes_nothing_but_padding(device, monkeypatch):
     if device == "cpu":  # the interpreter is slow, and has no variants
         monkeypatch.setattr(warm_up_module, "_TASKS", (1,))
-        monkeypatch.setattr(warm_up_module, "_LONG_CHUNKS", (LONG,))
-        monkeypatch.setattr(warm_up_module, "_MANY_CHUNKS", 2)
+        monkeypatch.setattr(warm_up_module, "_LONG_CHUNK", LONG)
     case = make_latent_case([130], [1], heads=HEADS).to(device)
     layer, layout = case.layer, case.layer.config.layout
     kept = [x.clone() for x in (layer.records[1:], layer.tails[1:], layer.sinks)]

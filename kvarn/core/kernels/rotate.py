@@ -32,7 +32,7 @@ def _rotate_by_matrix(
 @triton.jit(do_not_specialize=["num_tokens"])
 def rotate_kernel(
     k_ptr, v_ptr, signs_ptr, k_out_ptr, v_out_ptr, tails_ptr, sinks_ptr,
-    token_request_ptr, token_position_ptr, rows_ptr, sink_slot_ptr, num_tokens,
+    token_request_ptr, token_position_ptr, rows_ptr, sink_slot_ptr, length_ptr, num_tokens,
     k_token_stride, k_head_stride, v_token_stride, v_head_stride,
     tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride,
     KV_HEADS: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr,
@@ -41,7 +41,8 @@ def rotate_kernel(
 ):  # fmt: skip
     """Grid: (blocks of tokens, 2 kv heads): keys, then values. Outputs are contiguous [tokens, kv heads, D].
 
-    signs: [D, D] in the dtype of v, looked at where D is no power of two, and BLOCK is 16 then.
+    signs: [D, D] in the dtype of v, looked at where D is no power of two, and BLOCK is 16 then. STORE: rings get the
+    newest rows.
     """
     wait_for_previous(CHAINED)
     allow_next(CHAINED)
@@ -66,24 +67,33 @@ def rotate_kernel(
     raw = tl.minimum(tl.maximum(y, -RAW_MAX), RAW_MAX).to(k_out_ptr.dtype.element_ty)
     tl.store(out_ptrs[:, None] + channels[None, :], raw, mask=mask)
     if STORE or SINK > 0:
+        request = tl.load(token_request_ptr + token, mask=token_ok, other=0)
+        position = tl.load(token_position_ptr + token, mask=token_ok, other=0)
+        ring_ok = token_ok & STORE
+        if STORE:
+            ring_ok &= _kept_in_ring(request, position, token_ok, length_ptr, RING)
         store_rows(
-            raw, token, token_ok & STORE, token_ok, which, head, tails_ptr, sinks_ptr, token_request_ptr,
-            token_position_ptr, rows_ptr, sink_slot_ptr, tail_row_stride, tail_kv_stride, tail_head_stride,
-            sink_slot_stride, sink_kv_stride, sink_head_stride, D, RING, SINK,
+            raw, request, position, ring_ok, token_ok, which, head, tails_ptr, sinks_ptr, rows_ptr, sink_slot_ptr,
+            tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, D,
+            RING, SINK,
         )  # fmt: skip
 
 
 @triton.jit
+def _kept_in_ring(request, position, token_ok, length_ptr, RING: tl.constexpr):
+    """Tell which rows a ring holds after the step: older ones of a chunk would share their places with newer ones."""
+    return position >= tl.load(length_ptr + request, mask=token_ok, other=0) - RING
+
+
+@triton.jit
 def store_rows(
-    raw, token, ring_ok, token_ok, which, kv_head, tails_ptr, sinks_ptr, token_request_ptr, token_position_ptr,
-    rows_ptr, sink_slot_ptr, tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride,
-    sink_head_stride, D: tl.constexpr, RING: tl.constexpr, SINK: tl.constexpr,
+    raw, request, position, ring_ok, token_ok, which, kv_head, tails_ptr, sinks_ptr, rows_ptr, sink_slot_ptr,
+    tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride,
+    D: tl.constexpr, RING: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
     """Write rotated rows [tokens, DP] of one kv head to their requests' rings and, the first ones, to the sinks."""
     channels = tl.arange(0, raw.shape[1])
     channel_ok = channels < D
-    request = tl.load(token_request_ptr + token, mask=token_ok, other=0)
-    position = tl.load(token_position_ptr + token, mask=token_ok, other=0)
     ring_row = tl.load(rows_ptr + request, mask=token_ok, other=0).to(tl.int64)
     ring = tails_ptr + ring_row * tail_row_stride + which * tail_kv_stride + kv_head * tail_head_stride
     ring += (position % RING) * D
@@ -109,9 +119,7 @@ def store_tail_kernel(
     token_ok = token < num_tokens
     request = tl.load(token_request_ptr + token, mask=token_ok, other=0)
     position = tl.load(token_position_ptr + token, mask=token_ok, other=0)
-    length = tl.load(length_ptr + request, mask=token_ok, other=0)
-    # older rows of the chunk would share ring places with newer ones
-    ring_ok = token_ok & (position >= length - RING)
+    ring_ok = token_ok & _kept_in_ring(request, position, token_ok, length_ptr, RING)
     token_ok = ring_ok | (token_ok & (position < SINK))
     channels = tl.arange(0, DP)
     source = (token.to(tl.int64) * KV_HEADS + kv_head) * D
@@ -121,7 +129,7 @@ def store_tail_kernel(
         in_ptrs = v_ptr + source
     raw = tl.load(in_ptrs[:, None] + channels[None, :], mask=token_ok[:, None] & (channels < D)[None, :], other=0.0)
     store_rows(
-        raw, token, ring_ok, token_ok, which, kv_head, tails_ptr, sinks_ptr, token_request_ptr, token_position_ptr,
-        rows_ptr, sink_slot_ptr, tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride,
-        sink_head_stride, D, RING, SINK,
+        raw, request, position, ring_ok, token_ok, which, kv_head, tails_ptr, sinks_ptr, rows_ptr, sink_slot_ptr,
+        tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, D, RING,
+        SINK,
     )  # fmt: skip

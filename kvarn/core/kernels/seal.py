@@ -104,7 +104,7 @@ def _store_value_words(
 
 
 @triton.jit
-def seal_tile(
+def _seal_tile(
     task, tile, tails_ptr, chunk_k_ptr, chunk_v_ptr, records_ptr, task_request_ptr, rows_ptr, prefix_ptr, length_ptr,
     query_start_ptr, block_table_ptr, record_block_stride, record_tile_stride, record_head_stride, tail_row_stride,
     tail_kv_stride, tail_head_stride, chunk_token_stride, chunk_head_stride, block_table_stride, D: tl.constexpr,
@@ -181,7 +181,7 @@ def seal_tasks(
             for one in tl.range(start, tl.minimum(start + programs * BLOCK, tasks), programs, num_stages=1):
                 tile = tl.load(task_tile_ptr + one)
                 if tile >= 0:
-                    seal_tile(
+                    _seal_tile(
                         one, tile, tails_ptr, chunk_k_ptr, chunk_v_ptr, records_ptr, task_request_ptr, rows_ptr,
                         prefix_ptr, length_ptr, query_start_ptr, block_table_ptr, record_block_stride,
                         record_tile_stride, record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride,

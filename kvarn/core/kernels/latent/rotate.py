@@ -37,13 +37,15 @@ def rotate_latents_kernel(
     tl.store(raw_ptr + wide * ROW + LATENT + rope_channel, rope, mask=ok[:, None])
     if STORE or SINK > 0:
         ring_ok = ok & STORE
+        request = tl.load(token_request_ptr + token, mask=ok, other=0)
+        position = tl.load(token_position_ptr + token, mask=ok, other=0)
         store_rows(
-            latent, token, ring_ok, ok, 0, 0, tails_ptr, sinks_ptr, token_request_ptr, token_position_ptr, rows_ptr,
-            sink_slot_ptr, tail_row_stride, 0, 0, sink_slot_stride, 0, 0, ROW, RING, SINK,
+            latent, request, position, ring_ok, ok, 0, 0, tails_ptr, sinks_ptr, rows_ptr, sink_slot_ptr,
+            tail_row_stride, 0, 0, sink_slot_stride, 0, 0, ROW, RING, SINK,
         )  # fmt: skip
         store_rows(
-            rope, token, ring_ok, ok, 0, 0, tails_ptr + LATENT, sinks_ptr + LATENT, token_request_ptr,
-            token_position_ptr, rows_ptr, sink_slot_ptr, tail_row_stride, 0, 0, sink_slot_stride, 0, 0, ROW, RING, SINK,
+            rope, request, position, ring_ok, ok, 0, 0, tails_ptr + LATENT, sinks_ptr + LATENT, rows_ptr,
+            sink_slot_ptr, tail_row_stride, 0, 0, sink_slot_stride, 0, 0, ROW, RING, SINK,
         )  # fmt: skip
 
 
