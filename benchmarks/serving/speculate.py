@@ -2,7 +2,8 @@
 
     python -m benchmarks.serving.speculate --engine vllm --model DIR --draft DIR --text FILE --work FOLDER --out FILE
 
-Every engine is a process of its own, whose result is kept in the folder: a run that is cut off goes on where it was.
+Every engine is a process of its own, whose result is kept in the folder: a run that is cut off goes on where it was,
+and several runs with one folder, each on a GPU of its own, share the engines.
 First greedy answers are compared in canonical and batch-invariant mode, which the engine's matrix products follow on a
 GPU, and nothing else is measured if more differ than are allowed.
 Then, as served, every cache dtype answers the same prompts with and without drafts: answers differ in the model dtype,
@@ -12,8 +13,11 @@ too, since matrix products of another shape round differently. Speeds are of one
 from __future__ import annotations
 
 import argparse
+import fcntl
 import json
 import sys
+import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +30,7 @@ from kvarn import results
 from kvarn.presets import is_preset_name
 
 _VERIFY_ROWS = 4
+_POLL_S = 1.0
 
 
 def main() -> None:
@@ -35,12 +40,14 @@ def main() -> None:
     ids = read_tokens(args.model, args.text)
     prompts = cut_prompts(ids, args.prompts, args.prompt_tokens)
     greedy = {"greedy": {"prompts": prompts, "new_tokens": args.new_tokens}}
-    canonical = [_run(args, f"canonical-{on}", args.dtype, on, greedy, canonical=True) for on in (False, True)]
+    canonical = _results(
+        args, [_Asked(f"canonical-{on}", args.dtype, on, greedy, canonical=True) for on in (False, True)]
+    )
     mismatches = _mismatches(*canonical)
     print(f"{mismatches} of {args.prompts} answers differ with drafts", flush=True)
     if mismatches > args.mismatches:
         sys.exit(f"{mismatches} answers differ, more than {args.mismatches}: no speed is measured.")
-    served = {dtype: _serve(args, dtype, ids, greedy) for dtype in (args.dtype, BASELINE, *_peers(args))}
+    served = _serve(args, (args.dtype, BASELINE, *_peers(args)), ids, greedy)
     row = _answers(args, canonical, served)
     rows = [{**row, "context": context, **_speeds(args, served, i)} for i, context in enumerate(args.contexts)]
     results.write(args.out, rows or [row], engine=args.engine)
@@ -82,14 +89,16 @@ def _peers(args: argparse.Namespace) -> list[str]:
 
 
 def _serve(
-    args: argparse.Namespace, dtype: str, ids: list[int], greedy: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what an engine without drafts and one with them answer and how fast they are, for one cache dtype."""
+    args: argparse.Namespace, dtypes: tuple[str, ...], ids: list[int], greedy: dict[str, Any]
+) -> dict[str, tuple[dict[str, Any], dict[str, Any]]]:
+    """Return what an engine without drafts and one with them answer and how fast they are, for each cache dtype."""
     case = {"batch": 1, "new_tokens": args.decode_tokens, "repeats": args.repeats, "text": ids}
     case["vocab"] = model_config(args.model)["vocab_size"]
     job = greedy | {"decode": [{**case, "context": context} for context in args.contexts]}
-    name = "-".join(map(str, ("served", dtype, *args.contexts)))
-    return _run(args, f"{name}-False", dtype, False, job), _run(args, f"{name}-True", dtype, True, job)
+    contexts = "-".join(map(str, args.contexts))
+    asked = [_Asked(f"served-{dtype}-{contexts}-{on}", dtype, on, job) for dtype in dtypes for on in (False, True)]
+    found = iter(_results(args, asked))
+    return {dtype: (next(found), next(found)) for dtype in dtypes}
 
 
 def _answers(
@@ -145,26 +154,58 @@ def _speeds(
     return found
 
 
-def _run(
-    args: argparse.Namespace, name: str, dtype: str, drafts: bool, job: dict[str, Any], *, canonical: bool = False
-) -> dict[str, Any]:
-    """Run an engine for a job, unless the folder has its result."""
-    kept = args.work / f"{args.engine}-{args.method}-{args.drafts}-{name}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    others = {} if is_preset_name(dtype) else args.other_arguments
-    arguments = started_with(args.engine, args.model, args.model_dtype, dtype, args.requests, args.arguments | others)
-    if drafts:
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """An engine and its job; canonical: answers are to be the same with and without drafts."""
+
+    name: str
+    dtype: str
+    drafts: bool
+    job: dict[str, Any]
+    canonical: bool = False
+
+
+def _results(args: argparse.Namespace, asked: list[_Asked]) -> list[dict[str, Any]]:
+    """Return the engines' results. Those that another run is at work on come last."""
+    found: dict[str, dict[str, Any]] = {}
+    while len(found) < len(asked):
+        for one in asked:
+            if one.name not in found and (result := _run(args, one)) is not None:
+                found[one.name] = result
+        if len(found) < len(asked):
+            time.sleep(_POLL_S)
+    return [found[one.name] for one in asked]
+
+
+def _run(args: argparse.Namespace, asked: _Asked) -> dict[str, Any] | None:
+    """Run an engine for its job, unless the folder has its result; None if another run is at work on it."""
+    kept = args.work / f"{args.engine}-{args.method}-{args.drafts}-{asked.name}.json"
+    with kept.with_suffix(".lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return None
+        if not kept.exists():
+            kept.write_text(json.dumps(_measured(args, asked)))
+        result: dict[str, Any] = json.loads(kept.read_text())
+        return result
+
+
+def _measured(args: argparse.Namespace, asked: _Asked) -> dict[str, Any]:
+    others = {} if is_preset_name(asked.dtype) else args.other_arguments
+    arguments = started_with(
+        args.engine, args.model, args.model_dtype, asked.dtype, args.requests, args.arguments | others
+    )
+    if asked.drafts:
         arguments |= ENGINES[args.engine].speculation(args.method, args.draft, args.drafts)
     environment = {}
-    if canonical:
+    if asked.canonical:
         environment = {"KVARN_CANONICAL": "1", "KVARN_BATCH_INVARIANT": "1"}
         if torch.cuda.is_available():
             more, variables = ENGINES[args.engine].invariance()
             arguments, environment = arguments | more, environment | variables
-    found = run_job(args.engine, {"engine": arguments, "drafts": drafts, **job}, args.work, name, environment)
-    kept.write_text(json.dumps(found))
-    return found
+    job = {"engine": arguments, "drafts": asked.drafts, **asked.job}
+    return run_job(args.engine, job, args.work, asked.name, environment)
 
 
 def _verify_ratio(args: argparse.Namespace) -> float | None:

@@ -8,11 +8,14 @@ from __future__ import annotations
 import json
 import sys
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 from benchmarks.serving import traffic, trail
 from benchmarks.serving.engines import ENGINES, Engine
+from benchmarks.serving.turns import Turns
 
 _WARM_TOKENS = 16
 
@@ -41,7 +44,8 @@ def main() -> None:
     if "hit" in job:
         result["hit"] = first_token_after_hit(engine, **job["hit"])
     if "hits" in job:
-        result["hits"] = [first_tokens(engine, **case) for case in job["hits"]]
+        turns = Turns(*job["turns"])
+        result["hits"] = [first_tokens(engine, **case, turn=turns.mine) for case in job["hits"]]
     if "traffic" in job:
         result["traffic"] = traffic.drive(engine, **job["traffic"])
     engine.close()
@@ -120,25 +124,33 @@ def first_token_after_hit(engine: Engine, cached: int, new_tokens: int, repeats:
     }
 
 
-def first_tokens(engine: Engine, prefix: list[int], endings: list[list[int]]) -> dict[str, list[Any]]:
+def first_tokens(
+    engine: Engine,
+    prefix: list[int],
+    endings: list[list[int]],
+    turn: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> dict[str, list[Any]]:
     """Ask prompts that begin alike one after the other, their beginning cached, for one token each.
 
     Args:
         engine: the engine.
         prefix: how all prompts begin; may be empty.
         endings: how each goes on.
+        turn: what each prompt is asked in.
 
     Returns:
         Of each prompt the milliseconds, the token, and how many tokens the engine found in its cache.
     """
-    engine.flush()
-    if prefix:
-        engine.generate([prefix], 1)
+    with turn():
+        engine.flush()
+        if prefix:
+            engine.generate([prefix], 1)
     found: dict[str, list[Any]] = {"ms": [], "tokens": [], "cached": []}
     for ending in endings:
-        began = time.perf_counter()
-        ((token,),) = engine.generate([prefix + ending], 1)
-        found["ms"].append(1e3 * (time.perf_counter() - began))
+        with turn():
+            began = time.perf_counter()
+            ((token,),) = engine.generate([prefix + ending], 1)
+            found["ms"].append(1e3 * (time.perf_counter() - began))
         found["tokens"].append(token)
         found["cached"].append(engine.cached_tokens)
     return found

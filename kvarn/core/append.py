@@ -11,14 +11,14 @@ from kvarn.core.hadamard import rotate, rotate_keys, sign_matrix
 from kvarn.core.launch import Constants, chained, launch
 from kvarn.core.step import Step, power_of_two
 
-# Rows of one program: few in a decode step, which has few rows; 16 where they are multiplied by a matrix, whatever the
-# step, because a row must get the same bits by decode and by any chunk.
+# Rows and elements a warp of one program that rotates: few in a decode step, which has few rows; 16 where they are
+# multiplied by a matrix, whatever the step, because a row must get the same bits by decode and by any chunk.
 _FEW_TOKENS = 512
-_BLOCK_FEW = 4
-_BLOCK_MANY = 16
-_ELEMENTS_PER_WARP = 512
-# Rows of one program that stores a chunk's: as many as fit these elements. Most programs of a long chunk store nothing.
-_STORED_ELEMENTS = 8192
+_FEW = (4, 512)
+_MANY = (8, 1024)
+_BY_MATRIX = (16, 512)
+# Rows of one program that stores a chunk's.
+_BLOCK_STORED = 16
 # Channels whose part of the rotation matrix is in shared memory at a time.
 _CHUNK_CHANNELS = 128
 # The largest number that is finite in fp16 and exact in bf16.
@@ -81,12 +81,12 @@ def rotate_rows(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step,
 @functools.lru_cache(maxsize=32)
 def _rotate_constants(config: CacheConfig, device: torch.device, few: bool, store: bool) -> Constants:
     padded, head_dim = config.layout.padded_dim, config.layout.head_dim
-    block = _BLOCK_FEW if padded == head_dim and few else _BLOCK_MANY
+    block, per_warp = _BY_MATRIX if padded != head_dim else _FEW if few else _MANY
     return Constants({
         "KV_HEADS": config.kv_heads, "D": head_dim, "DP": padded, "NORM": config.rotation_norm,
         "RING": config.ring_tokens, "SINK": config.sink_tokens, "STORE": store, "BLOCK": block,
         "CHUNK": min(padded, _CHUNK_CHANNELS), **chained(device),
-        "num_warps": max(1, min(4, block * padded // _ELEMENTS_PER_WARP)),
+        "num_warps": max(1, min(4, block * padded // per_warp)),
     })  # fmt: skip
 
 
@@ -113,20 +113,19 @@ def launch_store(first: torch.Tensor, second: torch.Tensor, layer: LayerCache[An
 
     tokens, kv_heads, width = first.shape
     parts = layer.tails.shape[1]
-    constants = _store_constants(layer.config, kv_heads, width)
     launch(
-        store_tail_kernel, (-(-tokens // constants.named["BLOCK"]), parts * kv_heads),
+        store_tail_kernel, (-(-tokens // _BLOCK_STORED), parts * kv_heads),
         first, second, layer.tails, layer.sinks, step.token_request, step.token_position, step.rows, step.sink_slots,
-        step.seq_lens, tokens, *layer.tails.stride()[:3], *layer.sinks.stride()[:3], constants=constants,
+        step.seq_lens, tokens, *layer.tails.stride()[:3], *layer.sinks.stride()[:3],
+        constants=_store_constants(layer.config, kv_heads, width),
     )  # fmt: skip
 
 
 @functools.lru_cache(maxsize=32)
 def _store_constants(config: CacheConfig[Any], kv_heads: int, width: int) -> Constants:
-    padded = power_of_two(width)
     return Constants({
-        "KV_HEADS": kv_heads, "D": width, "DP": padded, "RING": config.ring_tokens, "SINK": config.sink_tokens,
-        "BLOCK": _STORED_ELEMENTS // padded,
+        "KV_HEADS": kv_heads, "D": width, "DP": power_of_two(width), "RING": config.ring_tokens,
+        "SINK": config.sink_tokens, "BLOCK": _BLOCK_STORED,
     })  # fmt: skip
 
 

@@ -1,10 +1,11 @@
 """The benchmark of first tokens: what it asks, what it refuses to report, and what it reports."""
 
 from argparse import Namespace
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks.serving import hits, worker
+from benchmarks.serving import hits, turns, worker
 
 CASES = [(256, 8), (0, 4)]
 
@@ -62,5 +63,30 @@ def test_a_row_tells_the_median_after_warming_up_and_how_many_answers_are_equal(
     ours = [{"ms": [9, 9, 3, 1, 5], "tokens": [1, 2, 3, 4, 0]}] * 2
     first, *_, last = hits.rows_of(args, CASES, {"auto": baseline, "kvarn_k4v2_g128": ours})
     assert (first["dtype"], first["ttft_ms"], first["of_model_dtype"]) == ("float16", 2, 1.0)
-    assert (last["dtype"], last["ttft_ms"], last["of_model_dtype"]) == ("kvarn_k4v2_g128", 3, 1.5)
+    assert (last["dtype"], last["ttft_ms"], last["of_model_dtype"]) == ("kvarn_k4v2_g128", 3, 1.25)
     assert (last["ttft_ms_low"], last["ttft_ms_high"], last["first_tokens_equal"]) == (1, 5, 4)
+
+
+def test_processes_take_turns(tmp_path) -> None:
+    log: list[int] = []
+
+    def take(which: int) -> None:
+        mine = turns.Turns(str(tmp_path / "turn"), which, 3)
+        for _ in range(4):
+            with mine.mine():
+                log.append(which)
+
+    with ThreadPoolExecutor(3) as pool:
+        list(pool.map(take, range(3)))
+    assert log == [0, 1, 2] * 4
+
+
+def test_nobody_waits_for_a_process_that_failed(tmp_path, monkeypatch) -> None:
+    first, second = (turns.Turns(str(tmp_path / "turn"), which, 2) for which in range(2))
+    with pytest.raises(KeyError), first.mine():
+        raise KeyError
+    with pytest.raises(RuntimeError, match="has failed"), second.mine():
+        pass
+    monkeypatch.setattr(turns, "_PATIENCE_S", 0.0)
+    with pytest.raises(RuntimeError, match="has failed"), turns.Turns(str(tmp_path / "other"), 1, 2).mine():
+        pass

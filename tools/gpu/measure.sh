@@ -62,10 +62,12 @@ compare() {
     --dtypes "${dtypes[@]}" --out "$out/$engine-h100.json" --arguments "$arguments" --baseline-arguments "$baseline"
 }
 
-hits() {
+hits() { # both engines are on the GPU at the same time
+  local beside=${arguments/$share/0.4}
+  [ "$engine" = vllm ] || beside=${beside%\}},\"max_total_tokens\":65536}
   limited python3 -m benchmarks.serving.hits --engine "$engine" --model "$KVARN_GPU_MODEL" \
     --text "$KVARN_GPU_HOME/in/prose-long.txt" --out "$out/hits-$engine-h100.json" \
-    --arguments "$arguments" --baseline-arguments "$baseline"
+    --arguments "$beside" --baseline-arguments "$baseline"
 }
 
 verify() {

@@ -33,6 +33,9 @@ def append_kernel(
     kv_heads = tl.num_programs(1)
     which = tl.program_id(2)
     channels = tl.arange(0, DP)
+    # asked for early: few requests fill a tile, and a program whose requests don't has nothing to wait for afterwards
+    task = tl.program_id(0) + tl.arange(0, BLOCK) * programs
+    first_tiles = tl.load(task_tile_ptr + task, mask=task < tasks, other=-1)
     for start in tl.range(tl.program_id(0), tasks, programs * ROWS_AT_ONCE, num_stages=1):
         token = start + tl.arange(0, ROWS_AT_ONCE) * programs
         ok = token < tasks
@@ -56,12 +59,13 @@ def append_kernel(
             tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, D,
             RING, SINK,
         )  # fmt: skip
-    # a program's threads seal what others of its threads have stored
-    tl.debug_barrier()
-    seal_tasks(
-        tails_ptr, k_out_ptr, v_out_ptr, records_ptr, task_request_ptr, task_tile_ptr, rows_ptr, prefix_ptr,
-        length_ptr, query_start_ptr, block_table_ptr, tasks, record_block_stride, record_tile_stride,
-        record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride, 0, 0, block_table_stride, D, DP, G,
-        RING, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, KEY_BITS, VALUE_BITS, KEY_CLIP, VALUE_CLIP, SCALE_MAX,
-        True, BLOCK,
-    )  # fmt: skip
+    if (tl.max(first_tiles, axis=0) >= 0) | (tasks > programs * BLOCK):
+        # a program's threads seal what others of its threads have stored
+        tl.debug_barrier()
+        seal_tasks(
+            tails_ptr, k_out_ptr, v_out_ptr, records_ptr, task_request_ptr, task_tile_ptr, rows_ptr, prefix_ptr,
+            length_ptr, query_start_ptr, block_table_ptr, tasks, record_block_stride, record_tile_stride,
+            record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride, 0, 0, block_table_stride, D, DP, G,
+            RING, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, KEY_BITS, VALUE_BITS, KEY_CLIP, VALUE_CLIP,
+            SCALE_MAX, True, BLOCK,
+        )  # fmt: skip
