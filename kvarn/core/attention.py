@@ -44,6 +44,12 @@ def attention(
 
     Determinism: bitwise for equal inputs and batch shape. Graph-safe: yes for decode and verify steps.
     """
+    if step.parts:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
+        for part in step.parts:
+            at = part.tokens
+            out[at] = attention(q[at], k[at], v[at], layer, part.step, scale, logit_cap, sink_logits=sink_logits)
+        return out
     plan = step.plan
     restored = restore_cached(k, v, layer, step, plan) if plan is not None and step.restores_first else None
     rotated = append_and_seal(k, v, layer, step)

@@ -1,6 +1,6 @@
 """From a batch as an engine tells it to Steps, where a request's rings stand in blocks of its own."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 
@@ -60,7 +60,7 @@ def block_steps(
         step, _ = chunk_step(
             pool.state, rows[0], prefix_lens, ends, None, table, group, tokens, plan, hits_inside=True, **options
         )
-    return [replace(step, rows=column) for column in rows]
+    return [step.with_rings(column) for column in rows]
 
 
 def equal_rows(query_start: torch.Tensor, rows: int, num_tokens: int, most: int) -> int:

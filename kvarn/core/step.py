@@ -1,6 +1,6 @@
 """Step: what one forward pass does, as device tensors that all layers share. Built without a host sync."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -46,6 +46,7 @@ class Step:
             or are read as they come (chunks, whose rows push out rows that their first queries still read).
         plan: long chunks, which have no attention tasks; None if there are none.
         hits_inside: a request may read pages that another fills in this step: the engine publishes them before.
+        parts: what is done in its place, one after the other (`tile_by_tile`); none for the step itself.
     """
 
     rows: torch.Tensor
@@ -67,6 +68,12 @@ class Step:
     rows_in_ring: bool
     plan: PrefillPlan | None = None
     hits_inside: bool = True
+    parts: "tuple[StepPart, ...]" = ()
+
+    def with_rings(self, rows: torch.Tensor) -> "Step":
+        """Return the same step of the same requests with other rings, [requests], int32."""
+        parts = (replace(part, step=replace(part.step, rows=rows[part.requests])) for part in self.parts)
+        return replace(self, rows=rows, parts=tuple(parts))
 
     @property
     def restores_first(self) -> bool:
@@ -88,6 +95,21 @@ class Step:
         if self.rows_in_ring or self.restores_first:
             return True
         return self.plan is not None and not self.plan.short_tokens and not self.plan.most_restored
+
+
+@dataclass(frozen=True, slots=True)
+class StepPart:
+    """A part of a step.
+
+    Args:
+        tokens: [rows], int64: which of the step's rows it has.
+        requests: [requests], int64: which of the step's requests it has.
+        step: the part, a step itself.
+    """
+
+    tokens: torch.Tensor
+    requests: torch.Tensor
+    step: Step
 
 
 def decode_step(
@@ -222,7 +244,7 @@ def verify_step_reference(
     )
 
 
-def _verify_step(config: CacheConfig[Any], group: int, rows_each: int, widest: int, **fields: torch.Tensor) -> Step:
+def _verify_step(config: CacheConfig[Any], group: int, rows_each: int, widest: int, **fields: Any) -> Step:
     """Make a Step in which every request has as many rows and may fill one tile, its work counted."""
     rows_per_task, columns = task_shape(config, group, rows_each, widest)
     named = {name: fields[name] for name in Tasks._fields if name in fields}

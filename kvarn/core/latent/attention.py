@@ -47,6 +47,13 @@ def latent_attention(
     """
     if step.plan is not None and q_latent.shape[0] > step.plan.short_tokens:
         raise ValueError(f"Of {q_latent.shape[0]} absorbed queries only {step.plan.short_tokens} are of short chunks.")
+    if step.parts:
+        out = torch.empty_like(q_latent, memory_format=torch.contiguous_format) if out is None else out
+        for part in step.parts:
+            at = part.tokens
+            some = LatentRows(rows.latent[at], rows.rope[at])
+            out[at] = latent_attention(q_latent[at], q_rope[at], some, layer, part.step, scale)
+        return out
     raw = rotate_latents(rows, layer, step, store=step.rows_in_ring)
     seal_latents(raw, layer, step)
     out, _ = attend_latents(q_latent, q_rope, raw, layer, step, scale, out)

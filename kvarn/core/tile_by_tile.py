@@ -1,0 +1,102 @@
+"""Chunks tile by tile, where a row's bits may not depend on the steps that its request came in.
+
+Attention reads raw rows in blocks. In a decode step these begin with a tile; in a step of chunks, whose own rows aren't
+in the ring, a block ends where these begin. So a chunk that begins inside a tile sums in another order than decode
+would. In the mode in which that counts, every part of a chunk that lies in one tile is stored, sealed and attended to
+as a decode step's rows are.
+"""
+
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import torch
+
+from kvarn.core.cache import CacheConfig
+from kvarn.core.step import Step, StepPart
+from kvarn.core.work import Tasks, count_work
+
+# Rows of a part, roughly: what attention leaves of each takes memory.
+_PART_ROWS = 256
+
+
+class _Piece(NamedTuple):
+    """What a step adds to one tile of a request: positions begin to end, the first of which is so many rows on."""
+
+    tile: int
+    request: int
+    begin: int
+    end: int
+    row: int
+
+
+def goes_tile_by_tile(config: CacheConfig[Any]) -> bool:
+    """Tell whether what a row gets may depend neither on the batch nor on how its request was cut into steps."""
+    return config.canonical and config.batch_invariant
+
+
+def tile_by_tile(step: Step, config: CacheConfig[Any]) -> tuple[StepPart, ...]:
+    """Cut a step of chunks into parts that add to at most one tile of a request, the first tiles first.
+
+    Of several requests they go in step, because one may hit a page that another fills in this step.
+
+    Args:
+        step: of chunks.
+        config: shared numbers of the cache.
+
+    Determinism: a row's bits follow from its request's rows alone. Graph-safe: no, waits for the device.
+    """
+    parts = []
+    for _, pieces in itertools.groupby(sorted(_pieces(step, config.tile_tokens)), key=lambda piece: piece.tile):
+        few: list[_Piece] = []
+        for piece in pieces:
+            if few and sum(other.end - other.begin for other in few) + piece.end - piece.begin > _PART_ROWS:
+                parts.append(_part(step, few, config))
+                few = []
+            few.append(piece)
+        parts.append(_part(step, few, config))
+    return tuple(parts)
+
+
+def _pieces(step: Step, tile_tokens: int) -> Iterator[_Piece]:
+    spans = zip(step.prefix_lens.tolist(), step.seq_lens.tolist(), step.query_start.tolist(), strict=False)
+    for request, (prefix, length, first) in enumerate(spans):
+        for tile in range(prefix // tile_tokens, -(-length // tile_tokens)):
+            begin, end = max(prefix, tile * tile_tokens), min(length, (tile + 1) * tile_tokens)
+            if begin < end:
+                yield _Piece(tile, request, begin, end, first + begin - prefix)
+
+
+def _part(step: Step, pieces: list[_Piece], config: CacheConfig[Any]) -> StepPart:
+    device, tile_tokens = step.rows.device, config.tile_tokens
+
+    def ints(values: list[int]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.int32, device=device)
+
+    counts = [piece.end - piece.begin for piece in pieces]
+    inside = [i for count in counts for i in range(count)]
+    owner = [i for i, count in enumerate(counts) for _ in range(count)]
+    requests = ints([piece.request for piece in pieces]).long()
+    fields: dict[str, Any] = {
+        "query_start": ints([0, *itertools.accumulate(counts)]),
+        "prefix_lens": ints([piece.begin for piece in pieces]),
+        "seq_lens": ints([piece.end for piece in pieces]),
+        "own_start": step.own_start[requests],
+        "task_request": ints(owner),
+        "task_row": ints(inside),
+    }
+    part = Step(
+        rows=step.rows[requests],
+        block_table=step.block_table[requests, : pieces[0].tile + 1],
+        sink_slots=step.sink_slots[requests],
+        token_request=fields["task_request"],
+        token_position=ints([pieces[i].begin + at for i, at in zip(owner, inside, strict=True)]),
+        seal_request=ints(list(range(len(pieces)))),
+        seal_tile=ints([piece.tile if piece.end % tile_tokens == 0 else -1 for piece in pieces]),
+        work_end=count_work(config, Tasks(rows_per_task=1, rows_in_ring=True, **fields)),
+        rows_per_task=1,
+        columns=step.columns,
+        rows_in_ring=True,
+        **fields,
+    )
+    return StepPart(ints([pieces[i].row + at for i, at in zip(owner, inside, strict=True)]).long(), requests, part)
