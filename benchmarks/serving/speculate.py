@@ -70,6 +70,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument(
         "--other-arguments", type=json.loads, default={}, help="more for cache dtypes that aren't KVarN's, JSON"
     )
+    parser.add_argument("--peer-arguments", type=json.loads, default={}, help="more for the peers alone, JSON")
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=512)
@@ -193,6 +194,8 @@ def _run(args: argparse.Namespace, asked: _Asked) -> dict[str, Any] | None:
 
 def _measured(args: argparse.Namespace, asked: _Asked) -> dict[str, Any]:
     others = {} if is_preset_name(asked.dtype) else args.other_arguments
+    if asked.dtype not in (args.dtype, BASELINE):
+        others = others | args.peer_arguments
     arguments = started_with(
         args.engine, args.model, args.model_dtype, asked.dtype, args.requests, args.arguments | others
     )

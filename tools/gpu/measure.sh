@@ -74,14 +74,15 @@ verify() {
   limited python3 -m benchmarks.kernels decode --only '1x64k/gqa(4|8)/q4|16x16k/gqa(4|8)/q4' --peers --out "$out/verify.json"
 }
 
-speculate() { # over contexts longer than the models were trained for; SGLang without prefill graphs, for a quicker start
+speculate() { # over contexts longer than the models were trained for; SGLang without prefill graphs, for a quicker start;
+  # 8-bit floats beside a bfloat16 model, since neither engine verifies drafts over them in float16
   local started=$unbounded
   [ "$engine" = vllm ] || started=${unbounded%\}},\"disable_prefill_cuda_graph\":true\}
   python3 tools/gpu/longer.py "$KVARN_GPU_MODEL" "$KVARN_GPU_MODEL-yarn" 4
   python3 tools/gpu/longer.py "$KVARN_GPU_DRAFT" "$KVARN_GPU_DRAFT-yarn" 4
   limited python3 -m benchmarks.serving.speculate --engine "$engine" --model "$KVARN_GPU_MODEL-yarn" \
     --draft "$KVARN_GPU_DRAFT-yarn" --drafts 3 --text "$KVARN_GPU_HOME/in/prose-long.txt" --arguments "$started" \
-    --other-arguments "$baseline" --mismatches "${MISMATCHES-0}" --work "$out/speculate-$engine" \
+    --other-arguments "$baseline" --peer-arguments '{"dtype":"bfloat16"}' --mismatches "${MISMATCHES-0}" --work "$out/speculate-$engine" \
     --kernels "$out/verify.json" --contexts ${CONTEXTS-32768 114688} --out "$out/spec-$engine-h100.json"
 }
 
