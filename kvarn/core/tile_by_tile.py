@@ -16,14 +16,16 @@ from kvarn.core.cache import CacheConfig
 from kvarn.core.step import Step, StepPart
 from kvarn.core.work import Tasks, count_work
 
-# Rows of a part, roughly: what attention leaves of each takes memory.
+# Rows of a part, and units that all of them read: what attention leaves of every row's shares takes memory.
 _PART_ROWS = 256
+_PART_UNITS = 1 << 18
 
 
 class _Piece(NamedTuple):
-    """What a step adds to one tile of a request: positions begin to end, the first of which is so many rows on."""
+    """What a step adds to one tile of a request, or the turn-th piece of it: positions begin to end, from a row on."""
 
     tile: int
+    turn: int
     request: int
     begin: int
     end: int
@@ -47,10 +49,10 @@ def tile_by_tile(step: Step, config: CacheConfig[Any]) -> tuple[StepPart, ...]:
     Determinism: a row's bits follow from its request's rows alone. Graph-safe: no, waits for the device.
     """
     parts = []
-    for _, pieces in itertools.groupby(sorted(_pieces(step, config.tile_tokens)), key=lambda piece: piece.tile):
+    for (tile, _), pieces in itertools.groupby(sorted(_pieces(step, config.tile_tokens)), key=lambda piece: piece[:2]):
         few: list[_Piece] = []
         for piece in pieces:
-            if few and sum(other.end - other.begin for other in few) + piece.end - piece.begin > _PART_ROWS:
+            if few and sum(other.end - other.begin for other in few) + piece.end - piece.begin > _most_rows(tile):
                 parts.append(_part(step, few, config))
                 few = []
             few.append(piece)
@@ -63,8 +65,12 @@ def _pieces(step: Step, tile_tokens: int) -> Iterator[_Piece]:
     for request, (prefix, length, first) in enumerate(spans):
         for tile in range(prefix // tile_tokens, -(-length // tile_tokens)):
             begin, end = max(prefix, tile * tile_tokens), min(length, (tile + 1) * tile_tokens)
-            if begin < end:
-                yield _Piece(tile, request, begin, end, first + begin - prefix)
+            for turn, at in enumerate(range(begin, end, _most_rows(tile))):
+                yield _Piece(tile, turn, request, at, min(end, at + _most_rows(tile)), first + at - prefix)
+
+
+def _most_rows(tile: int) -> int:
+    return max(1, min(_PART_ROWS, _PART_UNITS // (tile + 1)))
 
 
 def _part(step: Step, pieces: list[_Piece], config: CacheConfig[Any]) -> StepPart:

@@ -6,6 +6,7 @@ import pytest
 import torch
 from cases import poisoned_layer
 
+from kvarn.core import tile_by_tile as tile_by_tile_module
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.chunk_step import chunk_step
@@ -131,6 +132,19 @@ def test_parts_follow_the_rings_that_a_step_is_given(device):
     other = step.with_rings(server.ints([7, 8]))
     assert [part.step.rows.tolist() for part in other.parts] == [[7, 8], [7]]
     assert [part.step.rows.tolist() for part in step.parts] == [[2, 1], [2]]
+
+
+def test_parts_of_long_contexts_have_fewer_rows(device, monkeypatch):
+    want = dense(device).serve([(LENGTH, 0)])
+    monkeypatch.setattr(tile_by_tile_module, "_PART_UNITS", 60)
+    server = dense(device)
+    step, _ = chunk_step(
+        server.state, server.rings, server.ints([0, 0]), server.ints([70, 9]), server.tags, server.table, GROUP, 79
+    )
+    assert [part.tokens.tolist() for part in step.parts] == [
+        [*range(60)], [*range(70, 79)], [*range(60, 64)], [*range(64, 70)]
+    ]  # fmt: skip
+    assert torch.equal(dense(device).serve([(LENGTH, 0)]), want)
 
 
 @pytest.mark.parametrize(("canonical", "batch_invariant"), [(True, False), (False, True)])
