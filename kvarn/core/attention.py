@@ -13,6 +13,7 @@ from kvarn.core.prefill import prefill, restore_cached
 from kvarn.core.prefill_plan import LONG_ROWS, workspace_tokens
 from kvarn.core.seal import append_and_seal, append_and_seal_reference
 from kvarn.core.step import Step
+from kvarn.core.tile_by_tile import attend_by_parts
 
 
 def attention(
@@ -45,11 +46,10 @@ def attention(
     Determinism: bitwise for equal inputs and batch shape. Graph-safe: yes for decode and verify steps.
     """
     if step.parts:
-        out = torch.empty_like(q, memory_format=torch.contiguous_format) if out is None else out
-        for part in step.parts:
-            at = part.tokens
-            out[at] = attention(q[at], k[at], v[at], layer, part.step, scale, logit_cap, sink_logits=sink_logits)
-        return out
+        return attend_by_parts(
+            step, q, out,
+            lambda at, part: attention(q[at], k[at], v[at], layer, part, scale, logit_cap, sink_logits=sink_logits),
+        )  # fmt: skip
     plan = step.plan
     restored = restore_cached(k, v, layer, step, plan) if plan is not None and step.restores_first else None
     rotated = append_and_seal(k, v, layer, step)

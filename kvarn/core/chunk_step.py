@@ -1,6 +1,5 @@
 """Describe a step that adds any number of tokens to every request: prefill, chunks, mixed batches."""
 
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,7 +9,7 @@ from kvarn.core.launch import launch
 from kvarn.core.prefill_plan import PrefillPlan
 from kvarn.core.step import Step, aligned_ints, int32_words, power_of_two, task_shape
 from kvarn.core.tail import TailState
-from kvarn.core.tile_by_tile import goes_tile_by_tile, tile_by_tile
+from kvarn.core.tile_by_tile import tile_by_tile
 from kvarn.core.work import RAW_BLOCK, Tasks, count_work_reference, units_per_share
 
 # Query columns of one program of attention.
@@ -82,7 +81,7 @@ def chunk_step(
         work_end=by_task[2], rows_per_task=rows_per_task, columns=columns, rows_in_ring=False, plan=plan,
         hits_inside=hits_inside,
     )  # fmt: skip
-    return _cut_if_asked(step, config), continued.bool()
+    return tile_by_tile(step, config), continued.bool()
 
 
 def _launch(
@@ -152,11 +151,7 @@ def chunk_step_reference(
         hits_inside=hits_inside,
         **tasks,
     )
-    return _cut_if_asked(step, state.config), continued
-
-
-def _cut_if_asked(step: Step, config: CacheConfig[Any]) -> Step:
-    return replace(step, parts=tile_by_tile(step, config)) if goes_tile_by_tile(config) else step
+    return tile_by_tile(step, state.config), continued
 
 
 def _chunk_tasks(

@@ -120,7 +120,7 @@ def attend_long_chunks(
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32, device=q.device)
     for segment in plan.segments:
         at = _from(first_row, segment.tokens)
-        _add_part(partial(part_of, segment), segment, total[at], lse[:, at], out.dtype)
+        _add_part(part_of, segment, total[at], lse[:, at], merged_in_place=total is out)
     for at in (_from(first_row, segment.tokens) for segment in plan.segments if segment.opens):
         if sink_logits is not None:
             merge_sinks(total[at], lse[:, at], sink_logits)
@@ -130,17 +130,18 @@ def attend_long_chunks(
 
 
 def _add_part(
-    part_of: Callable[[torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]],
+    part_of: Callable[[Segment, torch.Tensor | None], tuple[torch.Tensor, torch.Tensor]],
     segment: Segment,
     total: torch.Tensor,
     lse: torch.Tensor,
-    dtype: torch.dtype,
+    *,
+    merged_in_place: bool,
 ) -> None:
     """Attend a segment and merge it with what its chunks attended to before. Its output is freed on return."""
-    if segment.opens and total.dtype == dtype:
-        lse[:] = part_of(total)[1]
+    if segment.opens and merged_in_place:
+        lse[:] = part_of(segment, total)[1]
         return
-    part, part_lse = part_of(None)
+    part, part_lse = part_of(segment, None)
     if segment.opens:
         total[:], lse[:] = part, part_lse
     else:

@@ -249,10 +249,7 @@ def _verify_step(config: CacheConfig[Any], group: int, rows_each: int, widest: i
     rows_per_task, columns = task_shape(config, group, rows_each, widest)
     named = {name: fields[name] for name in Tasks._fields if name in fields}
     work_end = count_work(config, Tasks(rows_per_task=rows_per_task, rows_in_ring=True, **named))
-    return Step(
-        work_end=work_end, rows_per_task=rows_per_task, columns=columns, rows_in_ring=True, plan=None, hits_inside=True,
-        **fields,
-    )  # fmt: skip
+    return Step(work_end=work_end, rows_per_task=rows_per_task, columns=columns, rows_in_ring=True, **fields)
 
 
 def task_shape(config: CacheConfig[Any], group: int, rows_each: int, widest: int = VERIFY_COLUMNS) -> tuple[int, int]:

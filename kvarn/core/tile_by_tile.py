@@ -7,7 +7,8 @@ as a decode step's rows are.
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
@@ -32,15 +33,11 @@ class _Piece(NamedTuple):
     row: int
 
 
-def goes_tile_by_tile(config: CacheConfig[Any]) -> bool:
-    """Tell whether what a row gets may depend neither on the batch nor on how its request was cut into steps."""
-    return config.canonical and config.batch_invariant
-
-
-def tile_by_tile(step: Step, config: CacheConfig[Any]) -> tuple[StepPart, ...]:
+def tile_by_tile(step: Step, config: CacheConfig[Any]) -> Step:
     """Cut a step of chunks into parts that add to at most one tile of a request, the first tiles first.
 
-    Of several requests they go in step, because one may hit a page that another fills in this step.
+    Of several requests they go in step, because one may hit a page that another fills in this step. Without the
+    canonical mode, or without batch invariance, the step is returned as it is.
 
     Args:
         step: of chunks.
@@ -48,6 +45,8 @@ def tile_by_tile(step: Step, config: CacheConfig[Any]) -> tuple[StepPart, ...]:
 
     Determinism: a row's bits follow from its request's rows alone. Graph-safe: no, waits for the device.
     """
+    if not (config.canonical and config.batch_invariant):
+        return step
     parts = []
     for (tile, _), pieces in itertools.groupby(sorted(_pieces(step, config.tile_tokens)), key=lambda piece: piece[:2]):
         few: list[_Piece] = []
@@ -57,7 +56,25 @@ def tile_by_tile(step: Step, config: CacheConfig[Any]) -> tuple[StepPart, ...]:
                 few = []
             few.append(piece)
         parts.append(_part(step, few, config))
-    return tuple(parts)
+    return replace(step, parts=tuple(parts))
+
+
+def attend_by_parts(
+    step: Step, q: torch.Tensor, out: torch.Tensor | None, attend: Callable[[torch.Tensor, Step], torch.Tensor]
+) -> torch.Tensor:
+    """Attend a step's parts one after the other.
+
+    Args:
+        step: with parts.
+        q: [tokens, ...], of which each part's output has the shape.
+        out: the same, contiguous: where to write the result; made here if None.
+        attend: returns the output of some of the step's rows, [rows], int64, as a step of their own.
+    """
+    if out is None:
+        out = torch.empty_like(q, memory_format=torch.contiguous_format)
+    for part in step.parts:
+        out[part.tokens] = attend(part.tokens, part.step)
+    return out
 
 
 def _pieces(step: Step, tile_tokens: int) -> Iterator[_Piece]:

@@ -45,6 +45,7 @@ else
   server=(--gpu-memory-utilization "$server_share" --max-num-seqs 64)
 fi
 
+with() { echo "${1%\}},$2}"; } # JSON with more in it; what comes last counts
 limited() { timeout -s TERM "${STEP_SECONDS:-560}" "$@"; }
 benchmark() { limited python3 -m benchmarks.kernels "$1" --out "$out/$1-h100.json" "${@:2}"; }
 
@@ -63,11 +64,11 @@ compare() {
 }
 
 hits() { # both engines are on the GPU at the same time
-  local beside=${arguments/$share/0.4}
-  [ "$engine" = vllm ] || beside=${beside%\}},\"max_total_tokens\":65536}
+  local part='"gpu_memory_utilization":0.4'
+  [ "$engine" = vllm ] || part='"mem_fraction_static":0.4,"max_total_tokens":65536'
   limited python3 -m benchmarks.serving.hits --engine "$engine" --model "$KVARN_GPU_MODEL" \
     --text "$KVARN_GPU_HOME/in/prose-long.txt" --out "$out/hits-$engine-h100.json" \
-    --arguments "$beside" --baseline-arguments "$baseline"
+    --arguments "$(with "$arguments" "$part")" --baseline-arguments "$baseline"
 }
 
 verify() {
@@ -77,18 +78,19 @@ verify() {
 speculate() { # over contexts longer than the models were trained for; SGLang without prefill graphs, for a quicker start;
   # 8-bit floats beside a bfloat16 model, since neither engine verifies drafts over them in float16
   local started=$unbounded
-  [ "$engine" = vllm ] || started=${unbounded%\}},\"disable_prefill_cuda_graph\":true\}
+  [ "$engine" = vllm ] || started=$(with "$unbounded" '"disable_prefill_cuda_graph":true')
   python3 tools/gpu/longer.py "$KVARN_GPU_MODEL" "$KVARN_GPU_MODEL-yarn" 4
   python3 tools/gpu/longer.py "$KVARN_GPU_DRAFT" "$KVARN_GPU_DRAFT-yarn" 4
   limited python3 -m benchmarks.serving.speculate --engine "$engine" --model "$KVARN_GPU_MODEL-yarn" \
     --draft "$KVARN_GPU_DRAFT-yarn" --drafts 3 --text "$KVARN_GPU_HOME/in/prose-long.txt" --arguments "$started" \
-    --other-arguments "$baseline" --peer-arguments '{"dtype":"bfloat16"}' --mismatches "${MISMATCHES-0}" --work "$out/speculate-$engine" \
+    --other-arguments "$baseline" --peer-arguments '{"dtype":"bfloat16"}' \
+    --mismatches "${MISMATCHES-0}" --work "$out/speculate-$engine" \
     --kernels "$out/verify.json" --contexts ${CONTEXTS-32768 114688} --out "$out/spec-$engine-h100.json"
 }
 
 parallel() { # SGLang's own all-reduce takes multicast memory where it can, which a host that is shared doesn't allow
   limited python3 -m benchmarks.serving.parallel --engine "$engine" --model "$KVARN_GPU_MODEL" --text "$KVARN_GPU_PROSE" \
-    --arguments "${unbounded%\}},\"disable_custom_all_reduce\":true}" --baseline-arguments "$baseline" \
+    --arguments "$(with "$unbounded" '"disable_custom_all_reduce":true')" --baseline-arguments "$baseline" \
     --steps "${PARALLEL_STEPS:-10000}" --work "$out/parallel" --out "$out/tp2-$engine.json"
 }
 

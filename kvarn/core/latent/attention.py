@@ -14,6 +14,7 @@ from kvarn.core.latent.rows import LatentRows
 from kvarn.core.latent.seal import seal_latents
 from kvarn.core.prefill_plan import LONG_ROWS, PrefillPlan, workspace_tokens
 from kvarn.core.step import Step
+from kvarn.core.tile_by_tile import attend_by_parts
 
 
 def latent_attention(
@@ -48,12 +49,12 @@ def latent_attention(
     if step.plan is not None and q_latent.shape[0] > step.plan.short_tokens:
         raise ValueError(f"Of {q_latent.shape[0]} absorbed queries only {step.plan.short_tokens} are of short chunks.")
     if step.parts:
-        out = torch.empty_like(q_latent, memory_format=torch.contiguous_format) if out is None else out
-        for part in step.parts:
-            at = part.tokens
+
+        def attend(at: torch.Tensor, part: Step) -> torch.Tensor:
             some = LatentRows(rows.latent[at], rows.rope[at])
-            out[at] = latent_attention(q_latent[at], q_rope[at], some, layer, part.step, scale)
-        return out
+            return latent_attention(q_latent[at], q_rope[at], some, layer, part, scale)
+
+        return attend_by_parts(step, q_latent, out, attend)
     raw = rotate_latents(rows, layer, step, store=step.rows_in_ring)
     seal_latents(raw, layer, step)
     out, _ = attend_latents(q_latent, q_rope, raw, layer, step, scale, out)
