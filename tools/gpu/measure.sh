@@ -8,10 +8,10 @@
 # tests: kernels against the references; kernels: writing, prefill and decode; compare: SGLang, or vLLM if
 # KVARN_GPU_ENGINE=vllm, with and without tiles; hits: first tokens after prefix hits, with nothing beside, since they wait
 # for the host; verify and speculate: drafts, alone and in the engine (after install.sh draft); parallel: two GPUs beside
-# one, and PARALLEL_STEPS steps of both; serving: `kvarn bench serve` of SHAPE with WORKLOADS, beside PEERS, with
-# SERVER_FLAGS more; quality: quality.sh with its steps QUALITY. Every step stops after STEP_SECONDS; parallel, speculate
-# and quality go on where they were. Writes OUT/*-h100.json, serving-*.json, tp2-*.json and logs; copy the results to
-# benchmarks/results afterwards, under the name of the GPU that they tell.
+# one, and PARALLEL_STEPS steps of both; serving: `kvarn bench serve` of SHAPE with WORKLOADS, beside PEERS, in SERVER_SHARE
+# of the memory, with SERVER_FLAGS more; quality: quality.sh with its steps QUALITY. Every step stops after STEP_SECONDS;
+# parallel, speculate and quality go on where they were. Writes OUT/*-h100.json, serving-*.json, tp2-*.json and logs; copy
+# the results to benchmarks/results afterwards, under the name of the GPU that they tell.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 out=${1:?a folder for the results}
@@ -25,7 +25,7 @@ mkdir -p "$out/logs"
 # Loads follow the capacity, and shares of a larger memory would make them last longer.
 gib=$(($(nvidia-smi --id=0 --query-gpu=memory.total --format=csv,noheader,nounits) / 1024))
 share=$([ "$gib" -gt 100 ] && echo 0.47 || echo 0.8)
-server_share=$([ "$gib" -gt 100 ] && echo 0.5 || echo 0.85)
+server_share=${SERVER_SHARE:-$([ "$gib" -gt 100 ] && echo 0.5 || echo 0.85)}
 
 if [ "$engine" = sglang ]; then
   arguments='{"sampling_backend":"pytorch","mem_fraction_static":'$share',"cuda_graph_max_bs_decode":64}'
