@@ -47,9 +47,10 @@ def main() -> None:
     print(f"{mismatches} of {args.prompts} answers differ with drafts", flush=True)
     if mismatches > args.mismatches:
         sys.exit(f"{mismatches} answers differ, more than {args.mismatches}: no speed is measured.")
-    served = _serve(args, (args.dtype, BASELINE, *_peers(args)), ids, greedy)
+    served = {} if args.canonical_only else _serve(args, (args.dtype, BASELINE, *_peers(args)), ids, greedy)
     row = _answers(args, canonical, served)
-    rows = [{**row, "context": context, **_speeds(args, served, i)} for i, context in enumerate(args.contexts)]
+    contexts = args.contexts if served else []
+    rows = [{**row, "context": context, **_speeds(args, served, i)} for i, context in enumerate(contexts)]
     results.write(args.out, rows or [row], engine=args.engine)
     for row in rows:
         print(json.dumps(row))
@@ -75,6 +76,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--prompt-tokens", type=int, default=512)
     parser.add_argument("--new-tokens", type=int, default=512)
     parser.add_argument("--mismatches", type=int, default=0, help="answers that may differ")
+    parser.add_argument("--canonical-only", action="store_true", help="compare these answers and measure nothing else")
     parser.add_argument("--contexts", type=int, nargs="*", default=[32768])
     parser.add_argument("--decode-tokens", type=int, default=256)
     parser.add_argument("--repeats", type=int, default=3)

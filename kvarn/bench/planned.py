@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from kvarn.bench.engines import CacheFacts
 from kvarn.checkpoint import Checkpoint
-from kvarn.core.capacity import cache_shape, plan_blocks, plan_capacity
+from kvarn.core.capacity import plan_blocks, plan_capacity
 from kvarn.errors import CapacityError
 from kvarn.presets import get_preset, is_preset_name
 
@@ -31,10 +31,7 @@ def planned_tokens(dtype: str, model: Checkpoint, facts: CacheFacts, baseline_to
     """
     if not is_preset_name(dtype) or model.tile_layers < len(model.layers):
         return None
-    head_dim, raw_bytes = model.facts.head_dim, model.raw_bytes
-    shape = cache_shape(
-        get_preset(dtype), layers=model.tile_layers, kv_heads=model.kv_heads, head_dim=head_dim, raw_bytes=raw_bytes
-    )
+    shape = model.shape(get_preset(dtype), ranks=1)
     budget = baseline_tokens * shape.raw_bytes_per_token
     if facts.requests is not None:
         with contextlib.suppress(CapacityError):

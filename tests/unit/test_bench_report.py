@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,7 @@ from kvarn.bench.engines import CacheFacts
 from kvarn.bench.picture import kl_of, picture
 from kvarn.bench.planned import model_dtype, planned_tokens
 from kvarn.bench.report import NOT_MEASURED, losing_cases, table, tables
+from kvarn.bench.shapes import SHAPES
 from kvarn.checkpoint import describe
 from kvarn.cli.main import main
 
@@ -21,6 +23,8 @@ SERVING = sorted(RESULTS.glob("serving-*.json"))
 # Where the KL of a cache dtype is looked up, in this order.
 QUALITY = [RESULTS / name for name in ("sglang-h100.json", "vllm-h100.json", "quality.json")]
 PRESET = "kvarn_k4v2_g128"
+# The longest request of every shape.
+POSITIONS = 129 * 1024
 # The model of the committed engine results, as its config.json says it.
 QWEN2 = {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "hidden_size": 1536}
 
@@ -34,6 +38,21 @@ def test_the_plan_beside_a_row_is_within_a_percent_of_what_engines_announced(eng
     planned = planned_tokens(PRESET, model, facts, announced["float16"])
     assert planned == pytest.approx(announced[PRESET], rel=0.01)
     assert planned_tokens("fp8", model, facts, announced["float16"]) is None
+
+
+@pytest.mark.parametrize("path", SERVING, ids=lambda path: path.stem)
+def test_servers_held_what_was_planned_within_a_percent(path: Path) -> None:
+    rows = json.loads(path.read_text())["rows"]
+    planned = [row for row in rows if row["kv_tokens_planned"] is not None]
+    for row in planned:
+        facts = CacheFacts(row["engine"], "m", row["dtype"], row["kv_tokens"], longest=POSITIONS)
+        facts = replace(facts, requests=64 if row["engine"] == "sglang" else None)
+        shape = describe(SHAPES[row["model"]], "bfloat16")
+        baseline = next(other["kv_tokens"] for other in rows if other["dtype"] == "auto")
+        assert row["kv_tokens_planned"] == planned_tokens(row["dtype"], shape, facts, baseline)
+        assert row["kv_tokens"] == pytest.approx(row["kv_tokens_planned"], rel=0.01)
+    recurrent = "qwen3-next" in path.stem
+    assert bool(planned) != recurrent
 
 
 def test_nothing_is_planned_where_nothing_should_fit() -> None:
