@@ -92,6 +92,7 @@ def plan_prefill(
     token_numbers: int | None = None,
     *,
     together: bool = False,
+    room: int | None = None,
 ) -> PrefillPlan | None:
     """Plan a step's long chunks; None if it has none, or nothing that attends them.
 
@@ -104,6 +105,7 @@ def plan_prefill(
         device: where the step runs.
         token_numbers: as for `workspace_tokens`.
         together: the engine attends to all requests of a step in one way. So all are planned like long chunks, or none.
+        room: keys that are restored at a time, whole tiles; None for `workspace_tokens`.
     """
     if flash is None or (together and not _worth_restoring(prefix_lens, query_lens)):
         return None
@@ -113,7 +115,7 @@ def plan_prefill(
         return None
     starts = _running_sum(query_lens)
     numbers = _Numbers(device)
-    room = workspace_tokens(config, dtype, token_numbers)
+    room = room or workspace_tokens(config, dtype, token_numbers)
     groups = [
         (group, numbers.ints([keys.begin for keys in group]), numbers.spans(
             [query_lens[keys.request] for keys in group], [keys.count for keys in group]))

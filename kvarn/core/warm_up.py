@@ -9,7 +9,7 @@ from kvarn.core.attention import attention
 from kvarn.core.cache import LayerCache, runs_triton
 from kvarn.core.chunk_step import CHUNK_COLUMNS, chunk_step
 from kvarn.core.flash import FlashAttention
-from kvarn.core.prefill_plan import plan_prefill
+from kvarn.core.prefill_plan import LONG_ROWS, plan_prefill
 from kvarn.core.step import Step, verify_step
 from kvarn.core.tail import TailState
 
@@ -17,6 +17,8 @@ from kvarn.core.tail import TailState
 _TASKS = (1, 33, 129)
 # Rotation has one for more than 512 tokens.
 _LONG_CHUNK = 520
+# Pieces of cached context before a chunk's own rows: merging has a variant for up to two, and one for more.
+_PIECES = (2, 3)
 
 
 def warm_up(
@@ -67,8 +69,8 @@ def warm_up_steps(
         return
     config, device = layer.config, layer.records.device
 
-    def run_chunk(flash: FlashAttention | None, prefix: int, tokens: int) -> None:
-        plan = plan_prefill(config, flash, layer.tails.dtype, [prefix], [tokens], device, token_numbers)
+    def run_chunk(flash: FlashAttention | None, prefix: int, tokens: int, room: int | None = None) -> None:
+        plan = plan_prefill(config, flash, layer.tails.dtype, [prefix], [tokens], device, token_numbers, room=room)
         table = torch.zeros(1, -(-(prefix + tokens) // config.tile_tokens), dtype=torch.int32, device=device)
         ends = _ints(device, 1, prefix), _ints(device, 1, prefix + tokens)
         row = _ints(device, 1, 0)
@@ -81,8 +83,11 @@ def warm_up_steps(
         for each in sorted({1, config.draft_tokens + 1}):
             run(verify_step(_scratch_state(layer), rows, ones, table, group, each, widest), tasks * each)
         run_chunk(None, 0, tasks * max(1, widest // group))
-    for prefix in (0, config.tile_tokens):
+    tile = config.tile_tokens
+    for prefix in (0, tile):
         run_chunk(flash, prefix, _LONG_CHUNK)
+    for pieces in _PIECES:
+        run_chunk(flash, pieces * tile, LONG_ROWS + 1, room=tile)
     if layer.records.is_cuda:
         torch.cuda.synchronize(device)
 

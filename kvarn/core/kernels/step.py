@@ -7,7 +7,7 @@ from kvarn.core.kernels.ring import continues
 from kvarn.core.kernels.sinks import move_sink_slots
 
 
-@triton.jit(do_not_specialize=["requests"])
+@triton.jit(do_not_specialize=["requests", "table_stride", "out_stride"])
 def verify_step_kernel(
     rows_ptr, seq_lens_ptr, table_ptr, ring_end_ptr, ring_page_ptr, sure_end_ptr, sure_page_ptr, own_start_ptr,
     page_writer_ptr, page_slot_ptr, free_slots_ptr, free_count_ptr, faults_ptr, out_ptr, requests, table_stride,
