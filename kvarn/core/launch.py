@@ -2,7 +2,10 @@
 
 import functools
 import itertools
+import logging
 import operator
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +20,10 @@ _LEAST, _MOST = -(1 << 31), (1 << 31) - 1
 # By all that the choice of code depends on: the code, and constants by position.
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _MOST_KEYS = 4096
+# A launch that takes longer has waited for the compiler.
+_COMPILING_S = 0.05
+_warmed_up = threading.Event()
+logger = logging.getLogger(__name__)
 # By the identity of kernels, which are kept with it.
 _parameters: dict[int, "_Parameters | None"] = {}
 
@@ -78,7 +85,23 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, constants: Constants 
     # the parameters that are left are constants, in this order
     named = {**constants.named, **more}
     rest = tuple(named[name] for name in kernel.arg_names[len(args) :])
+    began = time.perf_counter()
     _compiled[key] = kernel[grid](*args, **named), rest
+    _tell_if_late(kernel, args[0], time.perf_counter() - began)
+
+
+def warmed_up() -> None:
+    """Tell from now on, in the log, when a launch waits for the compiler."""
+    _warmed_up.set()
+
+
+def _tell_if_late(kernel: Any, tensor: torch.Tensor, took_s: float) -> None:
+    if took_s < _COMPILING_S or not _warmed_up.is_set():
+        return
+    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+        return  # a graph, before serving
+    told = "KVarN compiled %s while serving, for %.0f ms: warm-up missed a variant. Please report it."
+    logger.warning(told, kernel.__name__, took_s * 1e3)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -9,6 +9,7 @@ from kvarn.core.attention import attention
 from kvarn.core.cache import LayerCache, runs_triton
 from kvarn.core.chunk_step import CHUNK_COLUMNS, chunk_step
 from kvarn.core.flash import FlashAttention
+from kvarn.core.launch import warmed_up
 from kvarn.core.prefill_plan import LONG_ROWS, plan_prefill
 from kvarn.core.step import Step, verify_step
 from kvarn.core.tail import TailState
@@ -55,7 +56,7 @@ def warm_up_steps(
     """Run decode and verify steps, chunks and long chunks of every kind that has kernels of its own.
 
     They write to block 0 and to ring 0 of the layer, which are the engine's for padding or not in use yet, and nowhere
-    else. For the host, outside of graphs; waits for the device.
+    else. For the host, outside of graphs; waits for the device. What is compiled afterwards is told in the log.
 
     Args:
         layer: any of the model's layers, in the memory that the engine gave it.
@@ -90,6 +91,7 @@ def warm_up_steps(
         run_chunk(flash, pieces * tile, LONG_ROWS + 1, room=tile)
     if layer.records.is_cuda:
         torch.cuda.synchronize(device)
+    warmed_up()
 
 
 def _scratch_state(layer: LayerCache[Any]) -> TailState:

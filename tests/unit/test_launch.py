@@ -1,5 +1,6 @@
 """Launching by code that is remembered: it is found again for arguments of the same kind, and for no others."""
 
+import threading
 from types import SimpleNamespace
 from typing import Any
 
@@ -7,12 +8,13 @@ import pytest
 import torch
 
 from kvarn.core import launch as launch_module
-from kvarn.core.launch import Constants, launch
+from kvarn.core.launch import Constants, launch, warmed_up
 
 
 class Kernel:
     """Counts how often it is compiled, and notes what its code is launched with."""
 
+    __name__ = "slow_kernel"
     arg_names = ("x", "y", "stride", "count", "scale", "bias", "BLOCK", "FLAG")
 
     def __init__(self) -> None:
@@ -42,6 +44,7 @@ class Code:
 def forget(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(launch_module, "_compiled", {})
     monkeypatch.setattr(launch_module, "_parameters", {})
+    monkeypatch.setattr(launch_module, "_warmed_up", threading.Event())
 
 
 BLOCKS = Constants({"BLOCK": 8, "num_warps": 2})
@@ -129,3 +132,15 @@ def test_interpreted_kernels_are_called_as_ever() -> None:
     for _ in range(2):
         launch(interpreted, (4,), 1, 2, BLOCK=3)
     assert calls == [((1, 2), {"BLOCK": 3})] * 2
+
+
+def test_what_is_compiled_after_warm_up_is_told(monkeypatch, caplog) -> None:
+    monkeypatch.setattr(launch_module, "_COMPILING_S", 0.0)
+    kernel = Kernel()
+    launch(kernel, (1,), ALIGNED, ALIGNED, 16, 5, 0.5, None, FLAG=True, constants=BLOCKS)
+    assert not caplog.records
+    warmed_up()
+    for stride in (16, 32, 32):
+        launch(kernel, (1,), ALIGNED, ALIGNED, stride, 5, 0.5, None, FLAG=True, constants=BLOCKS)
+    assert [record.levelname for record in caplog.records] == ["WARNING"]
+    assert "compiled slow_kernel while serving" in caplog.text
