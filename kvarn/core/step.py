@@ -177,9 +177,9 @@ def verify_step(
         verify_step_kernel, (1,),
         rows, seq_lens, block_table, state.ring_end, state.ring_page, state.sure_end, state.sure_page, state.own_start,
         state.page_writer, state.page_slot, state.free_slots, state.free_count, state.faults, out, requests,
-        block_table.stride(0), out.stride(0), G=config.tile_tokens, PADDING_PAGES=config.tiles_per_block,
-        SINKS=config.sink_tokens > 0, ROWS=rows_each, DRAFTS=config.draft_tokens, TASKS=tasks_each,
-        TASK_ROWS=rows_per_task, BLOCK=_STEP_BLOCK,
+        rows_each, tasks_each, rows_per_task, block_table.stride(0), out.stride(0), G=config.tile_tokens,
+        PADDING_PAGES=config.tiles_per_block, SINKS=config.sink_tokens > 0, SEVERAL=several,
+        DRAFTS=config.draft_tokens, BLOCK=_STEP_BLOCK,
     )  # fmt: skip
     fields = dict(zip(_UNIFORM_FIELDS, out[:, :requests], strict=False))
     index = out[5, : requests + 1]
@@ -255,12 +255,14 @@ def _verify_step(config: CacheConfig[Any], group: int, rows_each: int, widest: i
 def task_shape(config: CacheConfig[Any], group: int, rows_each: int, widest: int = VERIFY_COLUMNS) -> tuple[int, int]:
     """Return the query rows and columns of an attention task, where every request has as many rows.
 
+    Of several rows a task takes as many as its columns hold, used or not: each shape is a variant of the kernel.
     In batch-invariant mode it is one row: the queries of a task are divided by one number, and one row is read by the
     same variant of the kernel whether it is decoded, verified or part of a chunk.
     """
     most = 1 if config.batch_invariant else max(1, widest // group)
     rows = -(-rows_each // -(-rows_each // most))
-    return rows, max(DECODE_COLUMNS, power_of_two(rows * group))
+    columns = max(DECODE_COLUMNS, power_of_two(rows * group))
+    return (columns // group if rows > 1 else 1), columns
 
 
 def aligned_ints(rows: int, columns: int, device: torch.device) -> torch.Tensor:

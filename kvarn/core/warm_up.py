@@ -11,7 +11,7 @@ from kvarn.core.chunk_step import CHUNK_COLUMNS, chunk_step
 from kvarn.core.flash import FlashAttention
 from kvarn.core.launch import warmed_up
 from kvarn.core.prefill_plan import LONG_ROWS, plan_prefill
-from kvarn.core.step import Step, verify_step
+from kvarn.core.step import Step, task_shape, verify_step
 from kvarn.core.tail import TailState
 
 # Attention has a variant for up to 32 tasks, for up to 128, and for more.
@@ -79,9 +79,11 @@ def warm_up_steps(
             step, _ = chunk_step(_scratch_state(layer), row, *ends, tags, table, group, tokens, plan, widest)
         run(step, tokens)
 
+    # of the numbers of rows that tasks of one shape serve, the largest
+    shapes = {task_shape(config, group, each, widest): each for each in range(1, config.draft_tokens + 2)}
     for tasks in _TASKS:
         rows, ones, table = _ints(device, tasks, 0), _ints(device, tasks, 1), _ints(device, tasks, 0)[:, None]
-        for each in sorted({1, config.draft_tokens + 1}):
+        for each in sorted({1, *shapes.values()}):
             run(verify_step(_scratch_state(layer), rows, ones, table, group, each, widest), tasks * each)
         run_chunk(None, 0, tasks * max(1, widest // group))
     tile = config.tile_tokens

@@ -75,7 +75,7 @@ LATENT_KERNELS = {
     "rotate": rotate_latents_kernel,
     "seal": seal_latents_kernel,
 }
-_VERIFIED = {"ROWS": 4, "DRAFTS": 4, "TASKS": 2, "TASK_ROWS": 2}
+_VERIFIED = {"SEVERAL": True, "DRAFTS": 4}
 _POINTERS = {
     "fp16": ("q_ptr", "k_ptr", "v_ptr", "k_out_ptr", "v_out_ptr", "chunk_k_ptr", "chunk_v_ptr", "tails_ptr")
     + ("sinks_ptr", "signs_ptr", "out_ptr", "part_ptr", "latent_ptr", "rope_ptr", "raw_ptr", "chunk_ptr"),
@@ -153,7 +153,7 @@ def _constants(layout: TileLayout, **changes: object) -> dict[str, Any]:
         "SINK": 4, "SINKS": True, "SOFTCAP": 0.0, "ROWS_IN_RING": True, "CANONICAL": False, "RAW_BLOCK": RAW_BLOCK,
         "TASK_BLOCK": 128, "SHARE": 1, "STAGES": 2, "CHAINED": True, "USE_ASM": True, "KV_HEADS": 8,
         "NORM": layout.head_dim**-0.5, "ROWS_AT_ONCE": 4, "STORE": True, "CHUNK": 64, "PARTS": 2, "PADDING_PAGES": 1,
-        "sink_logits_ptr": None, "DRAFTS": 0, "TASKS": 1, "TASK_ROWS": 1, "TAGGED": True,
+        "sink_logits_ptr": None, "DRAFTS": 0, "SEVERAL": False, "TAGGED": True,
         "QP": power_of_two(layout.head_dim // 4),
         "KEY_BITS": layout.key_bits, "VALUE_BITS": layout.value_bits, "KEY_CLIP": 1.0, "VALUE_CLIP": 0.8,
         "SCALE_MAX": SCALE_MAX, **changes,

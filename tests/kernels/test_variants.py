@@ -1,5 +1,6 @@
 """Warm-up launches every variant of a kernel that steps launch, told without a GPU by what Triton compiles anew for."""
 
+import itertools
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -89,11 +90,11 @@ def steps(
     def state(requests: int) -> TailState:
         return TailState(config, requests + 1, 400, requests, CPU)
 
-    for requests in (1, 40, 200):
+    for requests, each in itertools.product((1, 40, 200), range(1, config.draft_tokens + 2)):
         rows, lengths = ints(range(1, requests + 1)), ints([700] * requests)
         table = torch.ones(requests, 6, dtype=torch.int32)
-        step = verify_step(state(requests), rows, lengths, table, group, 1, columns)
-        yield f"decode of {requests}", step, requests
+        step = verify_step(state(requests), rows, lengths, table, group, each, columns)
+        yield f"{each} rows of {requests}", step, requests * each
     for cases, room in ((CHUNKS, None), (PIECES, TILE)):
         for name, (prefixes, new) in cases.items():
             plan = plan_prefill(config, flash, DTYPE, prefixes, new, CPU, token_numbers, room=room)
@@ -125,16 +126,21 @@ def zeros(*shape: int) -> torch.Tensor:
     return torch.zeros(shape, dtype=DTYPE)
 
 
-@pytest.mark.parametrize("sinks", [False, True])
-def test_steps_launch_what_warm_up_launched(launched: Variants, sinks: bool) -> None:
-    config = CacheConfig(TileLayout.of(get_preset("kvarn_k4v2_g128"), HEAD_DIM), KV_HEADS, 128, 4, 256)
+@pytest.mark.parametrize(
+    ("heads", "sinks", "drafts"),
+    [(4, False, 0), (4, True, 0), (3, False, 6), (16, False, 2)],
+    ids=["plain", "learned sinks", "drafts", "drafts of many heads"],
+)
+def test_steps_launch_what_warm_up_launched(launched: Variants, heads: int, sinks: bool, drafts: int) -> None:
+    layout = TileLayout.of(get_preset("kvarn_k4v2_g128"), HEAD_DIM)
+    config = CacheConfig(layout, KV_HEADS, 128, 4, 2 * TILE + drafts, draft_tokens=drafts)
     layer = allocate_layer(config, 2, 2, 1, DTYPE, CPU)
     flash = flash_for(config, DTYPE, CPU, caps_logits=False)
-    logits = torch.zeros(HEADS) if sinks else None
-    warm_up(layer, HEADS, flash, logits)
+    logits = torch.zeros(heads) if sinks else None
+    warm_up(layer, heads, flash, logits)
     warm = set(launched)
-    for name, step, tokens in steps(config, HEADS // KV_HEADS, CHUNK_COLUMNS, flash):
-        q, k, v = (zeros(tokens, heads, HEAD_DIM) for heads in (HEADS, KV_HEADS, KV_HEADS))
+    for name, step, tokens in steps(config, heads // KV_HEADS, CHUNK_COLUMNS, flash):
+        q, k, v = (zeros(tokens, count, HEAD_DIM) for count in (heads, KV_HEADS, KV_HEADS))
         attention(q, k, v, layer, step, scale=1.0, sink_logits=logits)
         assert news(launched, warm) == [], name
 

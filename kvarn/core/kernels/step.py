@@ -7,16 +7,16 @@ from kvarn.core.kernels.ring import continues
 from kvarn.core.kernels.sinks import move_sink_slots
 
 
-@triton.jit(do_not_specialize=["requests", "table_stride", "out_stride"])
+@triton.jit(do_not_specialize=["requests", "rows_each", "tasks_each", "task_rows", "table_stride", "out_stride"])
 def verify_step_kernel(
     rows_ptr, seq_lens_ptr, table_ptr, ring_end_ptr, ring_page_ptr, sure_end_ptr, sure_page_ptr, own_start_ptr,
-    page_writer_ptr, page_slot_ptr, free_slots_ptr, free_count_ptr, faults_ptr, out_ptr, requests, table_stride,
-    out_stride, G: tl.constexpr, PADDING_PAGES: tl.constexpr, SINKS: tl.constexpr, ROWS: tl.constexpr,
-    DRAFTS: tl.constexpr, TASKS: tl.constexpr, TASK_ROWS: tl.constexpr, BLOCK: tl.constexpr,
+    page_writer_ptr, page_slot_ptr, free_slots_ptr, free_count_ptr, faults_ptr, out_ptr, requests, rows_each,
+    tasks_each, task_rows, table_stride, out_stride, G: tl.constexpr, PADDING_PAGES: tl.constexpr, SINKS: tl.constexpr,
+    SEVERAL: tl.constexpr, DRAFTS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """One program. ROWS tokens a request, in TASKS tasks of TASK_ROWS.
+    """One program. rows_each tokens a request, SEVERAL if not one, in tasks_each tasks of task_rows.
 
-    Rows of out: prefix, length, own_start, sink slot, tile to seal or -1, index; then zeros if ROWS is 1, else query
+    Rows of out: prefix, length, own_start, sink slot, tile to seal or -1, index; then zeros if not SEVERAL, else query
     start, request and position of every token, request and first row of every task.
     """
     count = tl.load(free_count_ptr)
@@ -25,14 +25,14 @@ def verify_step_kernel(
         request = start + tl.arange(0, BLOCK)
         ok = request < requests
         row = tl.load(rows_ptr + request, mask=ok, other=0)
-        length = tl.maximum(tl.load(seq_lens_ptr + request, mask=ok, other=ROWS), ROWS)
-        prefix = length - ROWS
+        length = tl.maximum(tl.load(seq_lens_ptr + request, mask=ok, other=0), rows_each)
+        prefix = length - rows_each
         table = table_ptr + request.to(tl.int64) * table_stride
         first_page = tl.load(table, mask=ok, other=0)
         last_page = tl.load(table + tl.maximum(prefix - 1, 0) // G, mask=ok, other=0)
         page = tl.load(table + prefix // G, mask=ok, other=0)
         end_page = page
-        if ROWS > 1:
+        if SEVERAL:
             end_page = tl.load(table + (length - 1) // G, mask=ok, other=0)
         continued = continues(
             row, prefix, last_page, ok, ring_end_ptr, ring_page_ptr, sure_end_ptr, sure_page_ptr, page_writer_ptr, G,
@@ -62,20 +62,20 @@ def verify_step_kernel(
         tl.store(out + 3 * out_stride, tl.load(page_slot_ptr + first_page, mask=ok, other=-1), mask=ok)
         tl.store(out + 4 * out_stride, tl.where(length // G > prefix // G, length // G - 1, -1), mask=ok)
         tl.store(out + 5 * out_stride, request, mask=request <= requests)
-        if ROWS == 1:
-            tl.store(out + 6 * out_stride, 0 * request, mask=ok)
-        else:
-            tl.store(out + 6 * out_stride, request * ROWS, mask=request <= requests)
-            for i in range(ROWS):
-                token = out_ptr + request * ROWS + i
+        if SEVERAL:
+            tl.store(out + 6 * out_stride, request * rows_each, mask=request <= requests)
+            for i in range(rows_each):
+                token = out_ptr + request * rows_each + i
                 tl.store(token + 7 * out_stride, request, mask=ok)
                 tl.store(token + 8 * out_stride, prefix + i, mask=ok)
-            for i in range(TASKS):
-                task = out_ptr + request * TASKS + i
+            for i in range(tasks_each):
+                task = out_ptr + request * tasks_each + i
                 tl.store(task + 9 * out_stride, request, mask=ok)
-                tl.store(task + 10 * out_stride, 0 * request + i * TASK_ROWS, mask=ok)
+                tl.store(task + 10 * out_stride, 0 * request + i * task_rows, mask=ok)
+        else:
+            tl.store(out + 6 * out_stride, 0 * request, mask=ok)
     tl.store(out_ptr + 5 * out_stride + requests, requests)
-    if ROWS > 1:
-        tl.store(out_ptr + 6 * out_stride + requests, requests * ROWS)
+    if SEVERAL:
+        tl.store(out_ptr + 6 * out_stride + requests, requests * rows_each)
     tl.store(free_count_ptr, count)
     tl.store(faults_ptr, faults)
