@@ -6,6 +6,7 @@ import dataclasses
 import pytest
 import torch
 from cases import Case, make_case, store_and_seal, to_device, without_others
+from gluon_on_torch import Emulated
 from tolerance import ATTEND_MAX, ATTEND_RMS, LSE, LSE_RELATIVE, relative_max, relative_rms
 
 from kvarn.core import attend as attend_module
@@ -17,11 +18,15 @@ from kvarn.presets import PRESETS
 
 @pytest.fixture(autouse=True, params=["explicit", "triton"])
 def kernel(request, device, monkeypatch):
-    """Which attention kernel serves layouts that both can serve. Without a GPU there is but one."""
+    """Which attention kernel serves layouts that both can serve. Without a GPU the explicit one runs over torch."""
     if request.param == "triton":
         monkeypatch.setattr(attend_module, "has_explicit_layouts", lambda *_: False)
     elif device == "cpu":
-        pytest.skip("the kernel with explicit layouts needs a GPU")
+        gpu, served = torch.device("cuda"), attend_module.has_explicit_layouts
+        monkeypatch.setattr(attend_module, "has_explicit_layouts", lambda layout, _: served(layout, gpu))
+        emulated, plain = Emulated("gluon.attend", "attend_kernel", "gluon.record"), attend_module._attend_kernel
+        chosen = lambda layout, device: emulated if served(layout, gpu) else plain(layout, device)  # noqa: E731
+        monkeypatch.setattr(attend_module, "_attend_kernel", chosen)
 
 
 def check(case: Case, device: str, logit_cap: float = 0.0) -> None:

@@ -2,11 +2,17 @@
 
 import pytest
 import torch
+from gluon_on_torch import Emulated
 from latent_cases import LatentCase, make_latent_case
 from tolerance import ATTEND_MAX, ATTEND_RMS, LATENT_LSE_RELATIVE, LSE, relative_max, relative_rms
 
 from kvarn.core.latent import attend as attend_module
-from kvarn.core.latent.attend import attend_latents, attend_latents_reference, heads_together
+from kvarn.core.latent.attend import (
+    attend_latents,
+    attend_latents_reference,
+    has_explicit_latents,
+    heads_together,
+)
 
 
 def check(case: LatentCase, device: str) -> None:
@@ -82,3 +88,16 @@ def test_chunk_matches_reference_where_it_reads_otherwise(settings, device):
 
 def test_heads_are_split_evenly():
     assert [heads_together(heads) for heads in (1, 16, 20, 40, 96, 128)] == [1, 16, 10, 10, 16, 16]
+
+
+@pytest.mark.parametrize("rope_bits", [16, 8])
+@pytest.mark.parametrize("new", [[1, 1], [9, 1]])
+def test_explicit_layouts_match_reference_where_they_run_over_torch(new, rope_bits, device, monkeypatch):
+    if device != "cpu":
+        pytest.skip("a GPU runs them in the other tests")
+    emulated = Emulated("gluon.latent", "attend_latents_kernel", "gluon.record", "gluon.attend", "gluon.latent_rows")
+    monkeypatch.setattr(attend_module, "_attend_kernel", lambda *_: (emulated, {}))
+    options = {"latent_dim": 512, "rope_dim": 64, "tile": 128, "tail": 128, "heads": 20, "rope_bits": rope_bits}
+    case = make_latent_case([700, 130], new, hits=[256, 0], **options)
+    assert has_explicit_latents(case.layer.config.layout, torch.device("cuda"))
+    check(case, device)

@@ -1,0 +1,203 @@
+"""Run a kernel with explicit layouts on CPU tensors, program by program: its Python over torch, with layouts left out.
+
+Gluon has no interpreter. What a kernel computes doesn't depend on where in registers it does: so this says whether it
+reads, masks, unpacks and sums what it should. Whether layouts fit together the compiler says (`test_compile.py`).
+Shared memory begins as NaN, and copies to it are done at once, so a value that is overwritten too early is noticed.
+"""
+
+import ast
+import inspect
+import itertools
+import math
+import re
+from collections.abc import Callable, Iterable
+from importlib.util import find_spec
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+_KERNELS = "kvarn.core.kernels"
+_HELPERS = ("task", "read_rule", "work", "address", "hadamard", "unpack")
+_LAYOUTS = ("SliceLayout", "DotOperandLayout", "BlockedLayout", "SwizzledSharedLayout", "DistributedLinearLayout")
+_PLANE = re.compile(r"(?:(shl|shr)\.b32 t, \$1, (\d+); )?lop3\.b32 \$0, (?:t|\$1), 0x(\w+), 0x64006400, 0xEA;")
+
+
+class Pointer:
+    """Addresses in a tensor's storage: an element type, and offsets in elements."""
+
+    def __init__(self, storage: torch.Tensor, at: Any) -> None:
+        self.storage, self.at = storage, at
+        self.dtype = SimpleNamespace(element_ty=storage.dtype)
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "Pointer":
+        flat = torch.empty(0, dtype=tensor.dtype).set_(tensor.untyped_storage())
+        return cls(flat, tensor.storage_offset())
+
+    def __add__(self, offset: Any) -> "Pointer":
+        return Pointer(self.storage, self.at + offset)
+
+    def __sub__(self, offset: Any) -> "Pointer":
+        return self + -offset
+
+    def to(self, dtype: torch.dtype) -> "Pointer":
+        return Pointer(self.storage.view(dtype), self.at * self.storage.itemsize // dtype.itemsize)
+
+    def load(self, mask: Any = None, other: Any = 0, **_: object) -> torch.Tensor:
+        at = torch.as_tensor(self.at)
+        if mask is None:
+            return self.storage[at]
+        at, mask = torch.broadcast_tensors(at, torch.as_tensor(mask))
+        return torch.where(mask, self.storage[torch.where(mask, at, 0)], torch.tensor(other, dtype=self.storage.dtype))
+
+    def store(self, value: Any, mask: Any = True) -> None:
+        value = torch.as_tensor(value)
+        at, mask, value = torch.broadcast_tensors(torch.as_tensor(self.at), torch.as_tensor(mask), value)
+        self.storage[at[mask]] = value[mask].to(self.storage.dtype)
+
+
+class Shared:
+    """Shared memory."""
+
+    def __init__(self, values: torch.Tensor) -> None:
+        self.values, self.shape = values, tuple(values.shape)
+
+    @classmethod
+    def allocate(cls, dtype: torch.dtype, shape: Iterable[int], _: object) -> "Shared":
+        return cls(torch.full(tuple(shape), math.nan if dtype.is_floating_point else -1, dtype=dtype))
+
+    def index(self, i: Any) -> "Shared":
+        return Shared(self.values[int(i)])
+
+    def slice(self, start: int, length: int) -> "Shared":
+        return Shared(self.values[start : start + length])
+
+    def permute(self, order: tuple[int, ...]) -> "Shared":
+        return Shared(self.values.permute(order))
+
+    def load(self, _: object = None) -> torch.Tensor:
+        return self.values.clone()
+
+    def store(self, values: torch.Tensor) -> None:
+        self.values.copy_(values)
+
+
+def _unpacked(asm: str, _: str, words: list[torch.Tensor], **__: object) -> torch.Tensor:
+    """Do what `unpack.plane_asm` says to pairs of packed words."""
+    found = _PLANE.search(asm)
+    assert found, asm
+    direction, by, mask = found.groups()
+    pairs = words[0].contiguous().view(torch.int32).long() & 0xFFFFFFFF
+    pairs = pairs << int(by or 0) if direction == "shl" else pairs >> int(by or 0)
+    pairs = (pairs & int(mask, 16)) | 0x64006400
+    return torch.where(pairs >= 1 << 31, pairs - (1 << 32), pairs).to(torch.int32).view(torch.float16)
+
+
+def _both(of_numbers: Callable[..., Any], of_tensors: Callable[..., Any]) -> Callable[..., Any]:
+    def call(a: Any, b: Any) -> Any:
+        if not torch.is_tensor(a) and not torch.is_tensor(b):
+            return of_numbers(a, b)
+        return of_tensors(torch.as_tensor(a), torch.as_tensor(b))
+
+    return call
+
+
+def _where(condition: Any, a: Any, b: Any) -> torch.Tensor:
+    dtype = next((x.dtype for x in (a, b) if torch.is_tensor(x)), None)
+    return torch.where(torch.as_tensor(condition), *(torch.as_tensor(x, dtype=dtype) for x in (a, b)))
+
+
+def _float(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], torch.Tensor]:
+    return lambda x: function(torch.as_tensor(x, dtype=torch.float32))
+
+
+_program = [0, 0]
+_programs = [1, 1]
+_LANGUAGE = SimpleNamespace(
+    constexpr=lambda x: x, static_range=range, range=lambda *bounds, **_: range(*bounds), pointer_type=lambda x: x,
+    float16=torch.float16, float32=torch.float32, int16=torch.int16, int32=torch.int32, int64=torch.int64,
+    program_id=lambda axis: torch.tensor(_program[axis]), num_programs=lambda axis: _programs[axis],
+    load=lambda pointer, **more: pointer.load(**more), store=lambda pointer, x, **more: pointer.store(x, **more),
+    allocate_shared_memory=Shared.allocate, inline_asm_elementwise=_unpacked,
+    arange=lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
+    full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
+    zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
+    minimum=_both(min, torch.minimum), maximum=_both(max, torch.maximum), where=_where, abs=torch.abs,
+    max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
+    exp2=_float(torch.exp2), log2=_float(torch.log2), ceil=_float(torch.ceil),
+    cdiv=lambda a, b: (a + b - 1) // b,
+    join=lambda a, b: torch.stack((a, b), dim=-1), split=lambda x: x.unbind(dim=-1),
+    permute=lambda x, order: x.permute(order), reshape=lambda x, shape: x.reshape(shape),
+    expand_dims=lambda x, axis: x.unsqueeze(axis), broadcast=torch.broadcast_tensors,
+    convert_layout=lambda x, *_, **__: x,
+    **dict.fromkeys(_LAYOUTS, lambda *_, **__: None),
+)  # fmt: skip
+_GIVEN = {
+    "gl": _LANGUAGE,
+    "tl": _LANGUAGE,
+    "mma_v2": lambda a, b, c: c + a.float() @ b.float(),
+    "begin_copy": lambda shared, pointer: shared.store(pointer.load()),
+    "async_copy": SimpleNamespace(commit_group=lambda: None, wait_group=lambda pending: None),
+    "allow_next": lambda chained: None,
+    "wait_for_previous": lambda chained: None,
+}
+
+
+class _Plain(ast.NodeTransformer):
+    """Leaves of a kernel's module what Python can run: no imports, decorators, annotations and layouts of values."""
+
+    def visit_Import(self, node: ast.Import) -> None:
+        return None
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
+        return None
+
+    def visit_FunctionDef(self, node: ast.FunctionDef) -> ast.AST:
+        node.decorator_list = []
+        return self.generic_visit(node)
+
+    def visit_arg(self, node: ast.arg) -> ast.arg:
+        node.annotation = None
+        return node
+
+    def visit_AnnAssign(self, node: ast.AnnAssign) -> ast.AST:
+        assert node.value is not None
+        return ast.copy_location(ast.Assign([node.target], self.visit(node.value)), node)
+
+    def visit_Attribute(self, node: ast.Attribute) -> ast.AST:
+        if node.attr == "layout" and isinstance(node.value, ast.Attribute) and node.value.attr == "type":
+            return ast.copy_location(ast.Constant(None), node)
+        return self.generic_visit(node)
+
+
+class Emulated:
+    """A kernel of `kernels.gluon`, launched as Triton's are."""
+
+    def __init__(self, module: str, function: str, *others: str) -> None:
+        names = dict(_GIVEN)
+        layouts = ast.parse(_source("gluon.layouts"))
+        names |= {node.name: lambda *_: None for node in layouts.body if isinstance(node, ast.FunctionDef)}
+        for name in (*_HELPERS, *others, module):
+            tree = ast.fix_missing_locations(_Plain().visit(ast.parse(_source(name))))
+            exec(compile(tree, name, "exec"), names)  # noqa: S102 (the project's own kernels)
+        self._function = names[function]
+        self._parameters = set(inspect.signature(self._function).parameters)
+
+    def __getitem__(self, grid: tuple[int, ...]) -> Callable[..., None]:
+        def run(*args: Any, **constants: Any) -> None:
+            given = [Pointer.of(x) if torch.is_tensor(x) else x for x in args]
+            named = {name: value for name, value in constants.items() if name in self._parameters}
+            _programs[:] = (*grid, 1)[:2]
+            for place in itertools.product(*(range(size) for size in _programs)):
+                _program[:] = place
+                self._function(*given, **named)
+
+        return run
+
+
+def _source(name: str) -> str:
+    spec = find_spec(f"{_KERNELS}.{name}")
+    assert spec is not None and spec.origin is not None
+    return Path(spec.origin).read_text()
