@@ -21,7 +21,7 @@ _LEAST, _MOST = -(1 << 31), (1 << 31) - 1
 _compiled: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
 _MOST_KEYS = 4096
 # A launch that takes longer has waited for the compiler.
-_COMPILING_S = 0.05
+_COMPILING_S = 0.1
 _warmed_up = threading.Event()
 logger = logging.getLogger(__name__)
 # By the identity of kernels, which are kept with it.
