@@ -95,13 +95,8 @@ def _unpacked(asm: str, _: str, words: list[torch.Tensor], **__: object) -> torc
     return torch.where(pairs >= 1 << 31, pairs - (1 << 32), pairs).to(torch.int32).view(torch.float16)
 
 
-def _both(of_numbers: Callable[..., Any], of_tensors: Callable[..., Any]) -> Callable[..., Any]:
-    def call(a: Any, b: Any) -> Any:
-        if not torch.is_tensor(a) and not torch.is_tensor(b):
-            return of_numbers(a, b)
-        return of_tensors(torch.as_tensor(a), torch.as_tensor(b))
-
-    return call
+def _tensors(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
+    return lambda *values: function(*map(torch.as_tensor, values))
 
 
 def _where(condition: Any, a: Any, b: Any) -> torch.Tensor:
@@ -124,7 +119,7 @@ _LANGUAGE = SimpleNamespace(
     arange=lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
     full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
     zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
-    minimum=_both(min, torch.minimum), maximum=_both(max, torch.maximum), where=_where, abs=torch.abs,
+    minimum=_tensors(torch.minimum), maximum=_tensors(torch.maximum), where=_where, abs=torch.abs,
     max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
     exp2=_float(torch.exp2), log2=_float(torch.log2), ceil=_float(torch.ceil),
     cdiv=lambda a, b: (a + b - 1) // b,

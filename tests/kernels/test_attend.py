@@ -15,6 +15,8 @@ from kvarn.core.step import verify_step
 from kvarn.core.work import TASK_BLOCK
 from kvarn.presets import PRESETS
 
+OVER_TORCH = Emulated("gluon.attend", "attend_kernel", "gluon.record")
+
 
 @pytest.fixture(autouse=True, params=["explicit", "triton"])
 def kernel(request, device, monkeypatch):
@@ -24,8 +26,11 @@ def kernel(request, device, monkeypatch):
     elif device == "cpu":
         gpu, served = torch.device("cuda"), attend_module.has_explicit_layouts
         monkeypatch.setattr(attend_module, "has_explicit_layouts", lambda layout, _: served(layout, gpu))
-        emulated, plain = Emulated("gluon.attend", "attend_kernel", "gluon.record"), attend_module._attend_kernel
-        chosen = lambda layout, device: emulated if served(layout, gpu) else plain(layout, device)  # noqa: E731
+        plain = attend_module._attend_kernel
+
+        def chosen(layout, device):
+            return OVER_TORCH if served(layout, gpu) else plain(layout, device)
+
         monkeypatch.setattr(attend_module, "_attend_kernel", chosen)
 
 

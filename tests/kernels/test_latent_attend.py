@@ -7,12 +7,9 @@ from latent_cases import LatentCase, make_latent_case
 from tolerance import ATTEND_MAX, ATTEND_RMS, LATENT_LSE_RELATIVE, LSE, relative_max, relative_rms
 
 from kvarn.core.latent import attend as attend_module
-from kvarn.core.latent.attend import (
-    attend_latents,
-    attend_latents_reference,
-    has_explicit_latents,
-    heads_together,
-)
+from kvarn.core.latent.attend import attend_latents, attend_latents_reference, has_explicit_latents, heads_together
+
+OVER_TORCH = Emulated("gluon.latent", "attend_latents_kernel", "gluon.record", "gluon.attend", "gluon.latent_rows")
 
 
 def check(case: LatentCase, device: str) -> None:
@@ -95,8 +92,7 @@ def test_heads_are_split_evenly():
 def test_explicit_layouts_match_reference_where_they_run_over_torch(new, rope_bits, device, monkeypatch):
     if device != "cpu":
         pytest.skip("a GPU runs them in the other tests")
-    emulated = Emulated("gluon.latent", "attend_latents_kernel", "gluon.record", "gluon.attend", "gluon.latent_rows")
-    monkeypatch.setattr(attend_module, "_attend_kernel", lambda *_: (emulated, {}))
+    monkeypatch.setattr(attend_module, "_attend_kernel", lambda *_: (OVER_TORCH, {}))
     options = {"latent_dim": 512, "rope_dim": 64, "tile": 128, "tail": 128, "heads": 20, "rope_bits": rope_bits}
     case = make_latent_case([700, 130], new, hits=[256, 0], **options)
     assert has_explicit_latents(case.layer.config.layout, torch.device("cuda"))

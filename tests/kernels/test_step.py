@@ -6,6 +6,7 @@ from dataclasses import fields
 
 import pytest
 import torch
+from cases import ints
 
 from kvarn.core.cache import CacheConfig
 from kvarn.core.chunk_step import chunk_step, chunk_step_reference
@@ -181,7 +182,3 @@ def test_a_lost_tile_is_counted(device):
     rows, table = ints([1, 2, 3]).to(device), ints([[1, 2], [3, 4], [5, 6]]).to(device)
     decode_step(state, rows, ints([1, G + 1, 7]).to(device), table, GROUP)
     assert state.faults.tolist() == [1]
-
-
-def ints(values: list) -> torch.Tensor:
-    return torch.tensor(values, dtype=torch.int32)

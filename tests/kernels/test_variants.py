@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from cases import ints
 
 from kvarn.core import launch as launch_module
 from kvarn.core.attention import attention
@@ -49,7 +50,7 @@ Variants = set[tuple[object, ...]]
 
 
 @pytest.fixture
-def launched(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Variants]:
+def launched(device: str, monkeypatch: pytest.MonkeyPatch) -> Variants:
     """Note variants instead of launching them."""
     if device != "cpu":
         pytest.skip("tells variants by what the interpreter knows of kernels")
@@ -63,7 +64,7 @@ def launched(device: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[Variants]
     for name, module in list(sys.modules.items()):
         if name.startswith("kvarn.core.") and getattr(module, "launch", None) is original:
             monkeypatch.setattr(module, "launch", note)
-    yield found
+    return found
 
 
 def variant_of(kernel: Any, args: tuple[object, ...], named: dict[str, object]) -> tuple[object, ...]:
@@ -91,7 +92,7 @@ def steps(
         return TailState(config, requests + 1, 400, requests, CPU)
 
     for requests, each in itertools.product((1, 40, 200), range(1, config.draft_tokens + 2)):
-        rows, lengths = ints(range(1, requests + 1)), ints([700] * requests)
+        rows, lengths = ints([*range(1, requests + 1)]), ints([700] * requests)
         table = torch.ones(requests, 6, dtype=torch.int32)
         step = verify_step(state(requests), rows, lengths, table, group, each, columns)
         yield f"{each} rows of {requests}", step, requests * each
@@ -100,16 +101,12 @@ def steps(
             plan = plan_prefill(config, flash, DTYPE, prefixes, new, CPU, token_numbers, room=room)
             ends = [a + b for a, b in zip(prefixes, new, strict=True)]
             table = torch.ones(len(ends), -(-max(ends) // TILE), dtype=torch.int32)
-            rows = ints(range(1, len(ends) + 1))
+            rows = ints([*range(1, len(ends) + 1)])
             for tags in (torch.zeros(len(ends), 2, dtype=torch.int64), None):
                 step, _ = chunk_step(
                     state(len(ends)), rows, ints(prefixes), ints(ends), tags, table, group, sum(new), plan, columns
                 )
             yield name, step, sum(new)
-
-
-def ints(values: Any) -> torch.Tensor:
-    return torch.tensor(list(values), dtype=torch.int32)
 
 
 def news(launched: Variants, warm: Variants) -> list[str]:

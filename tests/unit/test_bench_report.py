@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -23,8 +22,6 @@ SERVING = sorted(RESULTS.glob("serving-*.json"))
 # Where the KL of a cache dtype is looked up, in this order.
 QUALITY = [RESULTS / name for name in ("sglang-h100.json", "vllm-h100.json", "quality.json")]
 PRESET = "kvarn_k4v2_g128"
-# The longest request of every shape.
-POSITIONS = 129 * 1024
 # The model of the committed engine results, as its config.json says it.
 QWEN2 = {"num_hidden_layers": 28, "num_attention_heads": 12, "num_key_value_heads": 2, "hidden_size": 1536}
 
@@ -45,11 +42,13 @@ def test_servers_held_what_was_planned_within_a_percent(path: Path) -> None:
     rows = json.loads(path.read_text())["rows"]
     planned = [row for row in rows if row["kv_tokens_planned"] is not None]
     for row in planned:
-        facts = CacheFacts(row["engine"], "m", row["dtype"], row["kv_tokens"], longest=POSITIONS)
-        facts = replace(facts, requests=64 if row["engine"] == "sglang" else None)
-        shape = describe(SHAPES[row["model"]], "bfloat16")
+        shape, engine = SHAPES[row["model"]], row["engine"]
+        facts = CacheFacts(
+            engine, "m", row["dtype"], row["kv_tokens"], longest=shape["max_position_embeddings"],
+            requests=64 if engine == "sglang" else None,
+        )  # fmt: skip
         baseline = next(other["kv_tokens"] for other in rows if other["dtype"] == "auto")
-        assert row["kv_tokens_planned"] == planned_tokens(row["dtype"], shape, facts, baseline)
+        assert row["kv_tokens_planned"] == planned_tokens(row["dtype"], describe(shape, "bfloat16"), facts, baseline)
         assert row["kv_tokens"] == pytest.approx(row["kv_tokens_planned"], rel=0.01)
     recurrent = "qwen3-next" in path.stem
     assert bool(planned) != recurrent
