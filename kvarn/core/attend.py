@@ -22,12 +22,17 @@ from kvarn.core.work import RAW_BLOCK, TASK_BLOCK, most_shares, units_per_share
 # What the kernel with explicit layouts serves: head_dim, and words of a row of codes.
 _WIDEST_EXPLICIT = 256
 _FEWEST_WORDS = 8
-# Output elements of a program up to which 168 registers a thread hold them and a tile's.
+# Output elements of a program up to which 168 registers a thread hold them and a tile's, of keys of fewer bits.
 _ACCUMULATORS = 1024
+_MOST_BITS = 8
 # Of a Hopper multiprocessor; and what each program takes beside its buffers, reductions and the driver's part.
 _SHARED_BYTES = 228 << 10
 _SHARED_OVERHEAD = 3 << 10
 _TASK_BLOCKS = (32, 128)
+# Programs a multiprocessor of narrow columns; and how many do, where no more than so many tasks and kv heads are read:
+# what fewer programs leave is merged sooner, and their records still come as fast as from all.
+_NARROW_PROGRAMS = 6
+_ENOUGH_PROGRAMS = ((4, 2), (16, 3))
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,8 +74,8 @@ def shared_bytes(layout: TileLayout, columns: int) -> int:
 def launch_shape(layout: TileLayout, columns: int, device: torch.device) -> LaunchShape:
     """Return the shape for a tile layout and the query columns of a program.
 
-    With explicit layouts two warps and 168 registers let a multiprocessor run six programs, wide ones four, as far as
-    its shared memory holds them: what doesn't run at once would run alone.
+    With explicit layouts two warps and 168 registers let a multiprocessor run six programs, wide ones and those over
+    keys of 8 bits four, as far as its shared memory holds them: what doesn't run at once would run alone.
 
     Without, four warps and 16 columns make Triton 3.6 choose the MMAs of a warp group, whose results here are wrong on
     an H100 (NaN, then an illegal memory access), so wide columns get two warps, though a tile of wide heads then
@@ -78,9 +83,11 @@ def launch_shape(layout: TileLayout, columns: int, device: torch.device) -> Laun
     """
     head_dim = layout.head_dim
     if has_explicit_layouts(layout, device):
-        narrow = head_dim <= 128 and head_dim * columns <= _ACCUMULATORS
+        narrow = head_dim <= 128 and head_dim * columns <= _ACCUMULATORS and layout.key_bits < _MOST_BITS
         fitting = _SHARED_BYTES // shared_bytes(layout, columns)
-        return LaunchShape(2, 1, min(6, fitting), 168) if narrow else LaunchShape(2, 1, min(4, fitting))
+        if narrow:
+            return LaunchShape(2, 1, min(_NARROW_PROGRAMS, fitting), 168)
+        return LaunchShape(2, 1, min(4, fitting))
     if columns <= DECODE_COLUMNS:
         return LaunchShape(2, 5, 4) if head_dim <= 128 else LaunchShape(4 if head_dim <= 256 else 8, 2)
     return LaunchShape(2, 2)
@@ -101,7 +108,10 @@ def num_programs(
     """
     if config.batch_invariant:
         return most_shares(config, tasks, pages, rows_in_ring=rows_in_ring)
-    return max(1, sm_count(device) * shape.programs_per_sm // config.kv_heads)
+    per_sm = shape.programs_per_sm
+    if per_sm == _NARROW_PROGRAMS:
+        per_sm = next((n for most, n in _ENOUGH_PROGRAMS if tasks * config.kv_heads <= most), per_sm)
+    return max(1, sm_count(device) * per_sm // config.kv_heads)
 
 
 def most_partial_rows(

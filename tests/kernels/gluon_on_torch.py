@@ -21,7 +21,8 @@ import torch
 _KERNELS = "kvarn.core.kernels"
 _HELPERS = ("task", "read_rule", "work", "address", "hadamard", "unpack")
 _LAYOUTS = ("SliceLayout", "DotOperandLayout", "BlockedLayout", "SwizzledSharedLayout", "DistributedLinearLayout")
-_PLANE = re.compile(r"(?:(shl|shr)\.b32 t, \$1, (\d+); )?lop3\.b32 \$0, (?:t|\$1), 0x(\w+), 0x64006400, 0xEA;")
+_LAYOUTS += ("NVMMADistributedLayout",)
+_PLANE = re.compile(r"(?:shr\.b32 t, \$1, (\d+); )?and\.b32 \$0, (?:t|\$1), 0x(\w+);")
 
 
 class Pointer:
@@ -85,13 +86,15 @@ class Shared:
 
 
 def _unpacked(asm: str, _: str, words: list[torch.Tensor], **__: object) -> torch.Tensor:
-    """Do what `unpack.plane_asm` says to pairs of packed words."""
-    found = _PLANE.search(asm)
-    assert found, asm
-    direction, by, mask = found.groups()
+    """Do what `codes._code_asm` says to pairs of packed words."""
+    if asm == "prmt.b32 $0, $1, 0, 0x4341;":  # the upper byte of each half
+        down, mask = "8", "00FF00FF"
+    else:
+        found = _PLANE.search(asm)
+        assert found, asm
+        down, mask = found.groups()
     pairs = words[0].contiguous().view(torch.int32).long() & 0xFFFFFFFF
-    pairs = pairs << int(by or 0) if direction == "shl" else pairs >> int(by or 0)
-    pairs = (pairs & int(mask, 16)) | 0x64006400
+    pairs = pairs >> int(down or 0) & int(mask, 16)
     return torch.where(pairs >= 1 << 31, pairs - (1 << 32), pairs).to(torch.int32).view(torch.float16)
 
 

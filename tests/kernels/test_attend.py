@@ -15,7 +15,7 @@ from kvarn.core.step import verify_step
 from kvarn.core.work import TASK_BLOCK
 from kvarn.presets import PRESETS
 
-OVER_TORCH = Emulated("gluon.attend", "attend_kernel", "gluon.record")
+OVER_TORCH = Emulated("gluon.attend", "attend_kernel", "gluon.codes", "gluon.record", "gluon.wide")
 
 
 @pytest.fixture(autouse=True, params=["explicit", "triton"])
@@ -176,6 +176,20 @@ def test_drafts_match_reference_wherever_a_tile_ends(rows, group, device):
     case = make_case([600, 383, 254, 126, 0], [rows] * 5, group=group, kv_heads=1, drafts=5)
     assert case.step.rows_in_ring
     check(case, device)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "new", "settings"),
+    [
+        ([700, 5], [1, 1], {"group": 16}),
+        ([300, 127, 0], [4, 4, 4], {"drafts": 3}),
+        ([383, 128], [40, 1], {"group": 8, "preset": "kvarn_k4v4_g128"}),
+        ([400], [4], {"drafts": 3, "canonical": True, "tail": 0, "sink": 0}),
+    ],
+    ids=["decode", "drafts", "chunk", "canonical"],
+)
+def test_sixteen_columns_match_reference_at_head_dim_128(lengths, new, settings, device):
+    check(make_case(lengths, new, head_dim=128, kv_heads=1, **settings), device)
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_kernels_over_latents_compile_and_hardly_spill():
     cases += ["latent/rotate/16", "latent/queries/16", "latent/attend/16"]
     made = compiled(*cases)
     assert set(made) == set(cases)
-    assert all(found["stack"] <= 64 for found in made.values())
+    assert all(found["stack"] <= 128 for found in made.values())
 
 
 def test_latents_of_three_bits_compile():

@@ -9,7 +9,9 @@ from tolerance import ATTEND_MAX, ATTEND_RMS, LATENT_LSE_RELATIVE, LSE, relative
 from kvarn.core.latent import attend as attend_module
 from kvarn.core.latent.attend import attend_latents, attend_latents_reference, has_explicit_latents, heads_together
 
-OVER_TORCH = Emulated("gluon.latent", "attend_latents_kernel", "gluon.record", "gluon.attend", "gluon.latent_rows")
+OVER_TORCH = Emulated(
+    "gluon.latent", "attend_latents_kernel", "gluon.codes", "gluon.record", "gluon.attend", "gluon.latent_rows"
+)
 
 
 def check(case: LatentCase, device: str) -> None:

@@ -4,6 +4,8 @@ import pytest
 import torch
 from cases import make_case
 
+from kvarn.core import attend as attend_module
+from kvarn.core.attend import LaunchShape, num_programs
 from kvarn.core.step import Step
 from kvarn.core.work import RAW_BLOCK, Tasks, count_work, count_work_reference
 
@@ -41,3 +43,14 @@ def test_tasks_of_no_request_have_no_units():
     assert padding.any()
     assert (step.work_end.diff()[padding[1:]] == 0).all()
     assert int(step.work_end[-1]) == int(step.work_end[~padding][-1])
+
+
+def test_where_little_is_read_fewer_programs_share_it(monkeypatch):
+    monkeypatch.setattr(attend_module, "sm_count", lambda _: 132)
+    config, device = make_case([300], [1], kv_heads=8).layer.config, torch.device("cpu")
+    narrow, wide = LaunchShape(2, 1, 6, 168), LaunchShape(2, 1, 4)
+    counts = [num_programs(config, narrow, tasks, 8, True, device) for tasks in (1, 2, 3, 64)]
+    assert counts == [132 * 3 // 8, 132 * 3 // 8, 132 * 6 // 8, 132 * 6 // 8]
+    assert num_programs(config, wide, 1, 8, True, device) == 132 * 4 // 8
+    two_heads = make_case([300], [1], kv_heads=2).layer.config
+    assert [num_programs(two_heads, narrow, tasks, 8, True, device) for tasks in (2, 8, 9)] == [132, 198, 396]

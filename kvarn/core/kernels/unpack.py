@@ -115,12 +115,6 @@ def weight_of(low, BITS: tl.constexpr, LOW_BIT: tl.constexpr):
     return tl.exp2((LOW_BIT - position).to(tl.float32))
 
 
-@triton.constexpr_function
-def plane_weight(bits, low_bit, plane):
-    """Return the factor that makes ``code * 2**position`` of a plane count as its part of the code."""
-    return 2.0 ** (low_bit - plane * bits - _shift_up(bits, plane * bits))
-
-
 @triton.jit
 def _plane(words, PLANE: tl.constexpr, BITS: tl.constexpr, USE_ASM: tl.constexpr):
     if USE_ASM:

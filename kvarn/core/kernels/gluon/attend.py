@@ -22,6 +22,7 @@ from kvarn.core.kernels.gluon.layouts import (
     rows_copy_layout,
 )
 from kvarn.core.kernels.gluon.record import allocate_half, copy_half, key_logits, weigh_values
+from kvarn.core.kernels.gluon.wide import attend_records_wide, serves_wide
 from kvarn.core.kernels.hadamard import load_in_fours
 from kvarn.core.kernels.read_rule import record_end
 from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, cap, load_task, part_of_task, query_unit
@@ -56,20 +57,12 @@ def _load_query(
 
 
 @gluon.jit
-def _attend_records(
-    records_ptr, table, begin, stop, sinks, record_stop, head, q_parts, q_scale, block_stride, tile_stride, head_stride,
-    D: gl.constexpr, G: gl.constexpr, TILES: gl.constexpr, K_FIELDS: gl.constexpr, V_FIELDS: gl.constexpr,
-    OFFSETS: gl.constexpr, GROUP_TOKENS: gl.constexpr, SOFTCAP: gl.constexpr, MASK_COLUMNS: gl.constexpr,
-    STAGES: gl.constexpr, warps: gl.constexpr,
+def _begin_records(
+    records_ptr, table, begin, stop, head, block_stride, tile_stride, head_stride, D: gl.constexpr, G: gl.constexpr,
+    TILES: gl.constexpr, K_FIELDS: gl.constexpr, V_FIELDS: gl.constexpr, OFFSETS: gl.constexpr,
+    GROUP_TOKENS: gl.constexpr, STAGES: gl.constexpr, warps: gl.constexpr,
 ):  # fmt: skip
-    """Attend tiles begin to stop of a request from their records. Return running maximum, sum and output.
-
-    sinks: tokens at the request's beginning that are read elsewhere; record_stop: [columns], where each column's
-    reading of records ends, looked at with MASK_COLUMNS.
-    """
-    COLUMNS: gl.constexpr = q_parts.shape[2]
-    mma: gl.constexpr = mma_layout(warps)
-    v_right: gl.constexpr = gl.DotOperandLayout(1, mma, operand_width(V_FIELDS))
+    """Begin to copy the first STAGES tiles from begin to stop of a request. Return their keys' and values' memory."""
     K_OFFSETS: gl.constexpr = (OFFSETS[0], OFFSETS[1])
     V_OFFSETS: gl.constexpr = (OFFSETS[2], OFFSETS[3])
     k_words, k_vectors = allocate_half(K_FIELDS, G, G // GROUP_TOKENS * D, STAGES)
@@ -84,6 +77,27 @@ def _attend_records(
         else:
             async_copy.commit_group()
         async_copy.commit_group()
+    return k_words, k_vectors, v_words, v_vectors
+
+
+@gluon.jit
+def _attend_records(
+    k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, stop, sinks, record_stop, head, q_parts,
+    q_scale, block_stride, tile_stride, head_stride,
+    D: gl.constexpr, G: gl.constexpr, TILES: gl.constexpr, K_FIELDS: gl.constexpr, V_FIELDS: gl.constexpr,
+    OFFSETS: gl.constexpr, GROUP_TOKENS: gl.constexpr, SOFTCAP: gl.constexpr, MASK_COLUMNS: gl.constexpr,
+    STAGES: gl.constexpr, warps: gl.constexpr,
+):  # fmt: skip
+    """Attend tiles begin to stop of a request from their records, of which the first were begun to be copied.
+
+    Return running maximum, sum and output. sinks: tokens at the request's beginning that are read elsewhere;
+    record_stop: [columns], where each column's reading of records ends, looked at with MASK_COLUMNS.
+    """
+    COLUMNS: gl.constexpr = q_parts.shape[2]
+    mma: gl.constexpr = mma_layout(warps)
+    v_right: gl.constexpr = gl.DotOperandLayout(1, mma, operand_width(V_FIELDS))
+    K_OFFSETS: gl.constexpr = (OFFSETS[0], OFFSETS[1])
+    V_OFFSETS: gl.constexpr = (OFFSETS[2], OFFSETS[3])
     tokens = gl.arange(0, G, layout=gl.SliceLayout(1, mma))
     m = gl.full((COLUMNS,), NEVER, gl.float32, gl.SliceLayout(0, mma))
     mass = gl.zeros((8, COLUMNS), gl.float32, gl.SliceLayout(0, repeat_layout(D, COLUMNS, warps)))
@@ -294,17 +308,34 @@ def attend_kernel(
         sinks = 0
         if sink_slot >= 0:
             sinks = SINK
+        table = block_table_ptr + request.to(gl.int64) * block_table_stride
+        # queries are loaded and rotated while these are on their way
+        k_words, k_vectors, v_words, v_vectors = _begin_records(
+            records_ptr, table, begin, gl.minimum(end, tiles), head, record_block_stride, record_tile_stride,
+            record_head_stride, D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, STAGES, num_warps,
+        )  # fmt: skip
         q_parts = gl.allocate_shared_memory(gl.float16, [2, D, COLUMNS], query_shared(K_FIELDS))
         q_unit = _load_query(
             q_ptr, query_start, first_row, query_rows, q_token_stride, q_head_stride, head, q_parts, K_FIELDS, GROUP,
             ROWS, num_warps,
         )  # fmt: skip
         q_scale = q_unit * (scale * LOG2E)
-        m, total, acc = _attend_records(
-            records_ptr, block_table_ptr + request.to(gl.int64) * block_table_stride, begin, gl.minimum(end, tiles),
-            sinks, record_stop, head, q_parts, q_scale, record_block_stride, record_tile_stride, record_head_stride,
-            D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, SOFTCAP, ROWS > 1, STAGES, num_warps,
-        )  # fmt: skip
+        WIDE: gl.constexpr = serves_wide(COLUMNS, D, G, GROUP_TOKENS, V_FIELDS, num_warps)
+        if WIDE:
+            m, total, acc = attend_records_wide(
+                k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, gl.minimum(end, tiles), sinks,
+                record_stop, head, q_parts, q_scale, record_block_stride, record_tile_stride, record_head_stride,
+                D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, SOFTCAP, ROWS > 1, STAGES, num_warps,
+            )  # fmt: skip
+            m = gl.convert_layout(m, gl.SliceLayout(0, mma))
+            total = gl.convert_layout(total, gl.SliceLayout(0, mma))
+            acc = gl.convert_layout(acc, mma)
+        else:
+            m, total, acc = _attend_records(
+                k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, gl.minimum(end, tiles), sinks,
+                record_stop, head, q_parts, q_scale, record_block_stride, record_tile_stride, record_head_stride,
+                D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, SOFTCAP, ROWS > 1, STAGES, num_warps,
+            )  # fmt: skip
 
         wait_for_previous(CHAINED)
         k_buffer = gl.allocate_shared_memory(tails_ptr.dtype.element_ty, [RAW_BLOCK, D], raw_key_shared())

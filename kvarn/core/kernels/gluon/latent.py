@@ -15,6 +15,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.gluon.attend import span_of
+from kvarn.core.kernels.gluon.codes import CODE_UNIT, code_weight, codes_of_plane, joined_codes
 from kvarn.core.kernels.gluon.latent_rows import BLOCK, allocate_blocks, attend_rows, attend_sinks, tile_shared
 from kvarn.core.kernels.gluon.layouts import (
     mma_layout,
@@ -26,13 +27,11 @@ from kvarn.core.kernels.gluon.record import (
     copy_rows,
     copy_vectors,
     halves,
-    joined_planes,
     repeat,
-    unpacked_plane,
 )
 from kvarn.core.kernels.read_rule import record_end
 from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, load_task, part_of_task
-from kvarn.core.kernels.unpack import BIAS, plane_weight, planes
+from kvarn.core.kernels.unpack import planes
 from kvarn.core.kernels.work import units_of
 
 _WIDTH = gl.constexpr(8)
@@ -81,14 +80,14 @@ def _copy_rope(
 @gluon.jit
 def _plane(words, BITS: gl.constexpr, PLANE: gl.constexpr, layout: gl.constexpr):
     """Return one plane of packed words as an MMA's left operand."""
-    return gl.convert_layout(unpacked_plane(words, BITS, PLANE), layout, assert_trivial=True)
+    return gl.convert_layout(codes_of_plane(words, BITS, PLANE), layout, assert_trivial=True)
 
 
 @gluon.jit
 def _fold_block(x, owed, codes, q, vectors, slot, B: gl.constexpr, WEIGHT: gl.constexpr, warps: gl.constexpr):
     """Add the product of block B's unpacked codes, [tokens, 64], with their queries, [64, columns].
 
-    owed: what every token owes for offsets, and for the 1024 of every code, [16, columns] of equal rows each.
+    owed: what every token owes for offsets, [16, columns] of equal rows.
     """
     mma: gl.constexpr = mma_layout(warps)
     left: gl.constexpr = gl.DotOperandLayout(0, mma, _WIDTH)
@@ -97,9 +96,8 @@ def _fold_block(x, owed, codes, q, vectors, slot, B: gl.constexpr, WEIGHT: gl.co
     offset = vectors[1].index(slot).slice(B * BLOCK, BLOCK).load(gl.SliceLayout(0, left))
     q = q.load(right)
     scaled = q * WEIGHT * scale[:, None]
-    minus = gl.full((16, BLOCK), -BIAS, gl.float16, left)
-    _, offset = gl.broadcast(minus, offset[None, :])
-    return mma_v2(codes, scaled, x), (mma_v2(offset, q, owed[0]), mma_v2(minus, scaled, owed[1]))
+    _, offset = gl.broadcast(gl.zeros((16, BLOCK), gl.float16, left), offset[None, :])
+    return mma_v2(codes, scaled, x), mma_v2(offset, q, owed)
 
 
 @gluon.jit
@@ -117,26 +115,26 @@ def _logits(
     narrow_left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
     narrow_right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
     x = gl.zeros((G, C), gl.float32, mma)
-    zeros = gl.zeros((16, C), gl.float32, mma)
-    owed = (zeros, zeros)
+    owed = gl.zeros((16, C), gl.float32, mma)
     for c in gl.static_range(CHUNKS):
         packed = words[c].load(words_layout(G, BLOCK, _WIDTH, warps))
         for plane in gl.static_range(planes(FIELDS[0][0])):
             x, owed = _fold_block(
                 x, owed, _plane(packed, FIELDS[0][0], plane, left), q_blocks.index(plane * CHUNKS + c), vectors, slot,
-                plane * CHUNKS + c, plane_weight(FIELDS[0][0], FIELDS[0][1], plane), warps,
+                plane * CHUNKS + c, code_weight(FIELDS[0][1], plane * FIELDS[0][0]), warps,
             )  # fmt: skip
     if len(ROPE_FIELDS) == 0:
-        x = mma_v2(rope.load(narrow_left), q_blocks.index(ROPE_BLOCK).load(narrow_right), x)
+        x = mma_v2(rope.load(narrow_left), q_blocks.index(ROPE_BLOCK).load(narrow_right), x * CODE_UNIT)
     else:
         packed = rope.load(words_layout(G, rope.shape[1], _WIDTH, warps))
         # codes of 8 bits stand at the same place of the mantissa in both planes
         x, owed = _fold_block(
-            x, owed, joined_planes(packed, 8, left), q_blocks.index(ROPE_BLOCK), rope_vectors, slot, 0,
-            plane_weight(8, 0, 0), warps,
+            x, owed, joined_codes(packed, 8, left), q_blocks.index(ROPE_BLOCK), rope_vectors, slot, 0,
+            code_weight(0, 0), warps,
         )  # fmt: skip
+        x *= CODE_UNIT
     repeated: gl.constexpr = repeat_layout(G, C, warps)
-    debt, _ = halves(owed[0] + owed[1], repeated)
+    debt, _ = halves(owed, repeated)
     return x + repeat(debt, G, repeated, mma)
 
 
@@ -151,10 +149,10 @@ def _weigh_block(
     """
     mma: gl.constexpr = mma_layout(warps)
     codes = _plane(words, BITS, PLANE, gl.DotOperandLayout(0, mma, 2))
-    o = mma_v2(codes, p, gl.zeros((BLOCK, p.shape[1]), gl.float32, mma)) - BIAS * sums
+    o = mma_v2(codes, p, gl.zeros((BLOCK, p.shape[1]), gl.float32, mma))
     scale = vectors[0].index(slot).slice(B * BLOCK, BLOCK).load(gl.SliceLayout(1, mma)).to(gl.float32)
     offset = vectors[1].index(slot).slice(B * BLOCK, BLOCK).load(gl.SliceLayout(1, mma)).to(gl.float32)
-    scale *= plane_weight(BITS, LOW_BIT, PLANE)
+    scale *= code_weight(LOW_BIT, PLANE * BITS) * CODE_UNIT
     return acc * decay[None, :] + offset[:, None] * sums + scale[:, None] * o
 
 
@@ -167,24 +165,13 @@ def _zero_blocks(BLOCKS: gl.constexpr, C: gl.constexpr, mma: gl.constexpr):
 
 
 @gluon.jit
-def _attend_records(
-    records_ptr, table, begin, stop, sinks, record_stop, q_blocks, q_scale, block_stride, tile_stride,
-    LATENT: gl.constexpr, G: gl.constexpr, TILES: gl.constexpr, FIELDS: gl.constexpr, SCALES: gl.constexpr,
-    ROPE: gl.constexpr, ROPE_START: gl.constexpr, ROPE_FIELDS: gl.constexpr, ROPE_SCALES: gl.constexpr,
-    MASK_COLUMNS: gl.constexpr, warps: gl.constexpr,
+def _begin_records(
+    records_ptr, table, begin, stop, block_stride, tile_stride, G: gl.constexpr, LATENT: gl.constexpr,
+    TILES: gl.constexpr, FIELDS: gl.constexpr, SCALES: gl.constexpr, ROPE: gl.constexpr, ROPE_START: gl.constexpr,
+    ROPE_FIELDS: gl.constexpr, ROPE_SCALES: gl.constexpr, warps: gl.constexpr,
 ):  # fmt: skip
-    """Attend tiles begin to stop of a request from their records. Return running maximum, sum and blocks of output.
-
-    sinks: tokens at the request's beginning that are read elsewhere; record_stop: [columns], where each column's
-    reading of records ends, looked at with MASK_COLUMNS.
-    """
-    C: gl.constexpr = q_blocks.shape[2]
+    """Begin to copy tile `begin` of a request, if it is before stop. Return memory of codes, scales and rope part."""
     CHUNKS: gl.constexpr = FIELDS[0][3] // BLOCK
-    BLOCKS: gl.constexpr = LATENT // BLOCK
-    mma: gl.constexpr = mma_layout(warps)
-    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
-    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
-    repeated: gl.constexpr = repeat_layout(BLOCK, C, warps)
     words = allocate_blocks(CHUNKS, G, gl.int16)
     vectors = (
         gl.allocate_shared_memory(gl.float16, [2, LATENT], plain_shared(1)),
@@ -204,6 +191,29 @@ def _attend_records(
         _copy_rope(rope, rope_vectors, 0, record, ROPE_START, ROPE_FIELDS, ROPE_SCALES, warps)
         _copy_codes(words, vectors, 0, record, FIELDS, SCALES, warps)
     async_copy.commit_group()
+    return words, vectors, rope, rope_vectors
+
+
+@gluon.jit
+def _attend_records(
+    words, vectors, rope, rope_vectors, records_ptr, table, begin, stop, sinks, record_stop, q_blocks, q_scale,
+    block_stride, tile_stride,
+    LATENT: gl.constexpr, G: gl.constexpr, TILES: gl.constexpr, FIELDS: gl.constexpr, SCALES: gl.constexpr,
+    ROPE: gl.constexpr, ROPE_START: gl.constexpr, ROPE_FIELDS: gl.constexpr, ROPE_SCALES: gl.constexpr,
+    MASK_COLUMNS: gl.constexpr, warps: gl.constexpr,
+):  # fmt: skip
+    """Attend tiles begin to stop of a request from their records. Return running maximum, sum and blocks of output.
+
+    sinks: tokens at the request's beginning that are read elsewhere; record_stop: [columns], where each column's
+    reading of records ends, looked at with MASK_COLUMNS.
+    """
+    C: gl.constexpr = q_blocks.shape[2]
+    CHUNKS: gl.constexpr = FIELDS[0][3] // BLOCK
+    BLOCKS: gl.constexpr = LATENT // BLOCK
+    mma: gl.constexpr = mma_layout(warps)
+    left: gl.constexpr = gl.DotOperandLayout(0, mma, 2)
+    right: gl.constexpr = gl.DotOperandLayout(1, mma, 2)
+    repeated: gl.constexpr = repeat_layout(BLOCK, C, warps)
     tokens = gl.arange(0, G, layout=gl.SliceLayout(1, mma))
     m = gl.full((C,), NEVER, gl.float32, gl.SliceLayout(0, mma))
     mass = gl.zeros((8, C), gl.float32, gl.SliceLayout(0, repeated))
@@ -264,7 +274,10 @@ def attend_latents_kernel(
 ):  # fmt: skip
     """As `kernels.latent.attend.attend_latents_kernel`."""
     allow_next(CHAINED)
-    wait_for_previous(CHAINED)
+    # A request in decode reads no record that it seals, where newer tokens are read exact: it waits for queries only.
+    WAIT_FIRST: gl.constexpr = not (ROWS_IN_RING and TAIL > 0)
+    if WAIT_FIRST:
+        wait_for_previous(CHAINED)
     program = gl.program_id(0)
     head_block = gl.program_id(1)
     mma: gl.constexpr = mma_layout(num_warps)
@@ -283,6 +296,10 @@ def attend_latents_kernel(
             task, task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
             rows_ptr,
         )  # fmt: skip
+        if not WAIT_FIRST:  # noqa: SIM102 (joined, the wait would be compiled where there was one)
+            if own_start == prefix:
+                # a request's first step may read what another seals in the same step
+                wait_for_previous(CHAINED)
         row = first_row + column // GROUP
         col_ok = (column < ROWS * GROUP) & (row < query_rows)
         position = prefix + row
@@ -297,13 +314,20 @@ def attend_latents_kernel(
         sinks = 0
         if sink_slot >= 0:
             sinks = SINK
+        table = block_table_ptr + request.to(gl.int64) * block_table_stride
+        # queries are loaded while these are on their way
+        words, vectors, rope_codes, rope_vectors = _begin_records(
+            records_ptr, table, begin, gl.minimum(end, tiles), record_block_stride, record_tile_stride, G, LATENT,
+            TILES, FIELDS, SCALES, ROPE, ROPE_START, ROPE_FIELDS, ROPE_SCALES, num_warps,
+        )  # fmt: skip
+        wait_for_previous(CHAINED)
         q_row = (query_start + row).to(gl.int64) * q_heads + head_block * GROUP + column % GROUP
         q_blocks = gl.allocate_shared_memory(gl.float16, [BLOCKS + 1, BLOCK, COLUMNS], queries_shared())
         _load_queries(q_ptr, q_row, col_ok, q_blocks, num_warps)
         q_scale = gl.load(unit_ptr + q_row, mask=col_ok, other=0.0) * (scale * LOG2E)
         m, total, acc = _attend_records(
-            records_ptr, block_table_ptr + request.to(gl.int64) * block_table_stride, begin, gl.minimum(end, tiles),
-            sinks, record_stop, q_blocks, q_scale, record_block_stride, record_tile_stride, LATENT, G, TILES, FIELDS,
+            words, vectors, rope_codes, rope_vectors, records_ptr, table, begin, gl.minimum(end, tiles), sinks,
+            record_stop, q_blocks, q_scale, record_block_stride, record_tile_stride, LATENT, G, TILES, FIELDS,
             SCALES, ROPE, ROPE_START, ROPE_FIELDS, ROPE_SCALES, ROWS > 1, num_warps,
         )  # fmt: skip
 

@@ -83,3 +83,36 @@ def raw_key_shared():
 def raw_value_shared():
     """Return the layout of raw values in shared memory, [rows, channels], read transposed by ldmatrix."""
     return gl.SwizzledSharedLayout(8, 1, 8, [1, 0])
+
+
+@gluon.constexpr_function
+def wide_mma():
+    """Return the layout of an MMA's result, [warps, queries, tokens or channels]: each warp has its own."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[2, 1, 1], instr_shape=[1, 16, 8])
+
+
+@gluon.constexpr_function
+def wide_key_words_layout(rows, words, width):
+    """Return the layout of keys' words, [tokens, words], which turns into a right operand's."""
+    reg = [[0, 1 << i] for i in range(width.bit_length() - 1)]
+    reg += [[0, 1 << i] for i in range((4 * width).bit_length() - 1, words.bit_length() - 1)]
+    reg += [[1 << i, 0] for i in range(4, rows.bit_length() - 1)]
+    lane = [[0, width], [0, 2 * width], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(reg, lane, [[8, 0]], [], [rows, words])
+
+
+@gluon.constexpr_function
+def wide_value_words_layout(rows, words):
+    """Return the layout of values' words, [channels, words], which turns into a right operand's."""
+    reg = [[0, 1]] + [[0, 1 << i] for i in range(4, words.bit_length() - 1)]
+    reg += [[1 << i, 0] for i in range(3, rows.bit_length() - 1)]
+    lane = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    return gl.DistributedLinearLayout(reg, lane, [[0, 8]], [], [rows, words])
+
+
+@gluon.constexpr_function
+def wide_vector_layout(tokens):
+    """Return the layout of a vector of a tile's tokens as warps' operands hold them: blocks of 8 by turns."""
+    reg = [[1]] + [[1 << i] for i in range(4, tokens.bit_length() - 1)]
+    lane = [[2], [4], [0], [0], [0]]
+    return gl.DistributedLinearLayout(reg, lane, [[8]], [], [tokens])

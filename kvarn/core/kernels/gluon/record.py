@@ -1,13 +1,14 @@
 """One record: from global to shared memory, and from there through the MMAs of keys and of values.
 
-What a tile owes to a query column whatever the token (offsets, and the 1024 that every unpacked element carries) comes
-from MMAs whose left operand has equal rows, so that it arrives where the sums stand.
+What a tile owes to a query column whatever the token, for offsets, comes from MMAs whose left operand has equal rows,
+so that it arrives where the sums stand.
 """
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
+from kvarn.core.kernels.gluon.codes import CODE_UNIT, joined_codes, lane_weights
 from kvarn.core.kernels.gluon.layouts import (
     begin_copy,
     mma_layout,
@@ -18,7 +19,7 @@ from kvarn.core.kernels.gluon.layouts import (
     vector_copy_layout,
     words_layout,
 )
-from kvarn.core.kernels.unpack import BIAS, one_below_other, plane_asm, planes, side_by_side, weight_of
+from kvarn.core.kernels.unpack import one_below_other
 
 
 @gluon.jit
@@ -67,35 +68,6 @@ def copy_vectors(vectors, slot, record, OFFSETS: gl.constexpr, warps: gl.constex
 
 
 @gluon.jit
-def unpacked_plane(words, BITS: gl.constexpr, PLANE: gl.constexpr):
-    """Return ``1024 + code * 2**position`` of one plane of packed words, float16, as the words lie."""
-    return gl.inline_asm_elementwise(
-        plane_asm(BITS, PLANE * BITS), "=r,r", [words], dtype=gl.float16, is_pure=True, pack=2
-    )
-
-
-@gluon.jit
-def joined_planes(words, BITS: gl.constexpr, layout: gl.constexpr):
-    """Return ``1024 + code * 2**position`` of every lane, [rows, lanes], float16, as an MMA's left operand."""
-    parts = ()
-    for plane in gl.static_range(planes(BITS)):
-        parts = parts + (unpacked_plane(words, BITS, plane),)
-    for _ in gl.static_range(planes(BITS).bit_length() - 1):
-        pairs = ()
-        for i in gl.static_range(0, len(parts), 2):
-            pairs = pairs + (side_by_side(parts[i], parts[i + 1]),)
-        parts = pairs
-    return gl.convert_layout(parts[0], layout, assert_trivial=True)
-
-
-@gluon.jit
-def _lane_weights(LANES: gl.constexpr, BITS: gl.constexpr, LOW_BIT: gl.constexpr, layout: gl.constexpr):
-    """Return the factor that makes ``code * 2**position`` count as a lane's part of the code, [lanes], float16."""
-    low = gl.arange(0, LANES, layout=layout) // (LANES // planes(BITS)) * BITS
-    return weight_of(low, BITS, LOW_BIT).to(gl.float16)
-
-
-@gluon.jit
 def halves(x, layout: gl.constexpr):
     """Return a row of x, [16, columns], whose rows 0-7 are alike, and one of rows 8-15: [8, columns] each."""
     C: gl.constexpr = x.shape[1]
@@ -138,27 +110,21 @@ def key_logits(
     offset = gl.where(upper, first[None, :], second[None, :])
     bias = mma_v2(offset, q, gl.zeros((16, C), gl.float32, mma))
     bias = mma_v2(offset, q_parts.index(1).load(right), bias)
-    minus = gl.full((16, D), -BIAS, gl.float16, left)
-    carried = gl.zeros((16, C), gl.float32, mma)
     logits = ()
     for group in gl.static_range(GROUPS):
         scale = vectors[0].index(slot).slice(group * D, D).load(gl.SliceLayout(1, right))
-        own = minus
-        if GROUPS > 1:
-            own = gl.where(upper == (group == 0), minus, 0.0 * minus)
         x = gl.zeros((GROUP_TOKENS, C), gl.float32, mma)
         for f in gl.static_range(len(FIELDS)):
-            weights = _lane_weights(D, FIELDS[f][0], FIELDS[f][1], gl.SliceLayout(1, right))
+            weights = lane_weights(D, FIELDS[f][0], FIELDS[f][1], gl.SliceLayout(1, right))
             scaled = q * weights[:, None] * scale[:, None]
-            carried = mma_v2(own, scaled, carried)
             rows = words[f].index(slot).slice(group * GROUP_TOKENS, GROUP_TOKENS)
             packed = rows.load(words_layout(GROUP_TOKENS, FIELDS[f][3], width, warps))
-            x = mma_v2(joined_planes(packed, FIELDS[f][0], left), scaled, x)
+            x = mma_v2(joined_codes(packed, FIELDS[f][0], left), scaled, x)
         logits = logits + (x,)
-    first, second = halves(bias + carried, repeated)
-    x = logits[0] + repeat(first, GROUP_TOKENS, repeated, mma)
+    first, second = halves(bias, repeated)
+    x = logits[0] * CODE_UNIT + repeat(first, GROUP_TOKENS, repeated, mma)
     if GROUPS > 1:
-        after = logits[1] + repeat(second, GROUP_TOKENS, repeated, mma)
+        after = logits[1] * CODE_UNIT + repeat(second, GROUP_TOKENS, repeated, mma)
         x = gl.convert_layout(one_below_other(x, after), mma, assert_trivial=True)
     return x
 
@@ -182,16 +148,13 @@ def weigh_values(
     offset = vectors[1].index(slot).load(gl.SliceLayout(0, left))
     upper = (gl.arange(0, 16, layout=gl.SliceLayout(1, left)) < 8)[:, None]
     ones = gl.full((16, G), 1.0, gl.float16, left)
-    zeros = gl.zeros((16, C), gl.float32, mma)
-    # rows 0-7: offsets and bias; rows 8-15: the weights alone
-    sums = mma_v2(gl.where(upper, offset[None, :], ones), p, zeros)
-    minus = gl.where(upper, -BIAS * ones, 0.0 * ones)
+    # rows 0-7: offsets; rows 8-15: the weights alone
+    sums = mma_v2(gl.where(upper, offset[None, :], ones), p, gl.zeros((16, C), gl.float32, mma))
     o = gl.zeros((D, C), gl.float32, mma)
     for f in gl.static_range(len(FIELDS)):
-        weights = _lane_weights(G, FIELDS[f][0], FIELDS[f][1], gl.SliceLayout(1, right))
+        weights = lane_weights(G, FIELDS[f][0], FIELDS[f][1], gl.SliceLayout(1, right))
         scaled = p * weights[:, None] * scale[:, None]
-        sums += mma_v2(minus, scaled, zeros)
         packed = words[f].index(slot).load(words_layout(D, FIELDS[f][3], width, warps))
-        o = mma_v2(joined_planes(packed, FIELDS[f][0], left), scaled, o)
+        o = mma_v2(joined_codes(packed, FIELDS[f][0], left), scaled, o)
     bias, mass = halves(sums, repeated)
-    return o + repeat(bias, D, repeated, mma), mass
+    return o * CODE_UNIT + repeat(bias, D, repeated, mma), mass
