@@ -7,6 +7,11 @@ from kvarn.errors import KVarNError
 _TRUE = frozenset({"1", "true", "yes", "on"})
 _FALSE = frozenset({"", "0", "false", "no", "off"})
 _SGLANG_HOOKS = "KVARN_SGLANG_HOOKS"
+# What changes answers or figures.
+_MODES = (
+    *("KVARN_CANONICAL", "KVARN_BATCH_INVARIANT", "KVARN_TAIL_TOKENS", "KVARN_ROPE_BITS", "KVARN_SCRUB"),
+    *("KVARN_FORCE_TRITON", "KVARN_ALLOW_UNTESTED_ENGINE"),
+)
 
 
 def _flag(name: str) -> bool:
@@ -71,6 +76,11 @@ def force_triton() -> bool:
 def allow_untested_engine() -> bool:
     """KVARN_ALLOW_UNTESTED_ENGINE (0): accept an engine version outside the tested table if its signatures match."""
     return _flag("KVARN_ALLOW_UNTESTED_ENGINE")
+
+
+def modes() -> list[str]:
+    """Return the variables that are set of those that change answers or figures, as a shell sets them."""
+    return [f"{name}={os.environ[name]}" for name in _MODES if os.environ.get(name)]
 
 
 def commit() -> str:

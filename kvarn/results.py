@@ -28,7 +28,7 @@ def provenance(engine: str | None = None) -> dict[str, str]:
         "torch": torch.__version__,
         "triton": _version("triton"),
         "engine": f"{engine} {_version(engine)}" if engine else "none",
-        "command": shlex.join(["python", "-m", _module(), *map(without_folder, sys.argv[1:])]),
+        "command": shlex.join([*env.modes(), "python", "-m", _module(), *map(without_folder, sys.argv[1:])]),
     }
 
 

@@ -21,3 +21,11 @@ def test_a_write_that_is_cut_off_leaves_the_file(tmp_path: Path, monkeypatch: py
     with pytest.raises(KeyboardInterrupt):
         results.write(path, [{"a": 2}])
     assert results.read(path) == [{"a": 1}]
+
+
+def test_commands_tell_what_changes_figures(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KVARN_ROPE_BITS", "8")
+    monkeypatch.setenv("KVARN_CANONICAL", "")
+    command = results.provenance()["command"]
+    assert "KVARN_ROPE_BITS=8" in command.split(" python ")[0]
+    assert "KVARN_CANONICAL" not in command

@@ -25,6 +25,8 @@ LATENT_COLUMNS = 16
 _BLOCK = 64
 # Of either kernel: two programs of four warps fill a multiprocessor's registers.
 _WARPS, _PROGRAMS_PER_SM = 4, 2
+# Tasks and blocks of heads up to which one does: what fewer programs leave is merged sooner.
+_FEW_TASKS = 2
 # Tokens of a record that the Triton kernel restores at a time, and its stages, of which the page table takes one.
 _TOKENS, _STAGES = 32, 3
 
@@ -56,7 +58,8 @@ def num_latent_programs(
     """Return how many programs share the work of one block of heads. It follows from shapes alone."""
     if config.batch_invariant:
         return most_shares(config, tasks, pages, rows_in_ring=rows_in_ring)
-    return max(1, sm_count(device) * _PROGRAMS_PER_SM // head_blocks)
+    per_sm = 1 if tasks * head_blocks <= _FEW_TASKS else _PROGRAMS_PER_SM
+    return max(1, sm_count(device) * per_sm // head_blocks)
 
 
 def most_latent_partial_bytes(
