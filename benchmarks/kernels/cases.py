@@ -24,6 +24,8 @@ _MEDIUM = (16 * _K,) * 16
 _VERIFY_ROWS = 4
 _VERIFIED = (_MEDIUM, (64 * _K,))
 _LOGIT_CAP = 30.0
+# What tensor parallelism leaves of a model on a GPU, or a small model has.
+_FEW_HEADS = (1, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,6 +89,7 @@ class Case:
     def name(self) -> str:
         """Unique name: preset, shape, group, then whatever differs from the main table."""
         parts = [self.preset.removeprefix("kvarn_"), self.shape, f"gqa{self.group}"]
+        parts += [f"kv{self.kv_heads}"] * (self.kv_heads != 8)
         parts += [f"d{self.head_dim}"] * (self.head_dim != 128)
         parts += [f"q{self.q_len}"] * (self.q_len > 1)
         parts += [self.dtype] * (self.dtype != "float16")
@@ -105,7 +108,10 @@ def registry() -> list[Case]:
     cases += [Case(_LARGE, head_dim=head_dim) for head_dim in _OTHER_HEAD_DIMS]
     cases += [Case(_MEDIUM, dtype="bfloat16"), Case(_MEDIUM, logit_cap=_LOGIT_CAP)]
     cases += [Case((4 * _K,) * batch, sealing=True) for batch in _BATCHES]
+    alone = [(32 * _K,), (128 * _K,)]
+    cases += [Case(contexts, kv_heads=heads) for heads in _FEW_HEADS for contexts in (*alone, _MEDIUM)]
     cases += [Case(contexts, group=group, q_len=_VERIFY_ROWS) for contexts in _VERIFIED for group in _GROUPS]
+    cases += [Case(alone[0], kv_heads=heads, q_len=_VERIFY_ROWS) for heads in _FEW_HEADS]
     return cases
 
 
