@@ -75,7 +75,10 @@ def _parities(ROWS: gl.constexpr, layout: gl.constexpr):
 
 @gluon.jit
 def _key_logits(words, vectors, slot, q_parts, K_FIELDS: gl.constexpr, G: gl.constexpr, GROUP_TOKENS: gl.constexpr):
-    """Return q . k of a slot's tokens: for each group of them [warps, 16, tokens of a warp]."""
+    """Return q . code of a slot's tokens, for each group [warps, 16, tokens of a warp], and q . offset of both groups.
+
+    Products of both are [warps, 16]: what all tokens of a group owe.
+    """
     D: gl.constexpr = q_parts.shape[1]
     GROUPS: gl.constexpr = G // GROUP_TOKENS
     mma: gl.constexpr = wide_mma()
@@ -86,7 +89,7 @@ def _key_logits(words, vectors, slot, q_parts, K_FIELDS: gl.constexpr, G: gl.con
     inner: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, left))
     zeros = gl.zeros((WARPS, 16, 8), gl.float32, mma)
     even, odd = _parities(D, right)
-    like = gl.full((WARPS, 16, D), 1.0, gl.float16, left)
+    like = gl.full((WARPS, 16, D), 1.0, gl.float16, left)  # times ones, which the compiler drops: all warps' queries
     q = q_parts.index(0).permute((1, 0)).load(gl.SliceLayout(0, left))[None, :, :] * like
     first = vectors[1].index(slot).slice(0, D).load(rows)[None, :, None]
     second = vectors[1].index(slot).slice((GROUPS - 1) * D, D).load(rows)[None, :, None]
