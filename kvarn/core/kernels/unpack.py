@@ -145,6 +145,20 @@ def one_below_other(a, b):
 
 
 @triton.jit
+def one_behind_other(a, b, AXIS: tl.constexpr):
+    """Concatenate two tensors of rank 3 along axis 1 or 2."""
+    A: tl.constexpr = a.shape[0]
+    B: tl.constexpr = a.shape[1]
+    C: tl.constexpr = a.shape[2]
+    joined = tl.join(a, b)
+    if AXIS == 1:
+        out = tl.reshape(tl.permute(joined, (0, 3, 1, 2)), (A, 2 * B, C))
+    else:
+        out = tl.reshape(tl.permute(joined, (0, 1, 3, 2)), (A, B, 2 * C))
+    return out
+
+
+@triton.jit
 def unpack(words, BITS: tl.constexpr, USE_ASM: tl.constexpr):
     """Return ``1024 + code * 2**position`` of every lane.
 

@@ -21,7 +21,7 @@ from kvarn.core.kernels.gluon.layouts import (
     repeat_layout,
     rows_copy_layout,
 )
-from kvarn.core.kernels.gluon.record import allocate_half, copy_half, key_logits, weigh_values
+from kvarn.core.kernels.gluon.record import allocate_half, copy_half, copy_next_half, key_logits, weigh_values
 from kvarn.core.kernels.gluon.wide import attend_records_wide, serves_wide
 from kvarn.core.kernels.hadamard import load_in_fours
 from kvarn.core.kernels.read_rule import record_end
@@ -110,9 +110,7 @@ def _attend_records(
         page = gl.load(table + gl.minimum(tile + STAGES + 1, stop - 1))
         async_copy.wait_group(2 * STAGES - 1)
         x = key_logits(k_words, k_vectors, slot, q_parts, K_FIELDS, G, GROUP_TOKENS, warps)
-        if tile + STAGES < stop:
-            copy_half(k_words, k_vectors, record, slot, K_FIELDS, K_OFFSETS, warps)
-        async_copy.commit_group()
+        copy_next_half(k_words, k_vectors, record, slot, tile + STAGES < stop, K_FIELDS, K_OFFSETS, warps)
         factor = q_scale
         if SOFTCAP > 0:
             x = cap(x * q_scale, SOFTCAP)
@@ -127,9 +125,7 @@ def _attend_records(
         p = gl.convert_layout(p, v_right)
         async_copy.wait_group(2 * STAGES - 1)
         o, added = weigh_values(p, v_words, v_vectors, slot, D, V_FIELDS, warps)
-        if tile + STAGES < stop:
-            copy_half(v_words, v_vectors, record, slot, V_FIELDS, V_OFFSETS, warps)
-        async_copy.commit_group()
+        copy_next_half(v_words, v_vectors, record, slot, tile + STAGES < stop, V_FIELDS, V_OFFSETS, warps)
         acc = acc * decay[None, :] + o
         mass = mass * gl.convert_layout(decay, gl.SliceLayout(0, mass.type.layout))[None, :] + added
         m = m_new

@@ -9,7 +9,7 @@ divided out of the other operand, and sums are multiplied by CODE_UNIT. No bias 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from kvarn.core.kernels.unpack import planes, side_by_side
+from kvarn.core.kernels.unpack import one_behind_other, planes, side_by_side
 
 # Positions of the mantissa where fields begin: those of the word's upper byte are shifted down by a byte.
 _POSITIONS = 8
@@ -66,13 +66,19 @@ def codes_of_plane(words, BITS: gl.constexpr, PLANE: gl.constexpr):
 
 @gluon.jit
 def joined_codes(words, BITS: gl.constexpr, layout: gl.constexpr):
-    """Return the codes of every lane, [rows, lanes], float16, as an MMA's left operand."""
+    """Return the codes of every lane, float16, as an MMA's operand.
+
+    words: [rows, words] to [rows, lanes], or [warps, words, columns] to [warps, lanes, columns].
+    """
     parts = ()
     for plane in gl.static_range(planes(BITS)):
         parts = parts + (codes_of_plane(words, BITS, plane),)
     for _ in gl.static_range(planes(BITS).bit_length() - 1):
         pairs = ()
         for i in gl.static_range(0, len(parts), 2):
-            pairs = pairs + (side_by_side(parts[i], parts[i + 1]),)
+            if len(words.shape) == 2:
+                pairs = pairs + (side_by_side(parts[i], parts[i + 1]),)
+            else:
+                pairs = pairs + (one_behind_other(parts[i], parts[i + 1], 1),)
         parts = pairs
     return gl.convert_layout(parts[0], layout, assert_trivial=True)

@@ -6,7 +6,7 @@ so that it arrives where the sums stand.
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from kvarn.core.kernels.gluon.codes import CODE_UNIT, joined_codes, lane_weights
 from kvarn.core.kernels.gluon.layouts import (
@@ -44,6 +44,16 @@ def copy_half(
         ptr = record.to(gl.pointer_type(gl.int16)) + FIELDS[f][2] // 2
         copy_rows(words[f].index(slot), ptr, FIELDS[f][3], warps)
     copy_vectors(vectors, slot, record, OFFSETS, warps)
+
+
+@gluon.jit
+def copy_next_half(
+    words, vectors, record, slot, wanted, FIELDS: gl.constexpr, OFFSETS: gl.constexpr, warps: gl.constexpr
+):  # fmt: skip
+    """Begin to copy the keys or the values of a record into a slot, as one group; none if not wanted."""
+    if wanted:
+        copy_half(words, vectors, record, slot, FIELDS, OFFSETS, warps)
+    async_copy.commit_group()
 
 
 @gluon.jit

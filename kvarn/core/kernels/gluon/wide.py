@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from kvarn.core.kernels.address import find_record
-from kvarn.core.kernels.gluon.codes import CODE_UNIT, codes_of_plane, lane_weights
+from kvarn.core.kernels.gluon.codes import CODE_UNIT, joined_codes, lane_weights
 from kvarn.core.kernels.gluon.layouts import (
     operand_width,
     wide_key_words_layout,
@@ -17,9 +17,9 @@ from kvarn.core.kernels.gluon.layouts import (
     wide_value_words_layout,
     wide_vector_layout,
 )
-from kvarn.core.kernels.gluon.record import copy_half
+from kvarn.core.kernels.gluon.record import copy_next_half
 from kvarn.core.kernels.task import NEVER, WEIGHT_SHIFT, cap
-from kvarn.core.kernels.unpack import planes
+from kvarn.core.kernels.unpack import one_behind_other
 
 WARPS = gl.constexpr(2)
 
@@ -29,31 +29,6 @@ def serves_wide(columns, head_dim, tokens, group_tokens, value_fields, warps):
     """Return whether `attend_records_wide` serves a launch: a warp's part of values' words is whole blocks of 8."""
     whole = all(words >= 16 for _, _, _, words in value_fields)
     return columns == 16 and head_dim <= 128 and tokens == 2 * group_tokens and warps == 2 and whole
-
-
-@gluon.jit
-def _one_behind_other(a, b, AXIS: gl.constexpr):
-    """Concatenate two tensors of rank 3 along an axis. Registers are renamed, not moved."""
-    joined = gl.join(a, b)
-    if AXIS == 1:
-        out = gl.reshape(gl.permute(joined, (0, 3, 1, 2)), (a.shape[0], 2 * a.shape[1], a.shape[2]))
-    else:
-        out = gl.reshape(gl.permute(joined, (0, 1, 3, 2)), (a.shape[0], a.shape[1], 2 * a.shape[2]))
-    return out
-
-
-@gluon.jit
-def _joined(words, BITS: gl.constexpr, layout: gl.constexpr):
-    """Return the codes of every lane, [warps, lanes, columns], of words, [warps, words, columns]."""
-    parts = ()
-    for plane in gl.static_range(planes(BITS)):
-        parts = parts + (codes_of_plane(words, BITS, plane),)
-    for _ in gl.static_range(planes(BITS).bit_length() - 1):
-        pairs = ()
-        for i in gl.static_range(0, len(parts), 2):
-            pairs = pairs + (_one_behind_other(parts[i], parts[i + 1], 1),)
-        parts = pairs
-    return gl.convert_layout(parts[0], layout, assert_trivial=True)
 
 
 @gluon.jit
@@ -108,7 +83,7 @@ def _key_logits(words, vectors, slot, q_parts, K_FIELDS: gl.constexpr, G: gl.con
             packed = rows_of_group.load(wide_key_words_layout(GROUP_TOKENS, K_FIELDS[f][3], width))
             packed = gl.permute(gl.reshape(packed, (GROUP_TOKENS // 16, 2, 8, K_FIELDS[f][3])), (1, 3, 0, 2))
             packed = gl.reshape(packed, (WARPS, K_FIELDS[f][3], GROUP_TOKENS // 2))
-            x = mma_v2(scaled, _joined(packed, K_FIELDS[f][0], right), x)
+            x = mma_v2(scaled, joined_codes(packed, K_FIELDS[f][0], right), x)
         logits = logits + (x * CODE_UNIT,)
     return logits, _even_and_odd(owed)
 
@@ -135,7 +110,7 @@ def _weigh_values(p, words, vectors, slot, FIRST: gl.constexpr, ROWS: gl.constex
         packed = words[f].index(slot).slice(FIRST, ROWS).load(wide_value_words_layout(ROWS, V_FIELDS[f][3]))
         packed = gl.permute(gl.reshape(packed, (ROWS, V_FIELDS[f][3] // 16, 2, 8)), (2, 1, 3, 0))
         packed = gl.reshape(packed, (WARPS, V_FIELDS[f][3] // 2, ROWS))
-        o = mma_v2(scaled, _joined(packed, V_FIELDS[f][0], right), o)
+        o = mma_v2(scaled, joined_codes(packed, V_FIELDS[f][0], right), o)
     return o * CODE_UNIT, owed
 
 
@@ -172,7 +147,7 @@ def _together(m, mass, acc0, acc1):
     largest = gl.max(m, axis=0)
     decay = gl.exp2(m - largest[None, :])
     total = gl.sum(gl.max(mass, axis=2) * decay, axis=0)
-    both = _one_behind_other(acc0 * decay[:, :, None], acc1 * decay[:, :, None], 2)
+    both = one_behind_other(acc0 * decay[:, :, None], acc1 * decay[:, :, None], 2)
     return largest, total, gl.permute(gl.sum(both, axis=0), (1, 0))
 
 
@@ -205,9 +180,7 @@ def attend_records_wide(
         page = gl.load(table + gl.minimum(tile + STAGES + 1, stop - 1))
         async_copy.wait_group(2 * STAGES - 1)
         logits, owed = _key_logits(k_words, k_vectors, slot, q_parts, K_FIELDS, G, GROUP_TOKENS)
-        if tile + STAGES < stop:
-            copy_half(k_words, k_vectors, record, slot, K_FIELDS, K_OFFSETS, warps)
-        async_copy.commit_group()
+        copy_next_half(k_words, k_vectors, record, slot, tile + STAGES < stop, K_FIELDS, K_OFFSETS, warps)
         x, factor = logits, q_scale
         if SOFTCAP > 0:
             x = (
@@ -221,16 +194,14 @@ def attend_records_wide(
         decay = gl.exp2(m - m_new)
         p0 = gl.exp2(x[0] * factor + (owed[0] * factor - (m_new - WEIGHT_SHIFT))[:, :, None]).to(gl.float16)
         p1 = gl.exp2(x[1] * factor + (owed[1] * factor - (m_new - WEIGHT_SHIFT))[:, :, None]).to(gl.float16)
-        p = gl.convert_layout(_one_behind_other(p0, p1, 2), gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
+        p = gl.convert_layout(one_behind_other(p0, p1, 2), gl.DotOperandLayout(0, mma, 2), assert_trivial=True)
         async_copy.wait_group(2 * STAGES - 1)
         o, owed_values = _weigh_values(p, v_words, v_vectors, slot, 0, H, V_FIELDS)
         bias, added = _even_and_odd(owed_values)
         acc0 = acc0 * decay[:, :, None] + (o + bias[:, :, None])
         o, _ = _weigh_values(p, v_words, v_vectors, slot, H, H, V_FIELDS)
         acc1 = acc1 * decay[:, :, None] + (o + bias[:, :, None])
-        if tile + STAGES < stop:
-            copy_half(v_words, v_vectors, record, slot, V_FIELDS, V_OFFSETS, warps)
-        async_copy.commit_group()
+        copy_next_half(v_words, v_vectors, record, slot, tile + STAGES < stop, V_FIELDS, V_OFFSETS, warps)
         mass = mass * decay[:, :, None] + added[:, :, None]
         m = m_new
         slot = (slot + 1) % STAGES
