@@ -13,6 +13,8 @@ from kvarn.core.step import Step
 
 # From so many parts of a task on they are taken many at a time.
 _MANY_PARTS = 16
+# Many more of rows of which a warp's threads hold four neighbours each: explicit layouts, and this many warps.
+_EXPLICIT_PARTS, _NARROWEST, _EXPLICIT_WARPS = 128, 128, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,14 +69,24 @@ def combine(
     Returns:
         Natural log-sum-exp [tokens, q_heads], float32.
     """
-    from kvarn.core.kernels.combine import combine_kernel
-
     tokens, q_heads, head_dim = out.shape
     kv_heads, columns = partial_lse.shape[1:]
     tasks = step.task_request.shape[0]
     programs = partial.shape[0] - tasks
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
     shape = combine_shape(programs, tasks, layer.config)
+    if has_explicit_merging(programs // tasks, layer.config, partial.device):
+        launch(
+            _explicit_kernel(), (tasks, kv_heads, columns),
+            partial, partial_lse, out, lse, step.task_request, step.task_row, step.work_end, step.query_start,
+            sink_logits, tasks, programs, q_heads,
+            constants=_explicit_constants(
+                layer.config, q_heads // kv_heads, step.rows_per_task, columns, partial.device
+            ),
+        )  # fmt: skip
+        return lse
+    from kvarn.core.kernels.combine import combine_kernel
+
     launch(
         combine_kernel, (tasks, kv_heads, -(-columns // shape.columns)),
         partial, partial_lse, device_signs(head_dim, torch.float16, partial.device, True), out, lse,
@@ -82,6 +94,33 @@ def combine(
         constants=_constants(layer.config, shape, q_heads // kv_heads, step.rows_per_task, columns, partial.device),
     )  # fmt: skip
     return lse
+
+
+def has_explicit_merging(parts: int, config: CacheConfig[Any], device: torch.device) -> bool:
+    """Return whether the kernel with explicit layouts (`kernels.gluon.combine`) merges so many parts of a task.
+
+    One or two kv heads leave so many. It needs an NVIDIA GPU.
+    """
+    head_dim, nvidia = config.layout.head_dim, device.type == "cuda" and torch.version.hip is None
+    whole = _NARROWEST <= head_dim < _WIDE and head_dim & (head_dim - 1) == 0
+    return nvidia and whole and parts >= _EXPLICIT_PARTS and not config.batch_invariant
+
+
+def _explicit_kernel() -> Any:
+    from kvarn.core.kernels.gluon.combine import combine_parts_kernel
+
+    return combine_parts_kernel
+
+
+@functools.lru_cache(maxsize=256)
+def _explicit_constants(
+    config: CacheConfig[Any], group: int, rows_per_task: int, columns: int, device: torch.device
+) -> Constants:
+    head_dim = config.layout.head_dim
+    return Constants({
+        "GROUP": group, "ROWS": rows_per_task, "COLUMNS": columns, "PARTS": _EXPLICIT_WARPS * 2048 // head_dim,
+        "D": head_dim, "NORM": config.rotation_norm, **chained(device), "num_warps": _EXPLICIT_WARPS,
+    })  # fmt: skip
 
 
 @functools.lru_cache(maxsize=256)

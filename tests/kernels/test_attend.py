@@ -21,6 +21,9 @@ OVER_TORCH = Emulated("gluon.attend", "attend_kernel", "gluon.codes", "gluon.rec
 @pytest.fixture(autouse=True, params=["explicit", "triton"])
 def kernel(request, device, monkeypatch):
     """Which attention kernel serves layouts that both can serve. Without a GPU the explicit one runs over torch."""
+    for remembered in (attend_module._attend_kernel, attend_module._constants):
+        remembered.cache_clear()
+        request.addfinalizer(remembered.cache_clear)
     if request.param == "triton":
         monkeypatch.setattr(attend_module, "has_explicit_layouts", lambda *_: False)
     elif device == "cpu":
