@@ -18,7 +18,7 @@ from kvarn import results
 from kvarn.core.cache import CacheConfig, LayerCache, allocate_layer
 from kvarn.core.chunk_step import chunk_step
 from kvarn.core.latent.append import rotate_latents_reference
-from kvarn.core.latent.attend import LATENT_COLUMNS, attend_latents_reference, heads_together
+from kvarn.core.latent.attend import attend_latents_reference, latent_shape
 from kvarn.core.latent.attention import latent_attention
 from kvarn.core.latent.layout import LatentLayout
 from kvarn.core.latent.reference import encode_latents
@@ -112,12 +112,13 @@ def build(shape: Shape, bench: Bench, dtype: torch.dtype) -> Workload:
     pages = 1 + torch.randperm(shape.batch * each, generator=generator, device=device)
     table = pages.to(torch.int32).view(shape.batch, each)
     state = TailState(config, shape.batch + 1, shape.batch * each + 1, shape.batch, device)
-    ring_rows, group = torch.arange(1, shape.batch + 1, dtype=torch.int32, device=device), heads_together(shape.heads)
+    ring_rows = torch.arange(1, shape.batch + 1, dtype=torch.int32, device=device)
+    group, widest = latent_shape(layout, shape.heads, device)
     # a request that wrote its newest rows itself, so that it reads them exact
     own = (length - 1) // tile * tile - tile
     begin, end = (torch.full_like(ring_rows, at) for at in (own, length - 1))
     chunk_step(state, ring_rows, begin, end, None, table, group, shape.batch * (length - 1 - own))
-    step = decode_step(state, ring_rows, end + 1, table, group, LATENT_COLUMNS)
+    step = decode_step(state, ring_rows, end + 1, table, group, widest)
     tiles = _random_rows(_POOL_TILES * tile, layout, generator).view(_POOL_TILES, tile, layout.row_dim)
     pool = encode_latents(split_rows(tiles, layout), layout)
     packed = shape.batch * (own * layout.record_bytes // tile + (length - own) * layout.row_dim * dtype.itemsize)

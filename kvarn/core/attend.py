@@ -272,6 +272,12 @@ def task_block(tasks: int) -> int:
     return next((block for block in _TASK_BLOCKS if tasks <= block), TASK_BLOCK)
 
 
+@functools.cache
+def is_hopper(device: torch.device) -> bool:
+    """Return whether a device is a GPU with the MMAs of Hopper's warp groups, which later ones don't have."""
+    return torch.cuda.get_device_capability(device)[0] == 9
+
+
 def sm_count(device: torch.device) -> int:
     """Return the multiprocessors of a GPU; 1 elsewhere."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 1

@@ -8,7 +8,7 @@ from __future__ import annotations
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from kvarn.core.latent.attend import LATENT_COLUMNS, heads_together
+from kvarn.core.latent.attend import latent_shape
 from kvarn.core.latent.attention import expanded_attention, latent_attention
 from kvarn.core.latent.expand import ExpandedHeads
 from kvarn.core.latent.rows import LatentRows, split_rows
@@ -42,7 +42,8 @@ class LatentTileBackend(TileAttentionBackend):
             plan_prefill, config, flash, tails.dtype, device=tails.device, token_numbers=numbers, together=True
         )
         table = runner.req_to_token_pool.req_to_token
-        return StepBuilder(pool.state, pool.layers, table, heads_together(q_heads), plan, widest=LATENT_COLUMNS)
+        group, widest = latent_shape(config.layout, q_heads, tails.device)
+        return StepBuilder(pool.state, pool.layers, table, group, plan, widest=widest)
 
     def expands(self) -> bool:
         """Tell whether the present step attends to keys and values of all heads."""

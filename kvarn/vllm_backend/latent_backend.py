@@ -14,7 +14,7 @@ from vllm.v1.attention.backend import MLAAttentionImpl
 
 from kvarn import env
 from kvarn.core.cache import CacheConfig, LayerCache
-from kvarn.core.latent.attend import LATENT_COLUMNS, heads_together
+from kvarn.core.latent.attend import latent_shape
 from kvarn.core.latent.attention import expanded_attention, latent_attention, latent_scratch_bytes
 from kvarn.core.latent.expand import ExpandedHeads
 from kvarn.core.latent.layout import LATENT_DIMS, ROPE_DIMS, LatentLayout
@@ -216,8 +216,9 @@ class LatentTileAttention(MLAAttentionImpl[LatentMetadata]):
         if self._index == 0 and not self._is_described:
             self._is_described = True
             tail_blocks = compat.metadata_of(tail.layer_name).block_table
-            group = heads_together(self.num_heads)
-            attn_metadata.steps = describe(pool, attn_metadata, tail_blocks, group, LATENT_COLUMNS)
+            layer = pool.layers[0]
+            shape = latent_shape(layer.config.layout, self.num_heads, layer.records.device)
+            attn_metadata.steps = describe(pool, attn_metadata, tail_blocks, *shape)
         return pool.layers[self._index], attn_metadata.steps[self._index // pool.rings_per_block]
 
     def _rows_of(self, attn_metadata: LatentMetadata) -> LatentRows:

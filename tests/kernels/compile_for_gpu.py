@@ -31,6 +31,7 @@ from kvarn.core.kernels.chunk_step import chunk_step_kernel
 from kvarn.core.kernels.combine import combine_kernel
 from kvarn.core.kernels.gluon.attend import attend_kernel
 from kvarn.core.kernels.gluon.latent import attend_latents_kernel as explicit_latents_kernel
+from kvarn.core.kernels.gluon.latent_groups import attend_latents_by_groups_kernel
 from kvarn.core.kernels.latent.attend import attend_latents_kernel
 from kvarn.core.kernels.latent.restore import restore_latents_kernel
 from kvarn.core.kernels.latent.rotate import rotate_latents_kernel, rotate_queries_kernel
@@ -70,6 +71,7 @@ KERNELS = {
 LATENT_KERNELS = {
     "attend": attend_latents_kernel,
     "explicit": explicit_latents_kernel,
+    "groups": attend_latents_by_groups_kernel,
     "queries": rotate_queries_kernel,
     "restore": restore_latents_kernel,
     "rotate": rotate_latents_kernel,
@@ -136,11 +138,11 @@ def latent_resources(kernel: str, rope_bits: int, preset: str = "kvarn_k4v2_g128
     """Return what a kernel over latents of DeepSeek's widths takes, in a decode step."""
     layout = LatentLayout.of(get_preset(preset), 512, 64, rope_bits)
     constants = _constants(TileLayout.of(get_preset("kvarn_k4v2_g128"), 128), **latent_constants(layout))
-    warps = {"seal": 8}.get(kernel, 4)
-    constants |= {"COLUMNS": LATENT_COLUMNS, "GROUP": LATENT_COLUMNS, "TOKENS": 16 if kernel == "restore" else 32}
+    warps, columns = {"seal": 8, "groups": 8}.get(kernel, 4), 64 if kernel == "groups" else LATENT_COLUMNS
+    constants |= {"COLUMNS": columns, "GROUP": columns, "TOKENS": 16 if kernel == "restore" else 32}
     constants |= {"STAGES": 3, "BLOCK": 32 if kernel == "seal" else 4, "CHANNELS": 128, "LATENT_CLIP": 1.0}
     constants |= {"LATENT_BITS": layout.latent_bits, "ROPE_BITS": rope_bits, "num_warps": warps}
-    made_of = GluonASTSource if kernel == "explicit" else ASTSource
+    made_of = GluonASTSource if kernel in ("explicit", "groups") else ASTSource
     source = made_of(LATENT_KERNELS[kernel], **_arguments(LATENT_KERNELS[kernel], constants))
     made = triton.compile(source, target=_TARGET, options={"num_warps": warps, "launch_pdl": True})
     return {**_usage(made.asm["cubin"]), "shared": made.metadata.shared}

@@ -21,8 +21,11 @@ import torch
 _KERNELS = "kvarn.core.kernels"
 _HELPERS = ("task", "read_rule", "work", "address", "hadamard", "unpack")
 _LAYOUTS = ("SliceLayout", "DotOperandLayout", "BlockedLayout", "SwizzledSharedLayout", "DistributedLinearLayout")
-_LAYOUTS += ("NVMMADistributedLayout",)
+_LAYOUTS += ("NVMMADistributedLayout", "NVMMASharedLayout")
 _PLANE = re.compile(r"(?:shr\.b32 t, \$1, (\d+); )?and\.b32 \$0, (?:t|\$1), 0x(\w+);")
+_RESTORING = re.compile(r"(?:shr\.b32 t, \$1, (\d+);|mov\.b32 t, \$1;) lop3\.b32 t, t, 0x(\w+)")
+
+_PARTNER = re.compile(r"shfl\.sync\.bfly\.b32 \$0, \$1, (\d+), 31")
 
 
 class Pointer:
@@ -72,11 +75,20 @@ class Shared:
     def index(self, i: Any) -> "Shared":
         return Shared(self.values[int(i)])
 
-    def slice(self, start: int, length: int) -> "Shared":
-        return Shared(self.values[start : start + length])
+    def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
+        return Shared(self.values.narrow(dim, start, length))
 
     def permute(self, order: tuple[int, ...]) -> "Shared":
         return Shared(self.values.permute(order))
+
+    def _reinterpret(self, dtype: torch.dtype, shape: Iterable[int], _: object) -> "Shared":
+        """Of blocks of 64 numbers a row: as they are, or with neighbouring ones side by side."""
+        shape = tuple(shape)
+        if len(shape) < 3:
+            return Shared(self.values.view(dtype).view(shape))
+        rows, each = self.shape[1], shape[2] // self.shape[2]
+        parts = self.values[: shape[0] * each].view(shape[0], each, rows, -1)
+        return SideBySide(parts.transpose(1, 2))
 
     def load(self, _: object = None) -> torch.Tensor:
         return self.values.clone()
@@ -85,17 +97,58 @@ class Shared:
         self.values.copy_(values)
 
 
+class SideBySide(Shared):
+    """Shared memory whose rows are blocks that stand apart, [..., rows, blocks, 64]."""
+
+    def index(self, i: Any) -> "SideBySide":
+        return SideBySide(self.values[int(i)])
+
+    def load(self, _: object = None) -> torch.Tensor:
+        return self.values.flatten(-2)
+
+    def store(self, values: torch.Tensor) -> None:
+        self.values.copy_(values.view(self.values.shape))
+
+
 def _unpacked(asm: str, _: str, words: list[torch.Tensor], **__: object) -> torch.Tensor:
     """Do what `codes._code_asm` says to pairs of packed words."""
+    found = _PLANE.search(asm)
     if asm == "prmt.b32 $0, $1, 0, 0x4341;":  # the upper byte of each half
         down, mask = "8", "00FF00FF"
-    else:
-        found = _PLANE.search(asm)
-        assert found, asm
+    elif found:
         down, mask = found.groups()
+    else:
+        return _restored(asm, *words)
     pairs = words[0].contiguous().view(torch.int32).long() & 0xFFFFFFFF
     pairs = pairs >> int(down or 0) & int(mask, 16)
     return torch.where(pairs >= 1 << 31, pairs - (1 << 32), pairs).to(torch.int32).view(torch.float16)
+
+
+def _inline_asm(asm: str, constraints: str, values: list[torch.Tensor], **more: object) -> torch.Tensor:
+    """Do what a kernel's PTX says: the codes of packed words, or the channels of another thread of a warp."""
+    found = _PARTNER.search(asm)
+    if asm.startswith("prefetch"):
+        return torch.tensor(0)
+    if not found:
+        return _unpacked(asm, constraints, values, **more)
+    channels = torch.arange(values[0].shape[0])
+    return values[0][channels ^ 4 * int(found[1])]  # a thread has 4 neighbours
+
+
+def _restored(asm: str, words: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
+    """Do what `codes._restoring_asm` says."""
+    down, mask = _RESTORING.search(asm).groups()
+    codes = ((words.int() & 0xFFFF) >> int(down or 0)) & int(mask, 16) & 0xFFFF
+    return (codes.double() * scale.double() + offset.double()).half()
+
+
+def _warpgroup_mma(a: Any, b: Shared, acc: torch.Tensor, use_acc: bool = True, **_: object) -> torch.Tensor:
+    product = (a.load() if isinstance(a, Shared) else a).float() @ b.load().float()
+    return acc + product if use_acc else product
+
+
+def _warpgroup_mma_wait(_: int, deps: list[Any]) -> Any:
+    return deps[0] if len(deps) == 1 else deps
 
 
 def _tensors(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -111,14 +164,14 @@ def _float(function: Callable[[torch.Tensor], torch.Tensor]) -> Callable[[Any], 
     return lambda x: function(torch.as_tensor(x, dtype=torch.float32))
 
 
-_program = [0, 0]
-_programs = [1, 1]
+_program = [0, 0, 0]
+_programs = [1, 1, 1]
 _LANGUAGE = SimpleNamespace(
     constexpr=lambda x: x, static_range=range, range=lambda *bounds, **_: range(*bounds), pointer_type=lambda x: x,
     float16=torch.float16, float32=torch.float32, int16=torch.int16, int32=torch.int32, int64=torch.int64,
     program_id=lambda axis: torch.tensor(_program[axis]), num_programs=lambda axis: _programs[axis],
     load=lambda pointer, **more: pointer.load(**more), store=lambda pointer, x, **more: pointer.store(x, **more),
-    allocate_shared_memory=Shared.allocate, inline_asm_elementwise=_unpacked,
+    allocate_shared_memory=Shared.allocate, inline_asm_elementwise=_inline_asm,
     arange=lambda start, end, layout=None: torch.arange(start, end, dtype=torch.int32),
     full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
     zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
@@ -129,13 +182,17 @@ _LANGUAGE = SimpleNamespace(
     join=lambda a, b: torch.stack((a, b), dim=-1), split=lambda x: x.unbind(dim=-1),
     permute=lambda x, order: x.permute(order), reshape=lambda x, shape: x.reshape(shape),
     expand_dims=lambda x, axis: x.unsqueeze(axis), broadcast=torch.broadcast_tensors,
-    convert_layout=lambda x, *_, **__: x,
+    convert_layout=lambda x, *_, **__: x, thread_barrier=lambda: None,
     **dict.fromkeys(_LAYOUTS, lambda *_, **__: None),
 )  # fmt: skip
 _GIVEN = {
     "gl": _LANGUAGE,
     "tl": _LANGUAGE,
     "mma_v2": lambda a, b, c: c + a.float() @ b.float(),
+    "warpgroup_mma": _warpgroup_mma,
+    "warpgroup_mma_init": lambda x: x,
+    "warpgroup_mma_wait": _warpgroup_mma_wait,
+    "fence_async_shared": lambda: None,
     "begin_copy": lambda shared, pointer: shared.store(pointer.load()),
     "async_copy": SimpleNamespace(commit_group=lambda: None, wait_group=lambda pending: None),
     "allow_next": lambda chained: None,
@@ -187,7 +244,7 @@ class Emulated:
         def run(*args: Any, **constants: Any) -> None:
             given = [Pointer.of(x) if torch.is_tensor(x) else x for x in args]
             named = {name: value for name, value in constants.items() if name in self._parameters}
-            _programs[:] = (*grid, 1)[:2]
+            _programs[:] = (*grid, 1, 1)[:3]
             for place in itertools.product(*(range(size) for size in _programs)):
                 _program[:] = place
                 self._function(*given, **named)

@@ -8,7 +8,7 @@ from cases import ints, layer_to, next_step, poisoned_layer, shuffled_table
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.chunk_step import chunk_step
 from kvarn.core.latent.append import rotate_latents_reference, store_latents_reference
-from kvarn.core.latent.attend import LATENT_COLUMNS, heads_together
+from kvarn.core.latent.attend import latent_shape
 from kvarn.core.latent.layout import LatentLayout
 from kvarn.core.latent.rows import LatentRows
 from kvarn.core.latent.seal import seal_latents_reference
@@ -67,8 +67,12 @@ def make_latent_case(
     slots: int = 2,
     pad: int = 1,
     outliers: bool = False,
+    device: str = "cpu",
 ) -> LatentCase:
-    """Grow requests to `lengths` (a chunk each, after `hits` tokens of prefix hit), then make a step of `new` rows."""
+    """Grow requests to `lengths` (a chunk each, after `hits` tokens of prefix hit), then make a step of `new` rows.
+
+    device: whose kernels attend; the case is made on the CPU.
+    """
     generator = torch.Generator().manual_seed(0)
     layout = LatentLayout(latent_dim, rope_dim, tile, bits, rope_bits)
     config = CacheConfig(
@@ -89,15 +93,15 @@ def make_latent_case(
             x[:, [0, 1, 7, -1]] += torch.tensor([300.0, -80.0, 40.0, 60.0])
         return LatentRows(x[:, :latent_dim].to(dtype), x[:, latent_dim:].to(dtype))
 
-    group = heads_together(heads)
+    group, widest = latent_shape(layout, heads, torch.device(device))
     for begin, end, names in (([0] * len(hits), hits, tags.flip(0)), (hits, lengths, tags)):
         count = sum(end) - sum(begin)
         if count:
-            past, _ = chunk_step(state, request_rows, ints(begin), ints(end), names, table, group, count)
+            past, _ = chunk_step(state, request_rows, ints(begin), ints(end), names, table, group, count, widest=widest)
             raw = rotate_latents_reference(rows(count))
             seal_latents_reference(raw, layer, past)
             store_latents_reference(raw, layer, past)
-    step = next_step(state, request_rows, lengths, new, tags, table, group, widest=LATENT_COLUMNS)
+    step = next_step(state, request_rows, lengths, new, tags, table, group, widest=widest)
     assert int(state.faults) == 0
     own = rows(sum(new))
     q_latent, q_rope = (

@@ -90,6 +90,13 @@ def test_kernels_over_latents_compile_and_hardly_spill():
     assert all(found["stack"] <= 128 for found in made.values())
 
 
+def test_warp_groups_over_latents_compile():
+    cases = [f"latent/groups/{bits}" for bits in (16, 8)]
+    made = compiled(*cases)
+    assert set(made) == set(cases)
+    assert all(found["shared"] <= 227 << 10 for found in made.values())
+
+
 def test_latents_of_three_bits_compile():
     cases = [f"latent/{kernel}/16/kvarn_k3v3_g128" for kernel in ("attend", "explicit", "restore", "seal")]
     assert set(compiled(*cases)) == set(cases)

@@ -7,11 +7,20 @@ from latent_cases import LatentCase, make_latent_case
 from tolerance import ATTEND_MAX, ATTEND_RMS, LATENT_LSE_RELATIVE, LSE, relative_max, relative_rms
 
 from kvarn.core.latent import attend as attend_module
-from kvarn.core.latent.attend import attend_latents, attend_latents_reference, has_explicit_latents, heads_together
+from kvarn.core.latent.attend import attend_latents, attend_latents_reference, has_explicit_latents, latent_shape
+from kvarn.core.latent.layout import LatentLayout
 
 OVER_TORCH = Emulated(
     "gluon.latent", "attend_latents_kernel", "gluon.codes", "gluon.record", "gluon.attend", "gluon.latent_rows"
 )
+GROUPS_OVER_TORCH = Emulated(
+    "gluon.latent_groups", "attend_latents_by_groups_kernel", "gluon.codes", "gluon.record", "gluon.attend",
+    "gluon.group_tiles",
+)  # fmt: skip
+
+
+def _over_torch(_layout: object, columns: int, _device: object) -> tuple[Emulated, dict[str, object]]:
+    return (GROUPS_OVER_TORCH if columns > 16 else OVER_TORCH), {}
 
 
 def check(case: LatentCase, device: str) -> None:
@@ -85,8 +94,32 @@ def test_chunk_matches_reference_where_it_reads_otherwise(settings, device):
     check(make_latent_case([120, 129], [9, 2], heads=2, **settings), device)
 
 
-def test_heads_are_split_evenly():
-    assert [heads_together(heads) for heads in (1, 16, 20, 40, 96, 128)] == [1, 16, 10, 10, 16, 16]
+def test_heads_are_split_evenly(monkeypatch):
+    layout, heads, device = LatentLayout(512, 64, 128, 4, 16), (1, 16, 20, 40, 96, 128), torch.device("cpu")
+    assert [latent_shape(layout, n, device) for n in heads] == [(n, 16) for n in (1, 16, 10, 10, 16, 16)]
+    monkeypatch.setattr(attend_module, "has_latent_groups", lambda *_: True)
+    shapes = [(1, 64), (16, 64), (20, 64), (40, 64), (48, 64), (64, 64)]
+    assert [latent_shape(layout, n, device) for n in heads] == shapes
+
+
+@pytest.mark.parametrize("rope_bits", [16, 8])
+@pytest.mark.parametrize(
+    ("lengths", "new", "heads", "more"),
+    [
+        ([700, 130], [1, 1], 20, {"hits": [256, 0]}),
+        ([700, 130], [9, 1], 64, {"hits": [256, 0]}),
+        ([700, 130], [3, 3], 16, {"drafts": 2}),
+        ([300, 128], [1, 1], 128, {"canonical": True, "tail": 0, "sink": 0}),
+        ([300], [1], 96, {"batch_invariant": True}),
+    ],
+    ids=["decode", "chunk", "drafts", "canonical", "invariant"],
+)
+def test_warp_groups_match_reference(lengths, new, heads, more, rope_bits, device, monkeypatch):
+    if device == "cpu":
+        monkeypatch.setattr(attend_module, "has_latent_groups", lambda *_: True)
+        monkeypatch.setattr(attend_module, "_attend_kernel", _over_torch)
+    options = {"latent_dim": 512, "rope_dim": 64, "tile": 128, "tail": 128, "rope_bits": rope_bits, **more}
+    check(make_latent_case(lengths, new, heads=heads, device=device, **options), device)
 
 
 @pytest.mark.parametrize("rope_bits", [16, 8])
@@ -94,7 +127,7 @@ def test_heads_are_split_evenly():
 def test_explicit_layouts_match_reference_where_they_run_over_torch(new, rope_bits, device, monkeypatch):
     if device != "cpu":
         pytest.skip("a GPU runs them in the other tests")
-    monkeypatch.setattr(attend_module, "_attend_kernel", lambda *_: (OVER_TORCH, {}))
+    monkeypatch.setattr(attend_module, "_attend_kernel", _over_torch)
     options = {"latent_dim": 512, "rope_dim": 64, "tile": 128, "tail": 128, "heads": 20, "rope_bits": rope_bits}
     case = make_latent_case([700, 130], new, hits=[256, 0], **options)
     assert has_explicit_latents(case.layer.config.layout, torch.device("cuda"))

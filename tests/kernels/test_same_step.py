@@ -11,7 +11,7 @@ from kvarn.core.attention import attention, attention_reference
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.chunk_step import chunk_step
 from kvarn.core.flash import flash_for
-from kvarn.core.latent.attend import LATENT_COLUMNS, heads_together
+from kvarn.core.latent.attend import latent_shape
 from kvarn.core.latent.attention import expanded_attention, latent_attention
 from kvarn.core.latent.expand import ExpandedHeads
 from kvarn.core.latent.layout import LatentLayout
@@ -70,7 +70,7 @@ def test_hit_reads_what_is_sealed_in_the_same_step(
     x, place, tags = x.to(device, dtype), torch.device(device), owner_tags(["first", "second"]).to(device)
     config = CacheConfig(layout, 1, tail_tokens=TILE, sink_tokens=4, ring_tokens=2 * TILE)
     flash = flash_for(config, dtype, place, caps_logits=False, head_dim=HEADS.key_width) if planned else None
-    group, widest = (heads_together(HEADS.count), LATENT_COLUMNS) if layout is LATENT else (1, VERIFY_COLUMNS)
+    group, widest = latent_shape(LATENT, HEADS.count, place) if layout is LATENT else (1, VERIFY_COLUMNS)
 
     def run(steps: list[list[int]]) -> torch.Tensor:
         layer = poisoned_layer(config, 8, 4, 2, dtype, device, 1)

@@ -10,7 +10,7 @@ from kvarn.core import tile_by_tile as tile_by_tile_module
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.chunk_step import chunk_step
-from kvarn.core.latent.attend import LATENT_COLUMNS, heads_together
+from kvarn.core.latent.attend import latent_shape
 from kvarn.core.latent.attention import latent_attention
 from kvarn.core.latent.layout import LatentLayout
 from kvarn.core.latent.rows import LatentRows
@@ -96,7 +96,7 @@ def latent(device: str) -> Server:
     def attend(layer: LayerCache, step: Step, at: torch.Tensor) -> torch.Tensor:
         return latent_attention(q[0][at], q[1][at], LatentRows(rows[0][at], rows[1][at]), layer, step, 0.1)
 
-    return Server(config, attend, heads_together(heads), LATENT_COLUMNS, device)
+    return Server(config, attend, *latent_shape(config.layout, heads, torch.device(device)), device)
 
 
 @pytest.mark.parametrize("made", [dense, latent])

@@ -14,7 +14,7 @@ from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, allocate_layer
 from kvarn.core.chunk_step import CHUNK_COLUMNS, chunk_step
 from kvarn.core.flash import flash_for
-from kvarn.core.latent.attend import LATENT_COLUMNS, heads_together
+from kvarn.core.latent.attend import latent_shape
 from kvarn.core.latent.attention import expanded_attention, latent_attention
 from kvarn.core.latent.expand import ExpandedHeads
 from kvarn.core.latent.layout import LatentLayout
@@ -151,7 +151,8 @@ def test_steps_over_latents_launch_what_warm_up_launched(launched: Variants) -> 
     warm_up_latents(layer, heads, flash)
     warm = set(launched)
     made = HEADS * (64 + 64)
-    for name, step, tokens in steps(config, heads_together(HEADS), LATENT_COLUMNS, flash, heads.token_numbers(layout)):
+    shape = latent_shape(layout, HEADS, torch.device(CPU))
+    for name, step, tokens in steps(config, *shape, flash, heads.token_numbers(layout)):
         rows = LatentRows(zeros(tokens, layout.latent_dim), zeros(tokens, layout.rope_dim))
         if step.plan is None:
             q = (zeros(tokens, HEADS, width) for width in (layout.latent_dim, layout.rope_dim))

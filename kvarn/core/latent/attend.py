@@ -1,11 +1,11 @@
 """Attend: absorbed queries over latent records, exact tail, sinks and the step's own rows, in one softmax."""
 
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from kvarn.core.attend import sm_count, task_block
+from kvarn.core.attend import is_hopper, sm_count, task_block
 from kvarn.core.cache import CacheConfig, LayerCache, runs_triton
 from kvarn.core.chunk_step import chunk_task_shape
 from kvarn.core.combine import combine
@@ -19,8 +19,9 @@ from kvarn.core.reference import softmax_attention
 from kvarn.core.step import Step, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, most_shares, units_per_share
 
-# Query columns of a program. Pass this to the functions that make steps.
+# Query columns of a program, and of one of two warp groups.
 LATENT_COLUMNS = 16
+_GROUP_COLUMNS, _GROUP_WARPS = 64, 8
 # What the kernel with explicit layouts serves: blocks of so many words and rope channels.
 _BLOCK = 64
 # Of either kernel: two programs of four warps fill a multiprocessor's registers.
@@ -31,9 +32,38 @@ _FEW_TASKS = 2
 _TOKENS, _STAGES = 32, 3
 
 
-def heads_together(q_heads: int) -> int:
-    """Return how many query heads share the restoring of a record: the `group` of a step of latents."""
-    return max(heads for heads in range(1, min(q_heads, LATENT_COLUMNS) + 1) if q_heads % heads == 0)
+class LatentShape(NamedTuple):
+    """How queries over latents share programs: arguments of the functions that make steps.
+
+    Args:
+        group: query heads that share the restoring of a record.
+        widest: query columns of a program.
+    """
+
+    group: int
+    widest: int
+
+
+def latent_shape(layout: LatentLayout, q_heads: int, device: torch.device) -> LatentShape:
+    """Return it for query heads of a layer on this rank."""
+    widest = _GROUP_COLUMNS if has_latent_groups(layout, device) else LATENT_COLUMNS
+    group = max(heads for heads in range(1, min(q_heads, widest) + 1) if q_heads % heads == 0)
+    return LatentShape(group, widest)
+
+
+def has_latent_groups(layout: LatentLayout, device: torch.device) -> bool:
+    """Return whether Hopper's warp groups serve more than LATENT_COLUMNS (`kernels.gluon.latent_groups`).
+
+    They serve tiles of 128 tokens and latents of 512 channels in 4 bits.
+    """
+    fields = layout.latent_fields
+    served = layout.tile_tokens == 128 and fields[0].words == 128 and fields[0].bits == 4
+    return served and has_explicit_latents(layout, device) and is_hopper(device)
+
+
+def _program_columns(columns: int) -> int:
+    """Return the query columns of programs that are to serve so many."""
+    return LATENT_COLUMNS if columns <= LATENT_COLUMNS else _GROUP_COLUMNS
 
 
 def has_explicit_latents(layout: LatentLayout, device: torch.device) -> bool:
@@ -50,6 +80,7 @@ def has_explicit_latents(layout: LatentLayout, device: torch.device) -> bool:
 def num_latent_programs(
     config: CacheConfig[LatentLayout],
     head_blocks: int,
+    columns: int,
     tasks: int,
     pages: int,
     rows_in_ring: bool,
@@ -58,7 +89,8 @@ def num_latent_programs(
     """Return how many programs share the work of one block of heads. It follows from shapes alone."""
     if config.batch_invariant:
         return most_shares(config, tasks, pages, rows_in_ring=rows_in_ring)
-    per_sm = 1 if tasks * head_blocks <= _FEW_TASKS else _PROGRAMS_PER_SM
+    few = columns > LATENT_COLUMNS or tasks * head_blocks <= _FEW_TASKS
+    per_sm = 1 if few else _PROGRAMS_PER_SM
     return max(1, sm_count(device) * per_sm // head_blocks)
 
 
@@ -75,16 +107,16 @@ def most_latent_partial_bytes(
         heads: query heads of a layer on this rank.
         device: where the step runs.
     """
-    group = heads_together(heads)
-    rows_per_task, _ = chunk_task_shape(config, group, LATENT_COLUMNS)
-    kinds = [(tokens // rows_per_task + requests, False)]
+    group, widest = latent_shape(config.layout, heads, device)
+    rows_per_task, columns = chunk_task_shape(config, group, widest)
+    kinds = [(_program_columns(columns), tokens // rows_per_task + requests, False)]
     for rows_each in range(1, config.draft_tokens + 2):
-        rows_per_task, _ = task_shape(config, group, rows_each, LATENT_COLUMNS)
-        kinds.append((requests * -(-rows_each // rows_per_task), True))
+        rows_per_task, columns = task_shape(config, group, rows_each, widest)
+        kinds.append((_program_columns(columns), requests * -(-rows_each // rows_per_task), True))
     blocks, rows = heads // group, []
-    for tasks, rows_in_ring in kinds:
-        programs = num_latent_programs(config, blocks, tasks, pages, rows_in_ring, device)
-        rows.append((programs + tasks) * blocks * LATENT_COLUMNS)
+    for columns, tasks, rows_in_ring in kinds:
+        programs = num_latent_programs(config, blocks, columns, tasks, pages, rows_in_ring, device)
+        rows.append((programs + tasks) * blocks * columns)
     return max(rows) * (config.layout.latent_dim + 1) * torch.float32.itemsize
 
 
@@ -105,7 +137,7 @@ def attend_latents(
         q_rope: [tokens, heads, rope_dim], model dtype.
         raw: the step's rows, `rotate_latents`.
         layer: the layer's cache, sealed for this step.
-        step: the forward pass, made for groups of `heads_together(heads)`.
+        step: the forward pass, made for `latent_shape(layout, heads, device)`.
         scale: factor on q . k.
         out: [tokens, heads, latent_dim], model dtype, contiguous: where to write the output; made here if None.
 
@@ -124,11 +156,13 @@ def attend_latents(
     if out is None:
         out = torch.empty(q_latent.shape, dtype=layer.tails.dtype, device=device)
     q, unit = rotate_queries(q_latent, q_rope, layout)
-    group, tasks = heads_together(heads), step.task_request.shape[0]
-    kernel, options = _attend_kernel(layout, device)
+    group, tasks = latent_shape(layout, heads, device).group, step.task_request.shape[0]
+    columns = _program_columns(step.columns)
+    warps = _GROUP_WARPS if columns > LATENT_COLUMNS else _WARPS
+    kernel, options = _attend_kernel(layout, columns, device)
     pages = step.block_table.shape[1]
-    programs = num_latent_programs(config, heads // group, tasks, pages, step.rows_in_ring, device)
-    parts = (programs + tasks, heads // group, LATENT_COLUMNS)
+    programs = num_latent_programs(config, heads // group, columns, tasks, pages, step.rows_in_ring, device)
+    parts = (programs + tasks, heads // group, columns)
     partial_out = torch.empty(*parts, layout.latent_dim, dtype=torch.float32, device=device)
     partial_lse = torch.empty(parts, dtype=torch.float32, device=device)
     launch(
@@ -137,17 +171,21 @@ def attend_latents(
         step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
         step.block_table, partial_out, partial_lse, scale, tasks, heads, *layer.records.stride()[:2],
         layer.tails.stride(0), layer.sinks.stride(0), raw.stride(0), step.block_table.stride(0),
-        **latent_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=LATENT_COLUMNS,
+        **latent_constants(layout), GROUP=group, ROWS=step.rows_per_task, COLUMNS=columns,
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical, RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=task_block(tasks),
         SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring), **options, **chained(device),
-        num_warps=_WARPS,
+        num_warps=warps,
     )  # fmt: skip
     return out, combine(partial_out, partial_lse, layer, step, out)
 
 
-def _attend_kernel(layout: LatentLayout, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """Return the kernel for a layout and the constants that it alone takes."""
+def _attend_kernel(layout: LatentLayout, columns: int, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """Return the kernel for a layout and query columns, and the constants that it alone takes."""
+    if columns > LATENT_COLUMNS:
+        from kvarn.core.kernels.gluon.latent_groups import attend_latents_by_groups_kernel
+
+        return attend_latents_by_groups_kernel, {}
     if has_explicit_latents(layout, device):
         from kvarn.core.kernels.gluon.latent import attend_latents_kernel as explicit_kernel
 

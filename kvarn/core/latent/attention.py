@@ -34,7 +34,7 @@ def latent_attention(
         q_rope: [tokens, heads, rope_dim], model dtype.
         rows: the step's latents and rope parts, [tokens, latent_dim] and [tokens, rope_dim].
         layer: the layer's cache.
-        step: the forward pass, built once for all layers, with groups of `heads_together(heads)`.
+        step: the forward pass, built once for all layers, for `latent_shape(layout, heads, device)`.
         scale: factor on q . k.
         out: [tokens, heads, latent_dim], model dtype, contiguous: where to write the result; made here if None.
 

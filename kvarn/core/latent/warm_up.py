@@ -4,7 +4,7 @@ import torch
 
 from kvarn.core.cache import LayerCache
 from kvarn.core.flash import FlashAttention
-from kvarn.core.latent.attend import LATENT_COLUMNS, heads_together
+from kvarn.core.latent.attend import latent_shape
 from kvarn.core.latent.attention import expanded_attention, latent_attention
 from kvarn.core.latent.expand import ExpandedHeads
 from kvarn.core.latent.layout import LatentLayout
@@ -36,4 +36,5 @@ def warm_up_latents(layer: LayerCache[LatentLayout], heads: ExpandedHeads, flash
         q_latent, q_rope = (zeros(tokens, heads.count, width) for width in (layout.latent_dim, layout.rope_dim))
         latent_attention(q_latent, q_rope, rows, layer, step, 1.0)
 
-    warm_up_steps(layer, heads_together(heads.count), flash, run, LATENT_COLUMNS, heads.token_numbers(layout))
+    group, widest = latent_shape(layout, heads.count, layer.records.device)
+    warm_up_steps(layer, group, flash, run, widest, heads.token_numbers(layout))

@@ -82,3 +82,28 @@ def joined_codes(words, BITS: gl.constexpr, layout: gl.constexpr):
                 pairs = pairs + (one_behind_other(parts[i], parts[i + 1], 1),)
         parts = pairs
     return gl.convert_layout(parts[0], layout, assert_trivial=True)
+
+
+@gluon.constexpr_function
+def _restoring_asm(bits, low):
+    """Return the PTX that takes fields as ``code * 2**position``, and restores them with scales and offsets."""
+    down = low // _POSITIONS * _POSITIONS
+    mask = ((1 << bits) - 1) << (low - down)
+    shift = f"shr.b32 t, $1, {down};" if down else "mov.b32 t, $1;"
+    taken = f"lop3.b32 t, t, 0x{mask << 16 | mask:08X}, 0x64006400, 0xEA;"
+    unbiased = "mov.b32 bias, 0xE400E400; add.rn.f16x2 t, t, bias;"
+    return f"{{.reg .b32 t, bias; {shift} {taken} {unbiased} fma.rn.f16x2 $0, t, $2, $3;}}"
+
+
+@gluon.jit
+def restored(words, scale, offset, BITS: gl.constexpr, PLANE: gl.constexpr):
+    """Return ``code * 2**position * scale + offset`` of one plane of packed words, float16, rounded once."""
+    return gl.inline_asm_elementwise(
+        _restoring_asm(BITS, PLANE * BITS), "=r,r,r,r", [words, scale, offset], dtype=gl.float16, is_pure=True, pack=2
+    )
+
+
+@gluon.constexpr_function
+def plane_step(bits, plane):
+    """Return the factor that makes ``code * 2**position`` of a plane a code."""
+    return 2.0 ** -(plane * bits % _POSITIONS)
