@@ -224,7 +224,8 @@ def _by_thread(x):
 def _weights(m, mass, acc, x, q_scale, k):
     """Fold logits into the running maximum and sums, and let the output decay. Return them, and weights as an operand.
 
-    Weights, [columns, tokens], replace the rope part, which nothing needs once logits are there.
+    Weights, [columns, tokens], replace the rope part, which nothing needs once both groups have their logits: to find
+    a row's maximum they wait for one another.
     """
     largest = gl.max(x, axis=1) * q_scale
     m_new = gl.where(largest > m + _SLACK, largest, m)
@@ -237,7 +238,7 @@ def _weights(m, mass, acc, x, q_scale, k):
     if gl.max((m_new > m).to(gl.int32), axis=0) > 0:
         of_output = gl.convert_layout(decay, gl.SliceLayout(1, groups_mma(HALF)), assert_trivial=True)[:, None]
         acc = (acc[0] * of_output, acc[1] * of_output)
-    fence_async_shared()
+    _make_visible()
     return m_new, mass, acc, shared
 
 
@@ -325,6 +326,7 @@ def attend_records_by_groups(
             scales = (vectors[0].index(slot), vectors[1].index(slot))
             ahead = _restored_plane(packed, scales, BITS, 0)
             first, second, ahead = warpgroup_mma_wait(1, deps=[first, second, ahead])
+            gl.thread_barrier()  # the other group's MMAs read there too
             planes.index(0).store(ahead)
             planes.index(1).store(_restored_plane(packed, scales, BITS, 1))
             _make_visible()
@@ -333,6 +335,7 @@ def attend_records_by_groups(
             # all but the logits' four
             first, second, x, ahead = warpgroup_mma_wait(4, deps=[first, second, x, ahead])
             acc = (first, second)
+            gl.thread_barrier()
             _copy_rope(k, record, True, ROPE_START, ROPE_FIELDS)
             planes.index(2).store(ahead)
             planes.index(3).store(_restored_plane(packed, scales, BITS, 3))
@@ -358,7 +361,9 @@ def _fold(m, mass, acc, x, q_scale, k):
     """Fold the logits of a tile in shared memory into the running softmax, and nothing beside it."""
     m, mass, acc, p = _weights(m, mass, acc, x, q_scale, k)
     first, second = _weigh(acc, p, k)
-    return m, mass, warpgroup_mma_wait(0, deps=[first, second])
+    acc = warpgroup_mma_wait(0, deps=[first, second])
+    gl.thread_barrier()  # the other group's MMAs read the tile too
+    return m, mass, acc
 
 
 @gluon.jit
