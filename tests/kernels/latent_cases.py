@@ -69,15 +69,11 @@ def make_latent_case(
     outliers: bool = False,
     device: str = "cpu",
 ) -> LatentCase:
-    """Grow requests to `lengths` (a chunk each, after `hits` tokens of prefix hit), then make a step of `new` rows.
-
-    device: whose kernels attend; the case is made on the CPU.
-    """
+    """Grow requests to `lengths` (a chunk each, after `hits` tokens of prefix hit), then make a step of `new` rows."""
     generator = torch.Generator().manual_seed(0)
     layout = LatentLayout(latent_dim, rope_dim, tile, bits, rope_bits)
-    config = CacheConfig(
-        layout, 1, tail, sink, tile + tail + drafts, canonical, batch_invariant, tiles_per_block, drafts
-    )
+    ring = tile + tail + drafts
+    config = CacheConfig(layout, 1, tail, sink, ring, canonical, batch_invariant, tiles_per_block, drafts)
     hits = hits or [0] * len(lengths)
     pages_each = [-(-(a + b) // tile) for a, b in zip(lengths, new, strict=True)]
     blocks = 1 + -(-sum(pages_each) // tiles_per_block)
