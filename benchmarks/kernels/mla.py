@@ -23,7 +23,7 @@ from kvarn.core.latent.attention import latent_attention
 from kvarn.core.latent.layout import LatentLayout
 from kvarn.core.latent.reference import encode_latents
 from kvarn.core.latent.rows import LatentRows, split_rows
-from kvarn.core.step import Step, decode_step
+from kvarn.core.step import Step, verify_step
 from kvarn.core.tail import TailState
 from kvarn.presets import get_preset
 
@@ -38,7 +38,10 @@ _SCALE = (128 + 64) ** -0.5
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """One decode step: query heads of a rank, requests, nominal tokens of each; widths of the latents and rope part."""
+    """One decode step: query heads of a rank, requests, nominal tokens of each; widths of the latents and rope part.
+
+    q_len: tokens that the step adds to each request: one that is certain, and drafts.
+    """
 
     heads: int
     batch: int
@@ -46,12 +49,14 @@ class Shape:
     latent_dim: int = 512
     rope_dim: int = 64
     rope_bits: int = 16
+    q_len: int = 1
 
 
 SHAPES = (
     *(Shape(16, batch, context) for batch in (1, 16, 64) for context in (4 * _K, 16 * _K, 32 * _K)),
     *(Shape(128, batch, context) for batch in (16, 64) for context in (16 * _K, 32 * _K)),
     Shape(16, 64, 16 * _K, rope_bits=8),
+    *(Shape(16, batch, 16 * _K, q_len=4) for batch in (16, 64)),
 )
 
 
@@ -73,7 +78,7 @@ class Workload:
         """Run the first layer and compare some requests with float64 over the same records and raw rows."""
         layer, requests = self.layers[0], checked_requests(tuple(self.step.seq_lens.tolist()))
         out = self.run(0)
-        tokens, part = step_of(self.step, requests, 1)
+        tokens, part = step_of(self.step, requests, self.q.latent.shape[0] // self.step.rows.shape[0])
         raw = rotate_latents_reference(LatentRows(*(x[tokens] for x in self.rows)))
         q = (x[tokens].double() for x in self.q)
         want, _ = attend_latents_reference(*q, raw, layer, part, _SCALE)
@@ -94,7 +99,7 @@ def run(bench: Bench, out: Path, shapes: Sequence[Shape] = SHAPES, dtype: torch.
         rows.append(row := _measure(shape, bench, dtype))
         peer = f"bf16 {row['bf16_us']:8.1f} us ({row['bf16_peer']}), ratio {row['ratio']:.2f}" if row["bf16_us"] else ""
         print(
-            f"{row['heads']:4} heads {row['batch']:3} x {row['context']:6,}: {row['us']:8.1f} us, "
+            f"{row['heads']:4} heads {row['batch']:3} x {row['context']:6,}, {row['q_len']} rows: {row['us']:8.1f} us, "
             f"{row['packed_tbps']:.2f} TB/s, error {row['gate_err']:.1e}; {peer}",
             flush=True,
         )
@@ -105,8 +110,9 @@ def run(bench: Bench, out: Path, shapes: Sequence[Shape] = SHAPES, dtype: torch.
 def build(shape: Shape, bench: Bench, dtype: torch.dtype) -> Workload:
     """Bring caches to life: records of a pool of tiles on shuffled pages, and rings of random rows."""
     layout = LatentLayout.of(get_preset(PRESET), shape.latent_dim, shape.rope_dim, shape.rope_bits)
-    config = CacheConfig(layout, 1, 128, 4, 256)
     tile, device, length = layout.tile_tokens, bench.device, shape.context + _BEYOND
+    drafts = shape.q_len - 1
+    config = CacheConfig(layout, 1, 128, 4, 256 + -(-drafts // 64) * 64, draft_tokens=drafts)
     generator = torch.Generator(device).manual_seed(0)
     each = -(-length // tile)
     pages = 1 + torch.randperm(shape.batch * each, generator=generator, device=device)
@@ -116,9 +122,9 @@ def build(shape: Shape, bench: Bench, dtype: torch.dtype) -> Workload:
     group, widest = latent_shape(layout, shape.heads, device)
     # a request that wrote its newest rows itself, so that it reads them exact
     own = (length - 1) // tile * tile - tile
-    begin, end = (torch.full_like(ring_rows, at) for at in (own, length - 1))
-    chunk_step(state, ring_rows, begin, end, None, table, group, shape.batch * (length - 1 - own))
-    step = decode_step(state, ring_rows, end + 1, table, group, widest)
+    begin, end = (torch.full_like(ring_rows, at) for at in (own, length - shape.q_len))
+    chunk_step(state, ring_rows, begin, end, None, table, group, shape.batch * (length - shape.q_len - own))
+    step = verify_step(state, ring_rows, end + shape.q_len, table, group, shape.q_len, widest)
     tiles = _random_rows(_POOL_TILES * tile, layout, generator).view(_POOL_TILES, tile, layout.row_dim)
     pool = encode_latents(split_rows(tiles, layout), layout)
     packed = shape.batch * (own * layout.record_bytes // tile + (length - own) * layout.row_dim * dtype.itemsize)
@@ -130,8 +136,9 @@ def build(shape: Shape, bench: Bench, dtype: torch.dtype) -> Workload:
         for raw in (layer.tails, layer.sinks):
             raw.copy_(_random_rows(raw.numel() // layout.row_dim, layout, generator).view(raw.shape))
         layers.append(layer)
-    q = torch.randn(shape.batch, shape.heads, layout.row_dim, generator=generator, device=device).to(dtype)
-    rows = split_rows(_random_rows(shape.batch, layout, generator).to(dtype), layout)
+    tokens = shape.batch * shape.q_len
+    q = torch.randn(tokens, shape.heads, layout.row_dim, generator=generator, device=device).to(dtype)
+    rows = split_rows(_random_rows(tokens, layout, generator).to(dtype), layout)
     return Workload(step, layers, split_rows(q, layout), rows, packed)
 
 
@@ -141,13 +148,13 @@ def _measure(shape: Shape, bench: Bench, dtype: torch.dtype) -> dict[str, Any]:
     time = bench.timer(work.run, len(work.layers))
     row = {
         "heads": shape.heads, "batch": shape.batch, "context": shape.context, "latent_dim": shape.latent_dim,
-        "rope_dim": shape.rope_dim, "rope_bits": shape.rope_bits, "preset": PRESET, "us": time.us,
+        "rope_dim": shape.rope_dim, "rope_bits": shape.rope_bits, "q_len": shape.q_len, "preset": PRESET, "us": time.us,
         "us_p10": time.us_p10, "us_p90": time.us_p90, "packed_tbps": work.packed_bytes / time.us / 1e6,
         "limit_tbps": bench.limit_tbps, "rel_err": check.error, "gate_err": check.own_error,
     }  # fmt: skip
     q = work.q
     del work
-    times = dict(_bf16_times(shape, bench, q))
+    times = dict(_bf16_times(shape, bench, q)) if shape.q_len == 1 else {}
     if not times:
         return row | {"bf16_us": None, "bf16_peer": None, "ratio": None}
     peer = min(times, key=times.__getitem__)

@@ -337,6 +337,15 @@ def test_attention_over_latents_is_measured_beside_bf16(tmp_path):
     assert work.step.seal_tile.tolist() == [-1, -1]
 
 
+def test_drafts_over_latents_are_measured_alone(tmp_path):
+    shape = replace(TINY_LATENTS, q_len=4)
+    assert mla.run(bench(), tmp_path / "mla.json", [shape], torch.float16)
+    (row,) = json.loads((tmp_path / "mla.json").read_text())["rows"]
+    assert (row["q_len"], row["bf16_us"]) == (4, None)
+    step = mla.build(shape, bench(), torch.float16).step
+    assert (step.rows_in_ring, step.token_position.tolist()[:4]) == (True, [444, 445, 446, 447])
+
+
 def test_wrong_attention_over_latents_fails_the_gate(tmp_path, monkeypatch):
     attend = mla.latent_attention
     monkeypatch.setattr(mla, "latent_attention", lambda *args: 1.1 * attend(*args))
