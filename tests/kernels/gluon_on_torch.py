@@ -24,7 +24,6 @@ _LAYOUTS = ("SliceLayout", "DotOperandLayout", "BlockedLayout", "SwizzledSharedL
 _LAYOUTS += ("NVMMADistributedLayout", "NVMMASharedLayout")
 _PLANE = re.compile(r"(?:shr\.b32 t, \$1, (\d+); )?and\.b32 \$0, (?:t|\$1), 0x(\w+);")
 _RESTORING = re.compile(r"(?:shr\.b32 t, \$1, (\d+);|mov\.b32 t, \$1;) lop3\.b32 t, t, 0x(\w+)")
-
 _PARTNER = re.compile(r"shfl\.sync\.bfly\.b32 \$0, \$1, (\d+), 31")
 
 
@@ -75,8 +74,8 @@ class Shared:
     def index(self, i: Any) -> "Shared":
         return Shared(self.values[int(i)])
 
-    def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
-        return Shared(self.values.narrow(dim, start, length))
+    def slice(self, start: int, length: int) -> "Shared":
+        return Shared(self.values[start : start + length])
 
     def permute(self, order: tuple[int, ...]) -> "Shared":
         return Shared(self.values.permute(order))
@@ -142,9 +141,8 @@ def _restored(asm: str, words: torch.Tensor, scale: torch.Tensor, offset: torch.
     return (codes.double() * scale.double() + offset.double()).half()
 
 
-def _warpgroup_mma(a: Any, b: Shared, acc: torch.Tensor, use_acc: bool = True, **_: object) -> torch.Tensor:
-    product = (a.load() if isinstance(a, Shared) else a).float() @ b.load().float()
-    return acc + product if use_acc else product
+def _warpgroup_mma(a: Shared, b: Shared, acc: torch.Tensor, **_: object) -> torch.Tensor:
+    return acc + a.load().float() @ b.load().float()
 
 
 def _warpgroup_mma_wait(_: int, deps: list[Any]) -> Any:

@@ -1,6 +1,6 @@
 """Attend: absorbed queries over latent records, exact tail, sinks and the step's own rows, in one softmax."""
 
-from functools import partial
+import functools
 from typing import Any, NamedTuple
 
 import torch
@@ -19,7 +19,7 @@ from kvarn.core.reference import softmax_attention
 from kvarn.core.step import Step, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, most_shares, units_per_share
 
-# Query columns of a program, and of one of two warp groups.
+# Query columns of a program; those of one of two warp groups, and its warps.
 LATENT_COLUMNS = 16
 _GROUP_COLUMNS, _GROUP_WARPS = 64, 8
 # What the kernel with explicit layouts serves: blocks of so many words and rope channels.
@@ -47,8 +47,12 @@ class LatentShape(NamedTuple):
 def latent_shape(layout: LatentLayout, q_heads: int, device: torch.device) -> LatentShape:
     """Return it for query heads of a layer on this rank."""
     widest = _GROUP_COLUMNS if has_latent_groups(layout, device) else LATENT_COLUMNS
-    group = max(heads for heads in range(1, min(q_heads, widest) + 1) if q_heads % heads == 0)
-    return LatentShape(group, widest)
+    return LatentShape(_heads_together(q_heads, widest), widest)
+
+
+@functools.cache
+def _heads_together(q_heads: int, widest: int) -> int:
+    return max(heads for heads in range(1, min(q_heads, widest) + 1) if q_heads % heads == 0)
 
 
 def has_latent_groups(layout: LatentLayout, device: torch.device) -> bool:
@@ -214,7 +218,8 @@ def attend_latents_reference(
             break
         position = step.token_position[begin:end]
         end_of_records = record_end(config, step, torch.full_like(position, request, dtype=torch.int64), position)
-        found = readable_rows(raw[:, None], layer, step, request, end_of_records, partial(_decode, layout=layout))
+        decode = functools.partial(_decode, layout=layout)
+        found = readable_rows(raw[:, None], layer, step, request, end_of_records, decode)
         visible = found.visible(config, end_of_records, position, int(step.sink_slots[request]))
         rows = found.rows[:, 0].to(q.dtype)  # [positions, 1, row_dim]
         out, lse = softmax_attention(q[begin:end], rows, rows, visible, scale)
