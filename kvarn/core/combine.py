@@ -14,7 +14,7 @@ from kvarn.core.step import Step
 # From so many parts of a task on they are taken many at a time.
 _MANY_PARTS = 16
 # Many more of rows of which a warp's threads hold four neighbours each: explicit layouts, and this many warps.
-_EXPLICIT_PARTS, _NARROWEST, _EXPLICIT_WARPS = 128, 128, 8
+EXPLICIT_PARTS, _NARROWEST, _EXPLICIT_WARPS = 128, 128, 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def has_explicit_merging(parts: int, config: CacheConfig[Any], device: torch.dev
     """
     head_dim, nvidia = config.layout.head_dim, device.type == "cuda" and torch.version.hip is None
     whole = _NARROWEST <= head_dim < _WIDE and head_dim & (head_dim - 1) == 0
-    return nvidia and whole and parts >= _EXPLICIT_PARTS and not config.batch_invariant
+    return nvidia and whole and parts >= EXPLICIT_PARTS and not config.batch_invariant
 
 
 def _explicit_kernel() -> Any:
