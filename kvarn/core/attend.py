@@ -58,7 +58,7 @@ def has_explicit_layouts(layout: TileLayout, device: torch.device) -> bool:
 
     It needs an NVIDIA GPU, and rows of words that fill the rows of an MMA's operand without padding.
     """
-    if device.type != "cuda" or torch.version.hip is not None:
+    if not has_lop3(device):
         return False
     fields = (*layout.key_fields, *layout.value_fields)
     return layout.padded_dim == layout.head_dim <= _WIDEST_EXPLICIT and all(f.words >= _FEWEST_WORDS for f in fields)

@@ -8,7 +8,7 @@ import torch
 
 from kvarn.core.append import device_signs
 from kvarn.core.cache import CacheConfig, LayerCache
-from kvarn.core.launch import Constants, chained, launch
+from kvarn.core.launch import Constants, chained, has_lop3, launch
 from kvarn.core.step import Step
 
 # From so many parts of a task on they are taken many at a time.
@@ -101,9 +101,9 @@ def has_explicit_merging(parts: int, config: CacheConfig[Any], device: torch.dev
 
     One or two kv heads leave so many. It needs an NVIDIA GPU.
     """
-    head_dim, nvidia = config.layout.head_dim, device.type == "cuda" and torch.version.hip is None
+    head_dim = config.layout.head_dim
     whole = _NARROWEST <= head_dim < _WIDE and head_dim & (head_dim - 1) == 0
-    return nvidia and whole and parts >= EXPLICIT_PARTS and not config.batch_invariant
+    return has_lop3(device) and whole and parts >= EXPLICIT_PARTS and not config.batch_invariant
 
 
 def _explicit_kernel() -> Any:

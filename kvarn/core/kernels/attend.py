@@ -12,10 +12,9 @@ import triton.language as tl
 from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import load_in_fours
-from kvarn.core.kernels.read_rule import record_end
 from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, cap, load_task, part_of_task, query_unit
 from kvarn.core.kernels.unpack import BIAS, lane_codes, lane_weights, one_below_other, padded_words, unpack
-from kvarn.core.kernels.work import share_of, task_at, units_of
+from kvarn.core.kernels.work import reading_of_task, share_of, task_at
 
 
 @triton.jit
@@ -209,15 +208,12 @@ def attend_kernel(
             if own_start == prefix:
                 # a request's first step may read what another seals in the same step
                 wait_for_previous(CHAINED)
-        row = first_row + column // GROUP
-        col_ok = (column < ROWS * GROUP) & (row < query_rows)
-        position = prefix + row
-        last = prefix + tl.minimum(first_row + ROWS, query_rows) - 1
-        tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = units_of(
-            prefix + first_row, last, prefix, length, own_start, G, TAIL, RAW_BLOCK, ROWS_IN_RING, CANONICAL
-        )
-        committed = length if CANONICAL else prefix
-        record_stop = tl.where(col_ok, record_end(committed, position, own_start, TAIL, G), 0)
+        row, col_ok, position, record_stop, tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = (
+            reading_of_task(
+                column, first_row, query_rows, prefix, length, own_start, GROUP, ROWS, G, TAIL, RAW_BLOCK, ROWS_IN_RING,
+                CANONICAL,
+            )
+        )  # fmt: skip
 
         q_cols = q_ptr + (query_start + row).to(tl.int64) * q_token_stride
         q_cols += (head * GROUP + column % GROUP) * q_head_stride

@@ -6,7 +6,7 @@ import triton.language as tl
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import hadamard
 from kvarn.core.kernels.task import LN2, LOG2E
-from kvarn.core.kernels.work import program_of
+from kvarn.core.kernels.work import merging_of_task
 
 
 @triton.jit(do_not_specialize=["tasks", "programs"])
@@ -26,19 +26,11 @@ def combine_kernel(
     task = tl.program_id(0)
     head = tl.program_id(1)
     kv_heads = tl.num_programs(1)
-    begin = tl.load(work_end_ptr + task - 1, mask=task > 0, other=0)
-    end = tl.load(work_end_ptr + task)
-    total_shares = tl.load(work_end_ptr + tasks - 1)
-    first_program = program_of(begin, programs, total_shares)
-    last_program = program_of(end - 1, programs, total_shares)
-    # a task of no request has no shares
-    request = tl.maximum(tl.load(task_request_ptr + task), 0)
-    query_start = tl.load(query_start_ptr + request)
-    query_rows = tl.load(query_start_ptr + request + 1) - query_start
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
-    query_row = tl.load(task_row_ptr + task) + column // GROUP
-    row_ok = (column < ROWS * GROUP) & (query_row < query_rows)
-    row = (query_start + query_row).to(tl.int64) * q_heads + head * GROUP + column % GROUP
+    begin, end, first_program, last_program, row, row_ok = merging_of_task(
+        task, head, column, task_request_ptr, task_row_ptr, work_end_ptr, query_start_ptr, tasks, programs, q_heads,
+        GROUP, ROWS,
+    )  # fmt: skip
     channels = tl.arange(0, DP)
     channel_ok = channels < D
     wait_for_previous(CHAINED)

@@ -27,6 +27,28 @@ def units_of(
     return tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start
 
 
+@triton.jit
+def reading_of_task(
+    column, first_row, query_rows, prefix, length, own_start, GROUP: tl.constexpr, ROWS: tl.constexpr,
+    G: tl.constexpr, TAIL: tl.constexpr, RAW_BLOCK: tl.constexpr, ROWS_IN_RING: tl.constexpr, CANONICAL: tl.constexpr,
+):  # fmt: skip
+    """Return what a task's query columns read: one after the other the rows of a request, each with GROUP heads.
+
+    Returns:
+        Each column's row, whether there is one, its position and where its reading of records ends; and `units_of` all.
+    """
+    row = first_row + column // GROUP
+    ok = (column < ROWS * GROUP) & (row < query_rows)
+    position = prefix + row
+    last = prefix + tl.minimum(first_row + ROWS, query_rows) - 1
+    tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = units_of(
+        prefix + first_row, last, prefix, length, own_start, G, TAIL, RAW_BLOCK, ROWS_IN_RING, CANONICAL
+    )
+    committed = length if CANONICAL else prefix
+    record_stop = tl.where(ok, record_end(committed, position, own_start, TAIL, G), 0)
+    return row, ok, position, record_stop, tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start
+
+
 @triton.jit(do_not_specialize=["tasks"])
 def count_work_kernel(
     task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, work_end_ptr, tasks,
@@ -69,6 +91,30 @@ def program_of(share, programs, total):
     each, more = total // programs, total % programs
     beyond = tl.maximum(share - more * (each + 1), 0)
     return tl.where(share < more * (each + 1), share // (each + 1), more + beyond // tl.maximum(each, 1))
+
+
+@triton.jit
+def merging_of_task(
+    task, head, column, task_request_ptr, task_row_ptr, work_end_ptr, query_start_ptr, tasks, programs, q_heads,
+    GROUP: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """Return a task's shares, [begin, end), the first and the last program that they belong to, and where columns go.
+
+    These are the row of the output, of all query heads, of each column, and whether there is one.
+    """
+    begin = tl.load(work_end_ptr + task - 1, mask=task > 0, other=0)
+    end = tl.load(work_end_ptr + task)
+    total_shares = tl.load(work_end_ptr + tasks - 1)
+    first_program = program_of(begin, programs, total_shares)
+    last_program = program_of(end - 1, programs, total_shares)
+    # a task of no request has no shares
+    request = tl.maximum(tl.load(task_request_ptr + task), 0)
+    query_start = tl.load(query_start_ptr + request)
+    query_rows = tl.load(query_start_ptr + request + 1) - query_start
+    query_row = tl.load(task_row_ptr + task) + column // GROUP
+    ok = (column < ROWS * GROUP) & (query_row < query_rows)
+    row = (query_start + query_row).to(tl.int64) * q_heads + head * GROUP + column % GROUP
+    return begin, end, first_program, last_program, row, ok
 
 
 @triton.jit

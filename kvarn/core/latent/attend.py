@@ -75,7 +75,7 @@ def has_explicit_latents(layout: LatentLayout, device: torch.device) -> bool:
 
     It needs an NVIDIA GPU, and latents and rope parts of whole blocks of 64.
     """
-    if device.type != "cuda" or torch.version.hip is not None:
+    if not has_lop3(device):
         return False
     fields = layout.latent_fields
     return len(fields) == 1 and fields[0].words % _BLOCK == 0 and layout.rope_dim == _BLOCK

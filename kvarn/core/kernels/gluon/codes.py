@@ -31,11 +31,17 @@ def _exponent(low_bit):
 
 
 @gluon.constexpr_function
-def _code_asm(bits, low):
-    """Return the PTX that takes the fields that start at bit `low` out of two packed words."""
+def _field(bits, low):
+    """Return how far the fields that start at bit `low` of two packed words are shifted down, and their mask then."""
     down = low // _POSITIONS * _POSITIONS
     mask = ((1 << bits) - 1) << (low - down)
-    pair = f"0x{mask << 16 | mask:08X}"
+    return down, f"0x{mask << 16 | mask:08X}"
+
+
+@gluon.constexpr_function
+def _code_asm(bits, low):
+    """Return the PTX that takes the fields that start at bit `low` out of two packed words."""
+    down, pair = _field(bits, low)
     if down == 0:
         return f"and.b32 $0, $1, {pair};"
     if bits == _POSITIONS:
@@ -87,10 +93,9 @@ def joined_codes(words, BITS: gl.constexpr, layout: gl.constexpr):
 @gluon.constexpr_function
 def _restoring_asm(bits, low):
     """Return the PTX that takes fields as ``code * 2**position``, and restores them with scales and offsets."""
-    down = low // _POSITIONS * _POSITIONS
-    mask = ((1 << bits) - 1) << (low - down)
+    down, pair = _field(bits, low)
     shift = f"shr.b32 t, $1, {down};" if down else "mov.b32 t, $1;"
-    taken = f"lop3.b32 t, t, 0x{mask << 16 | mask:08X}, 0x64006400, 0xEA;"
+    taken = f"lop3.b32 t, t, {pair}, 0x64006400, 0xEA;"
     unbiased = "mov.b32 bias, 0xE400E400; add.rn.f16x2 t, t, bias;"
     return f"{{.reg .b32 t, bias; {shift} {taken} {unbiased} fma.rn.f16x2 $0, t, $2, $3;}}"
 

@@ -9,7 +9,7 @@ from triton.experimental.gluon import language as gl
 
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.task import LN2, LOG2E, NEVER
-from kvarn.core.kernels.work import program_of
+from kvarn.core.kernels.work import merging_of_task
 
 
 @gluon.constexpr_function
@@ -74,18 +74,10 @@ def combine_parts_kernel(
     head = gl.program_id(1)
     column = gl.program_id(2)
     kv_heads = gl.num_programs(1)
-    begin = gl.load(work_end_ptr + task - 1, mask=task > 0, other=0)
-    end = gl.load(work_end_ptr + task)
-    total_shares = gl.load(work_end_ptr + tasks - 1)
-    first_program = program_of(begin, programs, total_shares)
-    last_program = program_of(end - 1, programs, total_shares)
-    # a task of no request has no shares
-    request = gl.maximum(gl.load(task_request_ptr + task), 0)
-    query_start = gl.load(query_start_ptr + request)
-    query_rows = gl.load(query_start_ptr + request + 1) - query_start
-    query_row = gl.load(task_row_ptr + task) + column // GROUP
-    row_ok = (column < ROWS * GROUP) & (query_row < query_rows)
-    row = (query_start + query_row).to(gl.int64) * q_heads + head * GROUP + column % GROUP
+    begin, end, first_program, last_program, row, row_ok = merging_of_task(
+        task, head, column, task_request_ptr, task_row_ptr, work_end_ptr, query_start_ptr, tasks, programs, q_heads,
+        GROUP, ROWS,
+    )  # fmt: skip
     EACH: gl.constexpr = PARTS // num_warps
     layout: gl.constexpr = _parts_layout(PARTS, D, num_warps)
     of_parts: gl.constexpr = gl.SliceLayout(2, layout)

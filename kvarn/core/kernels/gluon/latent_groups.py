@@ -41,9 +41,8 @@ from kvarn.core.kernels.gluon.group_tiles import (
     rows_layout,
     store_rows,
 )
-from kvarn.core.kernels.read_rule import record_end
 from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, load_task, part_of_task
-from kvarn.core.kernels.work import units_of
+from kvarn.core.kernels.work import reading_of_task
 
 # A running maximum grows once logits are so much larger, in powers of two: weights stay inside fp16, and few tiles have
 # the output decay.
@@ -274,17 +273,12 @@ def attend_latents_by_groups_kernel(
             if own_start == prefix:
                 # a request's first step may read what another seals in the same step
                 wait_for_previous(CHAINED)
-        row = first_row + column // GROUP
-        col_ok = (column < ROWS * GROUP) & (row < query_rows)
-        position = prefix + row
-        last = prefix + gl.minimum(first_row + ROWS, query_rows) - 1
-        tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = units_of(
-            prefix + first_row, last, prefix, length, own_start, G, TAIL, RAW_BLOCK, ROWS_IN_RING, CANONICAL
-        )
-        committed = prefix
-        if CANONICAL:
-            committed = length
-        record_stop = gl.where(col_ok, record_end(committed, position, own_start, TAIL, G), 0)
+        row, col_ok, position, record_stop, tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = (
+            reading_of_task(
+                column, first_row, query_rows, prefix, length, own_start, GROUP, ROWS, G, TAIL, RAW_BLOCK, ROWS_IN_RING,
+                CANONICAL,
+            )
+        )  # fmt: skip
         sinks = 0
         if sink_slot >= 0:
             sinks = SINK

@@ -11,9 +11,8 @@ import triton.language as tl
 from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.latent.restored import restored_channels, restored_rope
-from kvarn.core.kernels.read_rule import record_end
 from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, load_task, part_of_task
-from kvarn.core.kernels.work import share_of, task_at, units_of
+from kvarn.core.kernels.work import reading_of_task, share_of, task_at
 
 
 @triton.jit
@@ -82,15 +81,12 @@ def attend_latents_kernel(
             task, task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
             rows_ptr,
         )  # fmt: skip
-        row = first_row + column // GROUP
-        col_ok = (column < ROWS * GROUP) & (row < query_rows)
-        position = prefix + row
-        last = prefix + tl.minimum(first_row + ROWS, query_rows) - 1
-        tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = units_of(
-            prefix + first_row, last, prefix, length, own_start, G, TAIL, RAW_BLOCK, ROWS_IN_RING, CANONICAL
-        )
-        committed = length if CANONICAL else prefix
-        record_stop = tl.where(col_ok, record_end(committed, position, own_start, TAIL, G), 0)
+        row, col_ok, position, record_stop, tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = (
+            reading_of_task(
+                column, first_row, query_rows, prefix, length, own_start, GROUP, ROWS, G, TAIL, RAW_BLOCK, ROWS_IN_RING,
+                CANONICAL,
+            )
+        )  # fmt: skip
 
         q_row = (query_start + row).to(tl.int64) * q_heads + head_block * GROUP + column % GROUP
         q_ptrs = q_ptr + q_row[:, None] * ROW
