@@ -24,7 +24,8 @@ class Setting:
         weights: real, or dummy for random ones.
         gpu: name of the GPU, none without one.
         scale: factor on the workloads; only 1 measures the load that a workload's name says.
-        arguments: of the server, beside model and cache dtype.
+        arguments: of the server, beside model and cache dtype, after KVarN's variables of the environment that change
+            answers or figures.
     """
 
     engine: str

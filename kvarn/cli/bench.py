@@ -8,7 +8,7 @@ import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from kvarn import results
+from kvarn import env, results
 from kvarn.errors import KVarNError
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ def _bench(args: argparse.Namespace, model: str) -> Bench:
         weights="dummy" if dummy else "real",
         gpu=torch.cuda.get_device_name() if cuda else "none",
         scale=args.scale,
-        arguments=shlex.join(map(results.without_folder, args.arguments)),
+        arguments=shlex.join([*env.modes(), *map(results.without_folder, args.arguments)]),
     )
     return Bench(
         engine=ENGINES[args.engine],

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
 
+from kvarn import env
 from kvarn.bench.engines import ENGINES
 from kvarn.bench.runner import Bench
 from kvarn.cli.main import main
@@ -16,7 +18,9 @@ SERVE = ["bench", "serve", "--engine", "vllm", "--out", "rows.json"]
 
 @pytest.fixture
 def benches(monkeypatch: pytest.MonkeyPatch) -> list[Bench]:
-    """What would have been run."""
+    """What would have been run, in an environment that asks for nothing."""
+    for mode in env.modes():
+        monkeypatch.delenv(mode.partition("=")[0])
     found: list[Bench] = []
 
     def run(self: Bench, _dtypes: object, _workloads: object) -> list[object]:
@@ -42,6 +46,18 @@ def test_engine_arguments_reach_every_server_and_name_the_setting(tmp_path: Path
     assert bench.arguments == ("--max-num-seqs", "64", "--chat-template", "/somewhere/t.jinja")
     assert bench.setting.arguments == "--max-num-seqs 64 --chat-template t.jinja"
     assert (bench.setting.weights, bench.setting.scale, bench.setting.model) == ("real", 0.5, tmp_path.name)
+
+
+def test_rows_are_found_only_where_the_environment_asks_for_the_same_cache(
+    tmp_path: Path, benches: list[Bench], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = ["--model", model_in(tmp_path), "--dtypes", "auto", "--workload", "short", "--", "--seed", "1"]
+    assert main([*SERVE, *chosen]) == 0
+    monkeypatch.setenv("KVARN_ROPE_BITS", "8")
+    assert main([*SERVE, *chosen]) == 0
+    before, after = (bench.setting for bench in benches)
+    assert (before.arguments, after.arguments) == ("--seed 1", "KVARN_ROPE_BITS=8 --seed 1")
+    assert not after.has(asdict(before))
 
 
 def test_a_shape_is_served_with_random_weights(tmp_path: Path, benches: list[Bench]) -> None:
