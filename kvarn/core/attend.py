@@ -10,7 +10,7 @@ import torch
 from kvarn.core.append import RotatedRows
 from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
 from kvarn.core.chunk_step import chunk_task_shape
-from kvarn.core.combine import combine
+from kvarn.core.combine import combine, merged_sooner
 from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.launch import Constants, chained, has_lop3, launch
 from kvarn.core.layout import TileLayout
@@ -32,7 +32,7 @@ _TASK_BLOCKS = (32, 128)
 # Programs a multiprocessor of narrow columns; and how many do, where no more than so many tasks and kv heads are read:
 # what fewer programs leave is merged sooner, and their records still come as fast as from all.
 _NARROW_PROGRAMS = 6
-_ENOUGH_PROGRAMS = ((4, 2), (16, 3))
+_ENOUGH_PROGRAMS = ((4, 2), (16, 4))
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,12 +45,15 @@ class LaunchShape:
             table takes one and computing another.
         programs_per_sm: programs a multiprocessor, those of all kv heads together.
         registers: the most of a thread, None for no limit.
+        room_kib: shared memory that a program takes at least, so that no more than its share fit a multiprocessor: a
+            GPU doesn't spread programs evenly that leave it room.
     """
 
     warps: int
     stages: int
     programs_per_sm: int = 8
     registers: int | None = None
+    room_kib: int = 0
 
 
 def has_explicit_layouts(layout: TileLayout, device: torch.device) -> bool:
@@ -71,8 +74,8 @@ def shared_bytes(layout: TileLayout, columns: int) -> int:
     return max(tile, raw) + 2 * 2 * columns * layout.head_dim + _SHARED_OVERHEAD
 
 
-def launch_shape(layout: TileLayout, columns: int, device: torch.device) -> LaunchShape:
-    """Return the shape for a tile layout and the query columns of a program.
+def launch_shape(config: CacheConfig, columns: int, tasks: int, device: torch.device) -> LaunchShape:
+    """Return the shape for so many attention tasks of a step, and the query columns of a program.
 
     With explicit layouts two warps and 168 registers let a multiprocessor run six programs, wide ones and those over
     keys of 8 bits four, as far as its shared memory holds them: what doesn't run at once would run alone.
@@ -81,13 +84,16 @@ def launch_shape(layout: TileLayout, columns: int, device: torch.device) -> Laun
     an H100 (NaN, then an illegal memory access), so wide columns get two warps, though a tile of wide heads then
     spills.
     """
-    head_dim = layout.head_dim
+    layout, head_dim = config.layout, config.layout.head_dim
     if has_explicit_layouts(layout, device):
         narrow = head_dim <= 128 and head_dim * columns <= _ACCUMULATORS and layout.key_bits < _MOST_BITS
         fitting = _SHARED_BYTES // shared_bytes(layout, columns)
-        if narrow:
+        if not narrow:
+            return LaunchShape(2, 1, min(4, fitting))
+        enough = next((n for most, n in _ENOUGH_PROGRAMS if tasks * config.kv_heads <= most), None)
+        if enough is None or config.batch_invariant:
             return LaunchShape(2, 1, min(_NARROW_PROGRAMS, fitting), 168)
-        return LaunchShape(2, 1, min(4, fitting))
+        return LaunchShape(2, 1, enough, 168, (_SHARED_BYTES >> 10) // (enough + 1))
     if columns <= DECODE_COLUMNS:
         return LaunchShape(2, 5, 4) if head_dim <= 128 else LaunchShape(4 if head_dim <= 256 else 8, 2)
     return LaunchShape(2, 2)
@@ -108,10 +114,7 @@ def num_programs(
     """
     if config.batch_invariant:
         return most_shares(config, tasks, pages, rows_in_ring=rows_in_ring)
-    per_sm = shape.programs_per_sm
-    if per_sm == _NARROW_PROGRAMS:
-        per_sm = next((n for most, n in _ENOUGH_PROGRAMS if tasks * config.kv_heads <= most), per_sm)
-    return max(1, sm_count(device) * per_sm // config.kv_heads)
+    return merged_sooner(max(1, sm_count(device) * shape.programs_per_sm // config.kv_heads), tasks)
 
 
 def most_partial_rows(
@@ -134,7 +137,7 @@ def most_partial_rows(
         kinds.append((columns, requests * -(-rows_each // rows_per_task), True))
     rows = []
     for columns, tasks, rows_in_ring in kinds:
-        shape = launch_shape(config.layout, columns, device)
+        shape = launch_shape(config, columns, tasks, device)
         programs = num_programs(config, shape, tasks, pages, rows_in_ring, device)
         rows.append((programs + tasks) * config.kv_heads * columns)
     return max(rows)
@@ -179,8 +182,8 @@ def attend(
     if out is None:
         out = torch.empty(q.shape, dtype=layer.tails.dtype, device=device)
     group = q_heads // config.kv_heads
-    shape = launch_shape(layout, step.columns, device)
     tasks, pages = step.task_request.shape[0], step.block_table.shape[1]
+    shape = launch_shape(config, step.columns, tasks, device)
     programs = num_programs(config, shape, tasks, pages, step.rows_in_ring, device)
     options = _Options(
         step.columns, step.rows_per_task, group, step.rows_in_ring, task_block(tasks), float(logit_cap), shape, device
@@ -228,13 +231,13 @@ class _Options:
 @functools.lru_cache(maxsize=256)  # steps that no graph has captured wait for it in every layer
 def _constants(config: CacheConfig, options: _Options) -> Constants:
     layout, shape, device = config.layout, options.shape, options.device
-    asm = {} if has_explicit_layouts(layout, device) else {"USE_ASM": has_lop3(device)}
+    own = {"ROOM": shape.room_kib} if has_explicit_layouts(layout, device) else {"USE_ASM": has_lop3(device)}
     return Constants({
         **layout_constants(layout), "GROUP": options.group, "ROWS": options.rows_per_task, "COLUMNS": options.columns,
         "RING": config.ring_tokens, "TILES": config.tiles_per_block, "TAIL": config.tail_tokens,
         "SINK": config.sink_tokens, "SOFTCAP": options.logit_cap, "ROWS_IN_RING": options.rows_in_ring,
         "CANONICAL": config.canonical, "RAW_BLOCK": RAW_BLOCK, "TASK_BLOCK": options.task_block,
-        "SHARE": units_per_share(config, rows_in_ring=options.rows_in_ring), "STAGES": shape.stages, **asm,
+        "SHARE": units_per_share(config, rows_in_ring=options.rows_in_ring), "STAGES": shape.stages, **own,
         **chained(device), "num_warps": shape.warps, "maxnreg": shape.registers,
     })  # fmt: skip
 

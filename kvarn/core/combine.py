@@ -9,10 +9,11 @@ import torch
 from kvarn.core.append import device_signs
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.launch import Constants, chained, has_lop3, launch
-from kvarn.core.step import Step
+from kvarn.core.step import DECODE_COLUMNS, Step
+from kvarn.core.work import units_per_share
 
-# From so many parts of a task on they are taken many at a time.
-_MANY_PARTS = 16
+# From so many parts of a task on they are taken many at a time: this many.
+_MANY_PARTS, _AT_A_TIME = 16, 64
 # Many more of rows of which a warp's threads hold four neighbours each: explicit layouts, and this many warps.
 EXPLICIT_PARTS, _NARROWEST, _EXPLICIT_WARPS = 128, 128, 8
 
@@ -33,22 +34,31 @@ class CombineShape:
 
 
 _BY_MATRIX = CombineShape(16, 2, 4)
-# One warp has no barriers: merging 64 rows of 8 heads took 15 us less than with four.
-_FEW = CombineShape(2, 4, 1)
+# One warp has no barriers: merging 64 rows of 8 heads took 15 us less than with four. Of few columns it takes more
+# parts at a time: six programs a multiprocessor leave more than wide ones do.
+_FEW, _FEW_NARROW = CombineShape(2, 4, 1), CombineShape(2, 8, 1)
 # Rows as wide as latents fill the registers of four warps.
 _WIDE, _FEW_WIDE = 512, CombineShape(1, 8, 4)
 
 
-def combine_shape(programs: int, tasks: int, config: CacheConfig[Any]) -> CombineShape:
-    """Return the shape for so many programs of attention a kv head, and tasks that they share."""
+def combine_shape(programs: int, tasks: int, columns: int, config: CacheConfig[Any]) -> CombineShape:
+    """Return the shape for so many programs of attention a kv head, and tasks of so many columns that they share."""
     layout = config.layout
     if layout.padded_dim != layout.head_dim:
         return _BY_MATRIX
     many = 4 * _MANY_PARTS if layout.head_dim >= _WIDE else _MANY_PARTS
     # batch-invariant: the same order of summing whatever else is in the batch
     if programs // tasks < many or config.batch_invariant:
-        return _FEW_WIDE if layout.head_dim >= _WIDE else _FEW
-    return CombineShape(1, 64, max(4, layout.head_dim // 32))
+        narrow = columns <= DECODE_COLUMNS and not config.batch_invariant
+        return _FEW_WIDE if layout.head_dim >= _WIDE else _FEW_NARROW if narrow else _FEW
+    return CombineShape(1, _AT_A_TIME, max(4, layout.head_dim // 32))
+
+
+def merged_sooner(programs: int, tasks: int) -> int:
+    """Return so many programs of attention, or a few less if merging what they leave of a task takes a turn less."""
+    turns = programs // (_AT_A_TIME * tasks)
+    fewer = turns * _AT_A_TIME * tasks
+    return fewer if programs - fewer <= programs // 16 else programs
 
 
 def combine(
@@ -74,7 +84,7 @@ def combine(
     tasks = step.task_request.shape[0]
     programs = partial.shape[0] - tasks
     lse = torch.empty(tokens, q_heads, dtype=torch.float32, device=partial.device)
-    shape = combine_shape(programs, tasks, layer.config)
+    shape = combine_shape(programs, tasks, columns, layer.config)
     if has_explicit_merging(programs // tasks, layer.config, partial.device):
         launch(
             _explicit_kernel(), (tasks, kv_heads, columns),
@@ -119,7 +129,8 @@ def _explicit_constants(
     head_dim = config.layout.head_dim
     return Constants({
         "GROUP": group, "ROWS": rows_per_task, "COLUMNS": columns, "PARTS": _EXPLICIT_WARPS * 2048 // head_dim,
-        "D": head_dim, "NORM": config.rotation_norm, **chained(device), "num_warps": _EXPLICIT_WARPS,
+        "SHARE": units_per_share(config, rows_in_ring=True), "D": head_dim, "NORM": config.rotation_norm,
+        **chained(device), "num_warps": _EXPLICIT_WARPS,
     })  # fmt: skip
 
 
@@ -129,6 +140,6 @@ def _constants(
 ) -> Constants:
     return Constants({
         "GROUP": group, "ROWS": rows_per_task, "COLUMNS": columns, "BLOCK": shape.columns, "PARTS": shape.parts,
-        "D": config.layout.head_dim, "DP": config.layout.padded_dim, "NORM": config.rotation_norm, **chained(device),
-        "num_warps": shape.warps,
+        "SHARE": units_per_share(config, rows_in_ring=True), "D": config.layout.head_dim,
+        "DP": config.layout.padded_dim, "NORM": config.rotation_norm, **chained(device), "num_warps": shape.warps,
     })  # fmt: skip

@@ -13,12 +13,14 @@ from kvarn.core.step import Step
 # Chunks fill many tiles. In a decode step few or none are filled, and more warps with fewer registers find that sooner.
 _CHUNK_ELEMENTS_PER_WARP = 4096
 _DECODE_ELEMENTS_PER_WARP = 2048
-# In a decode step few requests fill a tile: not many more programs than run at once, each looking at so many requests.
+# So many registers let two such programs of eight warps run on a multiprocessor.
+_DECODE_REGISTERS = 128
+# In a decode step few requests fill a tile: no more programs than run at once, each looking at so many requests.
 _DECODE_PROGRAMS = 256
 SEAL_TASK_BLOCK = 32
 # Requests of a decode step up to which a launch saved is worth more than rows rotated by more programs; 0 for never.
 _APPENDED_AT_ONCE = 64
-_ROWS_AT_ONCE = 4
+_ROWS_AT_ONCE = 8
 
 
 def append_and_seal(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: Step) -> RotatedRows:
@@ -100,6 +102,7 @@ def _constants(config: CacheConfig, device: torch.device, rows_in_ring: bool) ->
         "VALUE_CLIP": value_clip(layout.value_bits, layout.head_dim), "SCALE_MAX": SCALE_MAX,
         "BLOCK": SEAL_TASK_BLOCK if rows_in_ring else 1, **chained(device),
         "num_warps": min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp)),
+        "maxnreg": _DECODE_REGISTERS if rows_in_ring else None,
     })  # fmt: skip
 
 

@@ -14,9 +14,9 @@ from kvarn.core.prefill_plan import LONG_ROWS, plan_prefill
 from kvarn.core.step import Step, task_shape, verify_step
 from kvarn.core.tail import TailState
 
-# Attention has a variant for up to 32 tasks, for up to 128, and for more; merging has one for very many parts of a
-# task, for many and for few.
-_TASKS = (1, 8, 33, 129)
+# Attention has variants for two kinds of few tasks, by kv heads, for up to 32, for up to 128, and for more; merging has
+# one for very many parts of a task, for many and for few.
+_TASKS = (1, 4, 8, 32, 33, 129)
 # Rotation has one for more than 512 tokens.
 _LONG_CHUNK = 520
 # Pieces of cached context before a chunk's own rows: merging has a variant for up to two, and one for more.

@@ -4,6 +4,9 @@ A *unit* is a tile or a block of raw rows; both are about as many bytes. The uni
 every program takes an equal stretch of it. A stretch may end inside a task and begin inside another: each pair of
 program and task leaves one partial result, and `combine` merges those of a task.
 
+To end one task and begin another takes a program about as long as a unit. So each task counts one more than it has, its
+last, which reads nothing: programs that go from one task to the next read one unit less than others.
+
 In the batch-invariant mode tasks are counted in *shares* of so many units instead, and every program takes one.
 """
 
@@ -83,7 +86,7 @@ def count_work_reference(config: CacheConfig[Any], tasks: Tasks) -> torch.Tensor
     ring_end = torch.minimum(length, last + 1) if tasks.rows_in_ring else prefix
     own_rows = last + 1 - torch.maximum(raw_start, ring_end)
     share = units_per_share(config, rows_in_ring=tasks.rows_in_ring)
-    shares = -(-(tiles + _blocks(ring_end - raw_start) + _blocks(own_rows)) // share)
+    shares = -(-(tiles + _blocks(ring_end - raw_start) + _blocks(own_rows)) // share) + int(share == 1)
     return torch.where(tasks.task_request >= 0, shares, 0).cumsum(0).to(torch.int32)
 
 

@@ -1,8 +1,9 @@
 """Compile kernels for sm_90, with no GPU: `python compile_for_gpu.py CASE ...`.
 
 A case is PRESET/HEAD_DIM/GROUP: the attention kernel with explicit layouts; with /ROWS for several query rows, and
-after that /verify where they are in the ring, or /canonical. Or KERNEL/PRESET/HEAD_DIM, with KERNEL one of KERNELS. Or
-latent/KERNEL/ROPE_BITS, with KERNEL one of LATENT_KERNELS, and /PRESET after it for other than 4-bit latents.
+after that /verify where they are in the ring, /canonical, or /few for one request. Or KERNEL/PRESET/HEAD_DIM, with
+KERNEL one of KERNELS. Or latent/KERNEL/ROPE_BITS, with KERNEL one of LATENT_KERNELS, and /PRESET after it for other
+than 4-bit latents.
 Prints a JSON object a case: registers of a thread, bytes of stack, and, of the attention kernel, programs that a
 multiprocessor is asked to run and can. Needs an interpreter in which TRITON_INTERPRET is not set: Triton's own accepts
 code that its compiler refuses.
@@ -23,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 
 from kvarn.core.attend import launch_shape
-from kvarn.core.cache import layout_constants
+from kvarn.core.cache import CacheConfig, layout_constants
 from kvarn.core.chunk_step import CHUNK_COLUMNS
 from kvarn.core.kernels.append import append_kernel
 from kvarn.core.kernels.attend import attend_kernel as plain_attend_kernel
@@ -86,6 +87,7 @@ _POINTERS = {
     "i64": ("tags_ptr", "owner_ptr"),
 }
 _TARGET = GPUTarget("cuda", 90, 32)
+_KV_HEADS, _TASKS = 8, 64
 _SCHEDULERS, _REGISTERS, _SHARED_BYTES = 4, 65536, 228 << 10
 
 
@@ -106,8 +108,9 @@ def resources(preset: str, head_dim: int, group: int, rows: int, kind: list[str]
     """Return what one case's attention takes."""
     layout = TileLayout.of(get_preset(preset), head_dim)
     columns = max(DECODE_COLUMNS if rows == 1 else CHUNK_COLUMNS, power_of_two(group * rows))
-    shape = launch_shape(layout, columns, torch.device("cuda"))
-    constants = _constants(layout, GROUP=group, ROWS=rows, COLUMNS=columns, STAGES=shape.stages)
+    config = CacheConfig(layout, _KV_HEADS, tail_tokens=128, sink_tokens=4, ring_tokens=256)
+    shape = launch_shape(config, columns, 1 if "few" in kind else _TASKS, torch.device("cuda"))
+    constants = _constants(layout, GROUP=group, ROWS=rows, COLUMNS=columns, STAGES=shape.stages, ROOM=shape.room_kib)
     constants |= {"ROWS_IN_RING": rows == 1 or "verify" in kind, "num_warps": shape.warps}
     if "canonical" in kind:
         constants |= {"CANONICAL": True, "TAIL": 0, "SINK": 0}
@@ -153,7 +156,7 @@ def _constants(layout: TileLayout, **changes: object) -> dict[str, Any]:
     return {
         **layout_constants(layout), "GROUP": 8, "ROWS": 1, "COLUMNS": 8, "RING": 256, "TILES": 1, "TAIL": 128,
         "SINK": 4, "SINKS": True, "SOFTCAP": 0.0, "ROWS_IN_RING": True, "CANONICAL": False, "RAW_BLOCK": RAW_BLOCK,
-        "TASK_BLOCK": 128, "SHARE": 1, "STAGES": 2, "CHAINED": True, "USE_ASM": True, "KV_HEADS": 8,
+        "TASK_BLOCK": 128, "SHARE": 1, "STAGES": 2, "CHAINED": True, "USE_ASM": True, "KV_HEADS": _KV_HEADS, "ROOM": 0,
         "NORM": layout.head_dim**-0.5, "ROWS_AT_ONCE": 4, "STORE": True, "CHUNK": 64, "PARTS": 2, "PADDING_PAGES": 1,
         "sink_logits_ptr": None, "DRAFTS": 0, "SEVERAL": False, "TAGGED": True,
         "QP": power_of_two(layout.head_dim // 4),

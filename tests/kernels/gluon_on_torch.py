@@ -232,7 +232,7 @@ class Emulated:
         names = dict(_GIVEN)
         layouts = ast.parse(_source("gluon.layouts"))
         names |= {node.name: lambda *_: None for node in layouts.body if isinstance(node, ast.FunctionDef)}
-        for name in (*_HELPERS, *others, module):
+        for name in (*_HELPERS, "gluon.program", *others, module):
             tree = ast.fix_missing_locations(_Plain().visit(ast.parse(_source(name))))
             exec(compile(tree, name, "exec"), names)  # noqa: S102 (the project's own kernels)
         self._function = names[function]

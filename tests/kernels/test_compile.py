@@ -70,6 +70,11 @@ def test_main_shapes_keep_their_registers():
     assert decode["stack"] <= 32
 
 
+def test_programs_of_few_tasks_leave_no_room_for_more():
+    few = [f"kvarn_k4v2_g128/{head_dim}/8/1/few" for head_dim in (64, 128)]
+    assert all(found["programs"] == found["fitting"] for found in compiled(*few).values())
+
+
 def test_canonical_mode_and_drafts_compile():
     cases = ["kvarn_k4v2_g128/64/8/1/canonical", "kvarn_k4v2_g128/64/4/4/canonical"]
     cases += ["kvarn_k4v2_g128/64/4/4/verify", "kvarn_k4v2_g128/64/4/4/verify/canonical"]

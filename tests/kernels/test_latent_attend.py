@@ -19,8 +19,8 @@ GROUPS_OVER_TORCH = Emulated(
 )  # fmt: skip
 
 
-def _over_torch(_layout: object, columns: int, _device: object) -> tuple[Emulated, dict[str, object]]:
-    return (GROUPS_OVER_TORCH if columns > 16 else OVER_TORCH), {}
+def _over_torch(_layout: object, columns: int, *_: object) -> tuple[Emulated, dict[str, object]]:
+    return (GROUPS_OVER_TORCH if columns > 16 else OVER_TORCH), {"ROOM": 1}
 
 
 def check(case: LatentCase, device: str) -> None:

@@ -13,7 +13,6 @@ from cases import ints
 from kvarn.core import attend as attend_module
 from kvarn.core import combine as combine_module
 from kvarn.core import launch as launch_module
-from kvarn.core.attend import LaunchShape
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, allocate_layer
 from kvarn.core.chunk_step import CHUNK_COLUMNS, chunk_step
@@ -146,28 +145,30 @@ def test_steps_launch_what_warm_up_launched(launched: Variants, heads: int, sink
         assert news(launched, warm) == [], name
 
 
-@pytest.mark.parametrize("kv_heads", [1, 2, 8])
-def test_warm_up_merges_as_many_parts_as_any_batch_leaves(launched, monkeypatch, kv_heads):
+@pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 16])
+def test_warm_up_shares_and_merges_work_as_any_batch_does(launched, monkeypatch, kv_heads):
     # as on an H100
     explicit = SimpleNamespace(kwargs={}, fn=SimpleNamespace(__name__="combine_parts_kernel"), arg_names=[])
     monkeypatch.setattr(combine_module, "_explicit_kernel", lambda: explicit)
     monkeypatch.setattr(
         combine_module, "has_explicit_merging", lambda parts, *_: parts >= combine_module.EXPLICIT_PARTS
     )
+    kernel = SimpleNamespace(kwargs={}, fn=SimpleNamespace(__name__="explicit_attend_kernel"), arg_names=[])
+    monkeypatch.setattr(attend_module, "_attend_kernel", lambda *_: kernel)
+    monkeypatch.setattr(attend_module, "has_explicit_layouts", lambda *_: True)
     monkeypatch.setattr(attend_module, "sm_count", lambda _: 132)
-    monkeypatch.setattr(attend_module, "launch_shape", lambda *_: LaunchShape(2, 1, 6, 168))
     layout = TileLayout.of(get_preset("kvarn_k4v2_g128"), 128)
     config = CacheConfig(layout, kv_heads, 128, 4, 2 * TILE)
     layer = allocate_layer(config, 2, 2, 1, DTYPE, CPU)
     warm_up(layer, 8 * kv_heads, None)
     warm = set(launched)
-    assert ("combine_parts_kernel" in {variant[0] for variant in warm}) == (kv_heads < 8)
+    assert ("combine_parts_kernel" in {variant[0] for variant in warm}) == (kv_heads <= 2)
     for requests in range(1, 150):
         state = TailState(config, requests + 1, 400, requests, CPU)
         rows, lengths = ints([*range(1, requests + 1)]), ints([700] * requests)
         step = verify_step(state, rows, lengths, torch.ones(requests, 6, dtype=torch.int32), 8, 1)
         attention(*(zeros(requests, n * kv_heads, 128) for n in (8, 1, 1)), layer, step, scale=1.0)
-        assert not [new for new in news(launched, warm) if new.startswith("combine")], requests
+        assert news(launched, warm) == [], requests
 
 
 def test_steps_over_latents_launch_what_warm_up_launched(launched: Variants) -> None:

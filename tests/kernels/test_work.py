@@ -5,7 +5,7 @@ import torch
 from cases import make_case
 
 from kvarn.core import attend as attend_module
-from kvarn.core.attend import LaunchShape, num_programs
+from kvarn.core.attend import launch_shape, num_programs
 from kvarn.core.step import Step
 from kvarn.core.work import RAW_BLOCK, Tasks, count_work, count_work_reference
 
@@ -33,8 +33,11 @@ def test_kernel_counts_as_the_reference(lengths, new, hits, mode, device):
 
 def test_units_are_tiles_and_blocks_of_raw_rows():
     step = make_case([1000, 40], [1, 1], tail=128).step
-    # 1,001 tokens: 6 tiles ended 128 tokens before the last, 233 rows are raw; 41 tokens: all raw
-    assert step.work_end.diff(prepend=torch.zeros(1)).tolist() == [6 + -(-233 // RAW_BLOCK), -(-41 // RAW_BLOCK)]
+    # 1,001 tokens: 6 tiles ended 128 tokens before the last, 233 rows are raw; 41 tokens: all raw; and the task's end
+    assert step.work_end.diff(prepend=torch.zeros(1)).tolist() == [
+        6 + -(-233 // RAW_BLOCK) + 1,
+        -(-41 // RAW_BLOCK) + 1,
+    ]
 
 
 def test_tasks_of_no_request_have_no_units():
@@ -47,10 +50,26 @@ def test_tasks_of_no_request_have_no_units():
 
 def test_where_little_is_read_fewer_programs_share_it(monkeypatch):
     monkeypatch.setattr(attend_module, "sm_count", lambda _: 132)
-    config, device = make_case([300], [1], kv_heads=8).layer.config, torch.device("cpu")
-    narrow, wide = LaunchShape(2, 1, 6, 168), LaunchShape(2, 1, 4)
-    counts = [num_programs(config, narrow, tasks, 8, True, device) for tasks in (1, 2, 3, 64)]
-    assert counts == [132 * 3 // 8, 132 * 3 // 8, 132 * 6 // 8, 132 * 6 // 8]
-    assert num_programs(config, wide, 1, 8, True, device) == 132 * 4 // 8
-    two_heads = make_case([300], [1], kv_heads=2).layer.config
-    assert [num_programs(two_heads, narrow, tasks, 8, True, device) for tasks in (2, 8, 9)] == [132, 198, 396]
+    monkeypatch.setattr(attend_module, "has_explicit_layouts", lambda *_: True)
+    device = torch.device("cpu")
+
+    def programs(kv_heads: int, tasks: int, columns: int = 8) -> int:
+        config = make_case([300], [1], kv_heads=kv_heads).layer.config
+        shape = launch_shape(config, columns, tasks, device)
+        return num_programs(config, shape, tasks, 8, True, device)
+
+    # of one task 64 parts are merged at a time
+    assert [programs(8, tasks) for tasks in (1, 2, 3, 64)] == [64, 66, 99, 99]
+    assert [programs(2, tasks) for tasks in (1, 2, 3, 8, 9)] == [128, 128, 264, 264, 396]
+    assert programs(8, 1, columns=32) == 64
+
+
+def test_programs_of_which_few_run_at_once_keep_others_away(monkeypatch):
+    monkeypatch.setattr(attend_module, "has_explicit_layouts", lambda *_: True)
+    config = make_case([300], [1], kv_heads=8).layer.config
+    invariant = make_case([300], [1], kv_heads=8, batch_invariant=True).layer.config
+    device = torch.device("cpu")
+    few = launch_shape(config, 8, 1, device)
+    assert few.programs_per_sm * (few.room_kib + 1) <= 228 < (few.programs_per_sm + 1) * (few.room_kib + 1)
+    assert launch_shape(config, 8, 64, device).room_kib == 0
+    assert launch_shape(invariant, 8, 1, device) == launch_shape(config, 8, 64, device)

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import hadamard, load_in_fours
-from kvarn.core.kernels.rotate import RAW_MAX, store_rows
+from kvarn.core.kernels.rotate import RAW_MAX, load_places, store_rows
 from kvarn.core.kernels.seal import seal_tasks
 
 
@@ -26,7 +26,6 @@ def append_kernel(
     Every request has one token, which is its task. What a program seals, it has stored itself or an earlier step has. D
     is a power of two; ROWS_AT_ONCE: tokens that are rotated together; BLOCK: as of `seal_kernel`.
     """
-    wait_for_previous(CHAINED)
     allow_next(CHAINED)
     programs = tl.num_programs(0)
     head = tl.program_id(1)
@@ -39,6 +38,11 @@ def append_kernel(
     for start in tl.range(tl.program_id(0), tasks, programs * ROWS_AT_ONCE, num_stages=1):
         token = start + tl.arange(0, ROWS_AT_ONCE) * programs
         ok = token < tasks
+        # a step is described long before: its numbers are asked for before the rows are there
+        request = tl.load(task_request_ptr + token, mask=ok, other=0)
+        position = tl.load(prefix_ptr + token, mask=ok, other=0)
+        ring_row, sink_slot = load_places(request, ok, rows_ptr, sink_slot_ptr, SINK)
+        wait_for_previous(CHAINED)
         wide = token.to(tl.int64)
         mask = ok[:, None] & (channels < D)[None, :]
         if which == 0:
@@ -52,12 +56,9 @@ def append_kernel(
             out_ptrs = v_out_ptr + (wide * kv_heads + head) * D
         raw = tl.minimum(tl.maximum(y, -RAW_MAX), RAW_MAX).to(k_out_ptr.dtype.element_ty)
         tl.store(out_ptrs[:, None] + channels[None, :], raw, mask=mask)
-        request = tl.load(task_request_ptr + token, mask=ok, other=0)
-        position = tl.load(prefix_ptr + token, mask=ok, other=0)
         store_rows(
-            raw, request, position, ok, ok, which, head, tails_ptr, sinks_ptr, rows_ptr, sink_slot_ptr,
-            tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, D,
-            RING, SINK,
+            raw, position, ring_row, sink_slot, ok, ok, which, head, tails_ptr, sinks_ptr, tail_row_stride,
+            tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, D, RING, SINK,
         )  # fmt: skip
     if (tl.max(first_tiles, axis=0) >= 0) | (tasks > programs * BLOCK):
         # a program's threads seal what others of its threads have stored

@@ -14,7 +14,7 @@ from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import load_in_fours
 from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, cap, load_task, part_of_task, query_unit
 from kvarn.core.kernels.unpack import BIAS, lane_codes, lane_weights, one_below_other, padded_words, unpack
-from kvarn.core.kernels.work import reading_of_task, share_of, task_at
+from kvarn.core.kernels.work import crossing, reading_of_task, share_of, task_at
 
 
 @triton.jit
@@ -182,17 +182,13 @@ def attend_kernel(
     float32; program p leaves its part of task t in row p + t, with its log-sum-exp (base 2) in partial_lse.
     """
     allow_next(CHAINED)
-    # A request in decode reads no record that it seals, where newer tokens are read exact: it waits for raw rows only.
-    WAIT_FIRST: tl.constexpr = not (ROWS_IN_RING and TAIL > 0)
-    if WAIT_FIRST:
-        wait_for_previous(CHAINED)
     program = tl.program_id(0)
     head = tl.program_id(1)
     share_begin, share_end = share_of(program, tl.num_programs(0), tl.load(work_end_ptr + tasks - 1))
     if share_begin >= share_end:
         wait_for_previous(CHAINED)
         return
-    first_task = task_at(share_begin, work_end_ptr, tasks, TASK_BLOCK)
+    first_task = task_at(share_begin + crossing(SHARE), work_end_ptr, tasks, TASK_BLOCK)
     last_task = task_at(share_end - 1, work_end_ptr, tasks, TASK_BLOCK)
     column = tl.arange(0, COLUMNS)
     channels = tl.arange(0, DP)
@@ -204,10 +200,6 @@ def attend_kernel(
             task, task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
             rows_ptr,
         )  # fmt: skip
-        if not WAIT_FIRST:  # noqa: SIM102 (joined, the wait would be compiled where there was one)
-            if own_start == prefix:
-                # a request's first step may read what another seals in the same step
-                wait_for_previous(CHAINED)
         row, col_ok, position, record_stop, tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = (
             reading_of_task(
                 column, first_row, query_rows, prefix, length, own_start, GROUP, ROWS, G, TAIL, RAW_BLOCK, ROWS_IN_RING,
@@ -215,6 +207,7 @@ def attend_kernel(
             )
         )  # fmt: skip
 
+        wait_for_previous(CHAINED)
         q_cols = q_ptr + (query_start + row).to(tl.int64) * q_token_stride
         q_cols += (head * GROUP + column % GROUP) * q_head_stride
         q_full = load_in_fours(q_cols[None, :], channels[:, None], (channels < D)[:, None] & col_ok[None, :], D)
@@ -242,7 +235,6 @@ def attend_kernel(
                 USE_ASM,
             )  # fmt: skip
 
-        wait_for_previous(CHAINED)
         q_full = q_full / q_unit
         q_high = q_full.to(tl.float16)
         q_low = (q_full - q_high.to(tl.float32)).to(tl.float16)

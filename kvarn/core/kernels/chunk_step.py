@@ -5,7 +5,7 @@ import triton.language as tl
 
 from kvarn.core.kernels.ring import continues
 from kvarn.core.kernels.sinks import move_sink_slots
-from kvarn.core.kernels.work import units_of
+from kvarn.core.kernels.work import crossing, units_of
 
 
 @triton.jit
@@ -163,7 +163,7 @@ def chunk_step_kernel(
         tiles, ring_units, chunk_units, _, _, _ = units_of(
             prefix + first_row, last, prefix, length, tl.load(own_out + owner), G, TAIL, RAW_BLOCK, False, CANONICAL
         )
-        shares = tl.where(inside, tl.cdiv(tiles + ring_units + chunk_units, SHARE), 0)
+        shares = tl.where(inside, tl.cdiv(tiles + ring_units + chunk_units, SHARE) + crossing(SHARE), 0)
         tl.store(by_task_ptr + 2 * task_stride + task, work_done + tl.cumsum(shares, axis=0), mask=task < tasks)
         work_done += tl.sum(shares, axis=0)
     for start in range(0, requests, BLOCK):

@@ -14,7 +14,7 @@ def combine_kernel(
     partial_ptr, partial_lse_ptr, signs_ptr, out_ptr, lse_ptr, task_request_ptr, task_row_ptr, work_end_ptr,
     query_start_ptr, sink_logits_ptr, tasks, programs, q_heads,
     GROUP: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, BLOCK: tl.constexpr, PARTS: tl.constexpr,
-    D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr, CHAINED: tl.constexpr,
+    SHARE: tl.constexpr, D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """One program merges BLOCK columns of one task, PARTS parts at a time. Grid: (tasks, kv_heads, blocks of columns).
 
@@ -29,7 +29,7 @@ def combine_kernel(
     column = tl.program_id(2) * BLOCK + tl.arange(0, BLOCK)
     begin, end, first_program, last_program, row, row_ok = merging_of_task(
         task, head, column, task_request_ptr, task_row_ptr, work_end_ptr, query_start_ptr, tasks, programs, q_heads,
-        GROUP, ROWS,
+        GROUP, ROWS, SHARE,
     )  # fmt: skip
     channels = tl.arange(0, DP)
     channel_ok = channels < D
@@ -46,10 +46,11 @@ def combine_kernel(
         # rows that no query has are loaded too: to know them takes as long as to load them
         ok = (column < COLUMNS)[None, :] & (program <= last_program)[:, None]
         lse = tl.load(partial_lse_ptr + at, mask=ok, other=float("-inf"))
-        m_new = tl.maximum(m, tl.max(lse, axis=0))
-        weight = tl.exp2(lse - m_new[None, :])
+        # asked for before warps meet over their maxima
         mask = ok[:, :, None] & channel_ok[None, None, :]
         part = tl.load(partial_ptr + at[:, :, None] * D + channels[None, None, :], mask=mask, other=0.0)
+        m_new = tl.maximum(m, tl.max(lse, axis=0))
+        weight = tl.exp2(lse - m_new[None, :])
         # what a part that saw nothing left in memory may be NaN
         part = tl.where((weight > 0)[:, :, None], part * weight[:, :, None], 0.0)
         decay = tl.exp2(m - m_new)

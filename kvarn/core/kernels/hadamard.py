@@ -22,17 +22,22 @@ def hadamard(x):
 
 
 @triton.jit
-def load_in_fours(row_ptrs, channel, mask, D: tl.constexpr):
-    """Load rows rotated as keys are, float32. row_ptrs + channel: a row's channels, along either axis; mask like it.
+def rotated_in_fours(x0, x1, x2, x3):
+    """Return the four quarters of rows rotated as keys are, given theirs, float32, in the order of `load_in_fours`."""
+    both, differ = x0 + x1, x0 - x1
+    y0, y1 = both + x2 + x3, differ + x2 - x3
+    y2, y3 = both - x2 - x3, differ - x2 + x3
+    return y0 * 0.5, y1 * 0.5, y2 * 0.5, y3 * 0.5
 
-    From the second-level cache: queries are read before the kernel waits, which is what else makes sure that the first
-    level holds nothing older.
-    """
+
+@triton.jit
+def load_in_fours(row_ptrs, channel, mask, D: tl.constexpr):
+    """Load rows rotated as keys are, float32. row_ptrs + channel: a row's channels, along either axis; mask like it."""
     quarter = channel // (D // 4)
     ptrs = row_ptrs + channel % (D // 4)
-    y = tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+    y = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
     for other in tl.static_range(1, 4):
-        x = tl.load(ptrs + other * (D // 4), mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
+        x = tl.load(ptrs + other * (D // 4), mask=mask, other=0.0).to(tl.float32)
         common = quarter & other
         y += tl.where((common ^ (common >> 1)) & 1 == 0, x, -x)
     return y * 0.5

@@ -44,12 +44,20 @@ def rotate_kernel(
     signs: [D, D] in the dtype of v, looked at where D is no power of two, and BLOCK is 16 then. STORE: rings get the
     newest rows.
     """
-    wait_for_previous(CHAINED)
     allow_next(CHAINED)
     which = tl.program_id(1) // KV_HEADS  # 0 for keys, 1 for values
     head = tl.program_id(1) % KV_HEADS
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     token_ok = token < num_tokens
+    if STORE or SINK > 0:
+        # a step is described long before: its numbers are asked for before the rows are there
+        request = tl.load(token_request_ptr + token, mask=token_ok, other=0)
+        position = tl.load(token_position_ptr + token, mask=token_ok, other=0)
+        ring_row, sink_slot = load_places(request, token_ok, rows_ptr, sink_slot_ptr, SINK)
+        ring_ok = token_ok & STORE
+        if STORE:
+            ring_ok &= _kept_in_ring(request, position, token_ok, length_ptr, RING)
+    wait_for_previous(CHAINED)
     wide = token.to(tl.int64)
     channels = tl.arange(0, DP)
     mask = token_ok[:, None] & (channels < D)[None, :]
@@ -67,15 +75,9 @@ def rotate_kernel(
     raw = tl.minimum(tl.maximum(y, -RAW_MAX), RAW_MAX).to(k_out_ptr.dtype.element_ty)
     tl.store(out_ptrs[:, None] + channels[None, :], raw, mask=mask)
     if STORE or SINK > 0:
-        request = tl.load(token_request_ptr + token, mask=token_ok, other=0)
-        position = tl.load(token_position_ptr + token, mask=token_ok, other=0)
-        ring_ok = token_ok & STORE
-        if STORE:
-            ring_ok &= _kept_in_ring(request, position, token_ok, length_ptr, RING)
         store_rows(
-            raw, request, position, ring_ok, token_ok, which, head, tails_ptr, sinks_ptr, rows_ptr, sink_slot_ptr,
-            tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, D,
-            RING, SINK,
+            raw, position, ring_row, sink_slot, ring_ok, token_ok, which, head, tails_ptr, sinks_ptr, tail_row_stride,
+            tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, D, RING, SINK,
         )  # fmt: skip
 
 
@@ -86,22 +88,32 @@ def _kept_in_ring(request, position, token_ok, length_ptr, RING: tl.constexpr):
 
 
 @triton.jit
+def load_places(request, token_ok, rows_ptr, sink_slot_ptr, SINK: tl.constexpr):
+    """Return the ring of each row's request, and its sink slot, -1 for none."""
+    ring_row = tl.load(rows_ptr + request, mask=token_ok, other=0).to(tl.int64)
+    if SINK > 0:
+        sink_slot = tl.load(sink_slot_ptr + request, mask=token_ok, other=-1).to(tl.int64)
+    else:
+        sink_slot = 0 * ring_row - 1
+    return ring_row, sink_slot
+
+
+@triton.jit
 def store_rows(
-    raw, request, position, ring_ok, token_ok, which, kv_head, tails_ptr, sinks_ptr, rows_ptr, sink_slot_ptr,
-    tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride,
-    D: tl.constexpr, RING: tl.constexpr, SINK: tl.constexpr,
+    raw, position, ring_row, sink_slot, ring_ok, token_ok, which, kv_head, tails_ptr, sinks_ptr, tail_row_stride,
+    tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, D: tl.constexpr,
+    RING: tl.constexpr, SINK: tl.constexpr,
 ):  # fmt: skip
     """Write rotated rows [tokens, DP] of one kv head to their requests' rings and, the first ones, to the sinks."""
     channels = tl.arange(0, raw.shape[1])
     channel_ok = channels < D
-    ring_row = tl.load(rows_ptr + request, mask=token_ok, other=0).to(tl.int64)
     ring = tails_ptr + ring_row * tail_row_stride + which * tail_kv_stride + kv_head * tail_head_stride
     ring += (position % RING) * D
     tl.store(ring[:, None] + channels[None, :], raw, mask=ring_ok[:, None] & channel_ok[None, :])
     if SINK > 0:
-        slot = tl.load(sink_slot_ptr + request, mask=token_ok, other=-1).to(tl.int64)
-        sink_ok = token_ok & (slot >= 0) & (position < SINK)
-        sink = sinks_ptr + slot * sink_slot_stride + which * sink_kv_stride + kv_head * sink_head_stride + position * D
+        sink_ok = token_ok & (sink_slot >= 0) & (position < SINK)
+        sink = sinks_ptr + sink_slot * sink_slot_stride + which * sink_kv_stride + kv_head * sink_head_stride
+        sink += position * D
         tl.store(sink[:, None] + channels[None, :], raw, mask=sink_ok[:, None] & channel_ok[None, :])
 
 
@@ -128,8 +140,8 @@ def store_tail_kernel(
     else:
         in_ptrs = v_ptr + source
     raw = tl.load(in_ptrs[:, None] + channels[None, :], mask=token_ok[:, None] & (channels < D)[None, :], other=0.0)
+    ring_row, sink_slot = load_places(request, token_ok, rows_ptr, sink_slot_ptr, SINK)
     store_rows(
-        raw, request, position, ring_ok, token_ok, which, kv_head, tails_ptr, sinks_ptr, rows_ptr, sink_slot_ptr,
-        tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, D, RING,
-        SINK,
+        raw, position, ring_row, sink_slot, ring_ok, token_ok, which, kv_head, tails_ptr, sinks_ptr, tail_row_stride,
+        tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, D, RING, SINK,
     )  # fmt: skip

@@ -3,6 +3,9 @@
 import triton
 import triton.language as tl
 
+from kvarn.core.kernels.chain import wait_for_previous
+from kvarn.core.kernels.work import crossing
+
 NEVER = tl.constexpr(-1e30)  # a finite "minus infinity" for running maxima: no inf - inf, hence no NaN
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
@@ -29,8 +32,9 @@ def query_unit(largest):
 def part_of_task(task, share_begin, share_end, work_end_ptr, SHARE: tl.constexpr):
     """Return the units of a task, [begin, end), that fall to a program with these shares."""
     task_begin = tl.load(work_end_ptr + task - 1, mask=task > 0, other=0)
+    task_end = tl.load(work_end_ptr + task) - crossing(SHARE)
     begin = tl.maximum(share_begin - task_begin, 0) * SHARE
-    return begin, (tl.minimum(share_end, tl.load(work_end_ptr + task)) - task_begin) * SHARE
+    return begin, (tl.minimum(share_end, task_end) - task_begin) * SHARE
 
 
 @triton.jit
@@ -59,3 +63,19 @@ def load_task(
     ring_row = tl.load(rows_ptr + request).to(tl.int64)
     first_row = tl.load(task_row_ptr + task)
     return request, first_row, query_start, query_rows, prefix, length, own_start, sink_slot, ring_row
+
+
+@triton.jit
+def wait_for_records(
+    own_start, prefix, ROWS_IN_RING: tl.constexpr, TAIL: tl.constexpr, CHAINED: tl.constexpr
+):  # fmt: skip
+    """Wait for the kernel before, if a task may read a record that the same step seals.
+
+    In decode a request reads none that it seals itself, where newer tokens are read exact. In its first step it may
+    read one that another request seals.
+    """
+    if ROWS_IN_RING and TAIL > 0:
+        if own_start == prefix:
+            wait_for_previous(CHAINED)
+    else:
+        wait_for_previous(CHAINED)

@@ -6,6 +6,12 @@ import triton.language as tl
 from kvarn.core.kernels.read_rule import record_end
 
 
+@triton.constexpr_function
+def crossing(share):
+    """Return the shares that going from one task to the next counts as: see `core.work`."""
+    return 1 if share == 1 else 0
+
+
 @triton.jit
 def units_of(
     first, last, prefix, length, own_start, G: tl.constexpr, TAIL: tl.constexpr, RAW_BLOCK: tl.constexpr,
@@ -72,7 +78,7 @@ def count_work_kernel(
         tiles, ring_units, chunk_units, _, _, _ = units_of(
             first, last, prefix, length, own_start, G, TAIL, RAW_BLOCK, ROWS_IN_RING, CANONICAL
         )
-        shares = tl.where(real, tl.cdiv(tiles + ring_units + chunk_units, SHARE), 0)
+        shares = tl.where(real, tl.cdiv(tiles + ring_units + chunk_units, SHARE) + crossing(SHARE), 0)
         tl.store(work_end_ptr + task, done + tl.cumsum(shares, axis=0), mask=task < tasks)
         done += tl.sum(shares, axis=0)
 
@@ -96,9 +102,9 @@ def program_of(share, programs, total):
 @triton.jit
 def merging_of_task(
     task, head, column, task_request_ptr, task_row_ptr, work_end_ptr, query_start_ptr, tasks, programs, q_heads,
-    GROUP: tl.constexpr, ROWS: tl.constexpr,
+    GROUP: tl.constexpr, ROWS: tl.constexpr, SHARE: tl.constexpr,
 ):  # fmt: skip
-    """Return a task's shares, [begin, end), the first and the last program that they belong to, and where columns go.
+    """Return a task's shares, [begin, end), the first and the last program that read some, and where columns go.
 
     These are the row of the output, of all query heads, of each column, and whether there is one.
     """
@@ -106,7 +112,7 @@ def merging_of_task(
     end = tl.load(work_end_ptr + task)
     total_shares = tl.load(work_end_ptr + tasks - 1)
     first_program = program_of(begin, programs, total_shares)
-    last_program = program_of(end - 1, programs, total_shares)
+    last_program = program_of(end - 1 - crossing(SHARE), programs, total_shares)
     # a task of no request has no shares
     request = tl.maximum(tl.load(task_request_ptr + task), 0)
     query_start = tl.load(query_start_ptr + request)

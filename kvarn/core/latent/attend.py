@@ -8,7 +8,7 @@ import torch
 from kvarn.core.attend import is_hopper, sm_count, task_block
 from kvarn.core.cache import CacheConfig, LayerCache, runs_triton
 from kvarn.core.chunk_step import chunk_task_shape
-from kvarn.core.combine import combine
+from kvarn.core.combine import combine, merged_sooner
 from kvarn.core.hadamard import rotate
 from kvarn.core.latent.append import rotate_queries
 from kvarn.core.latent.layout import LatentLayout, latent_constants
@@ -26,8 +26,10 @@ _GROUP_COLUMNS, _GROUP_WARPS = 64, 8
 _BLOCK = 64
 # Of either kernel: two programs of four warps fill a multiprocessor's registers.
 _WARPS, _PROGRAMS_PER_SM = 4, 2
-# Tasks and blocks of heads up to which one does: what fewer programs leave is merged sooner.
+# Tasks and blocks of heads up to which one does: what fewer programs leave is merged sooner. It takes so much shared
+# memory that a second one has no room.
 _FEW_TASKS = 2
+_ROOM_KIB = 114
 # Tokens of a record that the Triton kernel restores at a time, and its stages, of which the page table takes one.
 _TOKENS, _STAGES = 32, 3
 
@@ -93,9 +95,12 @@ def num_latent_programs(
     """Return how many programs share the work of one block of heads. It follows from shapes alone."""
     if config.batch_invariant:
         return most_shares(config, tasks, pages, rows_in_ring=rows_in_ring)
-    few = columns > LATENT_COLUMNS or tasks * head_blocks <= _FEW_TASKS
-    per_sm = 1 if few else _PROGRAMS_PER_SM
-    return max(1, sm_count(device) * per_sm // head_blocks)
+    one = columns > LATENT_COLUMNS or _are_few(config, tasks, head_blocks)
+    return merged_sooner(max(1, sm_count(device) * (1 if one else _PROGRAMS_PER_SM) // head_blocks), tasks)
+
+
+def _are_few(config: CacheConfig[LatentLayout], tasks: int, head_blocks: int) -> bool:
+    return tasks * head_blocks <= _FEW_TASKS and not config.batch_invariant
 
 
 def most_latent_partial_bytes(
@@ -163,7 +168,7 @@ def attend_latents(
     group, tasks = latent_shape(layout, heads, device).group, step.task_request.shape[0]
     columns = _program_columns(step.columns)
     warps = _GROUP_WARPS if columns > LATENT_COLUMNS else _WARPS
-    kernel, options = _attend_kernel(layout, columns, device)
+    kernel, options = _attend_kernel(layout, columns, _are_few(config, tasks, heads // group), device)
     pages = step.block_table.shape[1]
     programs = num_latent_programs(config, heads // group, columns, tasks, pages, step.rows_in_ring, device)
     parts = (programs + tasks, heads // group, columns)
@@ -184,8 +189,8 @@ def attend_latents(
     return out, combine(partial_out, partial_lse, layer, step, out)
 
 
-def _attend_kernel(layout: LatentLayout, columns: int, device: torch.device) -> tuple[Any, dict[str, Any]]:
-    """Return the kernel for a layout and query columns, and the constants that it alone takes."""
+def _attend_kernel(layout: LatentLayout, columns: int, few: bool, device: torch.device) -> tuple[Any, dict[str, Any]]:
+    """Return the kernel for a layout, query columns, and few tasks or many, and the constants that it alone takes."""
     if columns > LATENT_COLUMNS:
         from kvarn.core.kernels.gluon.latent_groups import attend_latents_by_groups_kernel
 
@@ -193,7 +198,7 @@ def _attend_kernel(layout: LatentLayout, columns: int, device: torch.device) -> 
     if has_explicit_latents(layout, device):
         from kvarn.core.kernels.gluon.latent import attend_latents_kernel as explicit_kernel
 
-        return explicit_kernel, {}
+        return explicit_kernel, {"ROOM": _ROOM_KIB if few else 0}
     from kvarn.core.kernels.latent.attend import attend_latents_kernel
 
     return attend_latents_kernel, {"TOKENS": _TOKENS, "STAGES": _STAGES, "USE_ASM": has_lop3(device)}

@@ -15,39 +15,59 @@ from kvarn.core.kernels.gluon.layouts import (
     begin_copy,
     mma_layout,
     operand_width,
+    query_load_layout,
     query_shared,
     raw_key_shared,
     raw_value_shared,
     repeat_layout,
     rows_copy_layout,
 )
-from kvarn.core.kernels.gluon.record import allocate_half, copy_half, copy_next_half, key_logits, weigh_values
+from kvarn.core.kernels.gluon.program import span_of, take_room
+from kvarn.core.kernels.gluon.record import allocate_half, copy_next_half, key_logits, weigh_values
 from kvarn.core.kernels.gluon.wide import attend_records_wide, serves_wide
-from kvarn.core.kernels.hadamard import load_in_fours
-from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, cap, load_task, part_of_task, query_unit
-from kvarn.core.kernels.work import reading_of_task, share_of
+from kvarn.core.kernels.hadamard import rotated_in_fours
+from kvarn.core.kernels.task import (
+    LOG2E,
+    NEVER,
+    WEIGHT_SHIFT,
+    cap,
+    load_task,
+    part_of_task,
+    query_unit,
+    wait_for_records,
+)
+from kvarn.core.kernels.unpack import one_below_other
+from kvarn.core.kernels.work import reading_of_task
 
 
 @gluon.jit
 def _load_query(
-    q_ptr, query_start, first_row, query_rows, token_stride, head_stride, head, q_parts, K_FIELDS: gl.constexpr,
+    q_ptr, query_start, first_row, query_rows, token_stride, head_stride, head, D: gl.constexpr, COLUMNS: gl.constexpr,
     GROUP: gl.constexpr, ROWS: gl.constexpr, warps: gl.constexpr,
 ):  # fmt: skip
-    """Rotate a task's queries into shared memory: rounded to fp16, and what that leaves. Return what divided them.
-
-    q_parts: [2, D, columns].
-    """
-    D: gl.constexpr = q_parts.shape[1]
-    COLUMNS: gl.constexpr = q_parts.shape[2]
-    right: gl.constexpr = gl.DotOperandLayout(1, mma_layout(warps), operand_width(K_FIELDS))
-    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, right))
+    """Load a task's queries, as four quarters of their channels, [D / 4, columns] each."""
+    QUARTER: gl.constexpr = D // 4
+    layout: gl.constexpr = query_load_layout(QUARTER, warps)
+    column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
+    channel = gl.arange(0, QUARTER, layout=gl.SliceLayout(1, layout))
     row = first_row + column // GROUP
-    ok = (column < ROWS * GROUP) & (row < query_rows)
+    ok = ((column < ROWS * GROUP) & (row < query_rows))[None, :]
     at = (query_start + row).to(gl.int64) * token_stride + (head * GROUP + column % GROUP) * head_stride
-    channel = gl.arange(0, D, layout=gl.SliceLayout(1, right))
-    q = load_in_fours(q_ptr + at[None, :], channel[:, None], ok[None, :], D)
-    largest = gl.max(gl.max(gl.abs(q), axis=0), axis=0)
-    unit = query_unit(largest)
+    ptrs = q_ptr + (at[None, :] + channel[:, None])
+    quarters = ()
+    for i in gl.static_range(4):
+        quarters = quarters + (gl.load(ptrs + i * QUARTER, mask=ok, other=0.0),)
+    return quarters
+
+
+@gluon.jit
+def _rotate_query(quarters, q_parts):
+    """Rotate queries into shared memory, [2, D, columns]: rounded to fp16, and what that leaves. Return their unit."""
+    rotated = rotated_in_fours(
+        quarters[0].to(gl.float32), quarters[1].to(gl.float32), quarters[2].to(gl.float32), quarters[3].to(gl.float32)
+    )
+    q = one_below_other(one_below_other(rotated[0], rotated[1]), one_below_other(rotated[2], rotated[3]))
+    unit = query_unit(gl.max(gl.max(gl.abs(q), axis=0), axis=0))
     q = q / unit
     high = q.to(gl.float16)
     q_parts.index(0).store(high)
@@ -61,22 +81,21 @@ def _begin_records(
     TILES: gl.constexpr, K_FIELDS: gl.constexpr, V_FIELDS: gl.constexpr, OFFSETS: gl.constexpr,
     GROUP_TOKENS: gl.constexpr, STAGES: gl.constexpr, warps: gl.constexpr,
 ):  # fmt: skip
-    """Begin to copy the first STAGES tiles from begin to stop of a request. Return their keys' and values' memory."""
+    """Begin to copy the first STAGES tiles from begin to stop of a request, but for the values of the last of these.
+
+    Return keys' and values' memory, and the record of which the values are left, as one more group.
+    """
     K_OFFSETS: gl.constexpr = (OFFSETS[0], OFFSETS[1])
     V_OFFSETS: gl.constexpr = (OFFSETS[2], OFFSETS[3])
     k_words, k_vectors = allocate_half(K_FIELDS, G, G // GROUP_TOKENS * D, STAGES)
     v_words, v_vectors = allocate_half(V_FIELDS, D, G, STAGES)
     for i in gl.static_range(STAGES):
-        if begin + i < stop:
-            page = gl.load(table + begin + i)
-            record = find_record(records_ptr, page, head, block_stride, tile_stride, head_stride, TILES)
-            copy_half(k_words, k_vectors, record, i, K_FIELDS, K_OFFSETS, warps)
-            async_copy.commit_group()
-            copy_half(v_words, v_vectors, record, i, V_FIELDS, V_OFFSETS, warps)
-        else:
-            async_copy.commit_group()
-        async_copy.commit_group()
-    return k_words, k_vectors, v_words, v_vectors
+        page = gl.load(table + gl.maximum(gl.minimum(begin + i, stop - 1), 0))
+        record = find_record(records_ptr, page, head, block_stride, tile_stride, head_stride, TILES)
+        copy_next_half(k_words, k_vectors, record, i, begin + i < stop, K_FIELDS, K_OFFSETS, warps)
+        if i < STAGES - 1:
+            copy_next_half(v_words, v_vectors, record, i, begin + i < stop, V_FIELDS, V_OFFSETS, warps)
+    return k_words, k_vectors, v_words, v_vectors, record
 
 
 @gluon.jit
@@ -227,27 +246,6 @@ def _attend_sinks(
     )  # fmt: skip
 
 
-@gluon.jit
-def span_of(program, programs, work_end_ptr, tasks, BLOCK: gl.constexpr, warps: gl.constexpr):
-    """Return a program's shares, [begin, end), and the tasks to which its first and last belong.
-
-    If BLOCK tasks are all there are, one load tells it all.
-    """
-    at = gl.arange(0, BLOCK, layout=gl.BlockedLayout([1], [32], [warps], [0]))
-    ends = gl.load(work_end_ptr + at, mask=at < tasks, other=0)
-    total = gl.max(ends, axis=0)
-    if tasks > BLOCK:
-        total = gl.load(work_end_ptr + tasks - 1)
-    begin, end = share_of(program, programs, total)
-    first = gl.sum(((ends <= begin) & (at < tasks)).to(gl.int32), axis=0)
-    last = gl.sum(((ends <= end - 1) & (at < tasks)).to(gl.int32), axis=0)
-    for start in range(BLOCK, tasks, BLOCK):
-        ends = gl.load(work_end_ptr + start + at, mask=start + at < tasks, other=2147483647)
-        first += gl.sum((ends <= begin).to(gl.int32), axis=0)
-        last += gl.sum((ends <= end - 1).to(gl.int32), axis=0)
-    return begin, end, first, last
-
-
 @gluon.jit(do_not_specialize=["tasks", "block_table_stride"])
 def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
@@ -261,21 +259,21 @@ def attend_kernel(
     SINK: gl.constexpr, K_FIELDS: gl.constexpr, V_FIELDS: gl.constexpr, OFFSETS: gl.constexpr,
     GROUP_TOKENS: gl.constexpr, SOFTCAP: gl.constexpr, ROWS_IN_RING: gl.constexpr, CANONICAL: gl.constexpr,
     RAW_BLOCK: gl.constexpr, TASK_BLOCK: gl.constexpr, SHARE: gl.constexpr, STAGES: gl.constexpr,
-    CHAINED: gl.constexpr, num_warps: gl.constexpr,
+    ROOM: gl.constexpr, CHAINED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """One program attends an equal stretch of all tasks' shares, for one kv head: as `kernels.attend.attend_kernel`."""
+    """One program attends an equal stretch of all tasks' shares, for one kv head: as `kernels.attend.attend_kernel`.
+
+    ROOM: KiB of shared memory that it takes at least.
+    """
     allow_next(CHAINED)
-    # A request in decode reads no record that it seals, where newer tokens are read exact: it waits for raw rows only.
-    WAIT_FIRST: gl.constexpr = not (ROWS_IN_RING and TAIL > 0)
-    if WAIT_FIRST:
-        wait_for_previous(CHAINED)
+    take_room(tasks, ROOM, num_warps)
     program = gl.program_id(0)
     head = gl.program_id(1)
     mma: gl.constexpr = mma_layout(num_warps)
     column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, mma))
     channel = gl.arange(0, D, layout=gl.SliceLayout(1, mma))
     share_begin, share_end, first_task, last_task = span_of(
-        program, gl.num_programs(0), work_end_ptr, tasks, TASK_BLOCK, num_warps
+        program, gl.num_programs(0), work_end_ptr, tasks, TASK_BLOCK, SHARE, num_warps
     )
     if share_begin == share_end:
         last_task = first_task - 1
@@ -285,10 +283,7 @@ def attend_kernel(
             task, task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
             rows_ptr,
         )  # fmt: skip
-        if not WAIT_FIRST:  # noqa: SIM102 (joined, the wait would be compiled where there was one)
-            if own_start == prefix:
-                # a request's first step may read what another seals in the same step
-                wait_for_previous(CHAINED)
+        wait_for_records(own_start, prefix, ROWS_IN_RING, TAIL, CHAINED)
         row, col_ok, position, record_stop, tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = (
             reading_of_task(
                 column, first_row, query_rows, prefix, length, own_start, GROUP, ROWS, G, TAIL, RAW_BLOCK, ROWS_IN_RING,
@@ -299,21 +294,27 @@ def attend_kernel(
         if sink_slot >= 0:
             sinks = SINK
         table = block_table_ptr + request.to(gl.int64) * block_table_stride
-        # queries are loaded and rotated while these are on their way
-        k_words, k_vectors, v_words, v_vectors = _begin_records(
-            records_ptr, table, begin, gl.minimum(end, tiles), head, record_block_stride, record_tile_stride,
-            record_head_stride, D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, STAGES, num_warps,
+        # keys are on their way while the kernel before ends; queries, where it has ended, needn't wait behind values
+        stop = gl.minimum(end, tiles)
+        k_words, k_vectors, v_words, v_vectors, record = _begin_records(
+            records_ptr, table, begin, stop, head, record_block_stride, record_tile_stride, record_head_stride, D, G,
+            TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, STAGES, num_warps,
+        )  # fmt: skip
+        wait_for_previous(CHAINED)
+        quarters = _load_query(
+            q_ptr, query_start, first_row, query_rows, q_token_stride, q_head_stride, head, D, COLUMNS, GROUP, ROWS,
+            num_warps,
+        )  # fmt: skip
+        V_OFFSETS: gl.constexpr = (OFFSETS[2], OFFSETS[3])
+        copy_next_half(
+            v_words, v_vectors, record, STAGES - 1, begin + STAGES - 1 < stop, V_FIELDS, V_OFFSETS, num_warps
         )  # fmt: skip
         q_parts = gl.allocate_shared_memory(gl.float16, [2, D, COLUMNS], query_shared(K_FIELDS))
-        q_unit = _load_query(
-            q_ptr, query_start, first_row, query_rows, q_token_stride, q_head_stride, head, q_parts, K_FIELDS, GROUP,
-            ROWS, num_warps,
-        )  # fmt: skip
-        q_scale = q_unit * (scale * LOG2E)
+        q_scale = _rotate_query(quarters, q_parts) * (scale * LOG2E)
         WIDE: gl.constexpr = serves_wide(COLUMNS, D, G, GROUP_TOKENS, V_FIELDS, num_warps)
         if WIDE:
             m, total, acc = attend_records_wide(
-                k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, gl.minimum(end, tiles), sinks,
+                k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, stop, sinks,
                 record_stop, head, q_parts, q_scale, record_block_stride, record_tile_stride, record_head_stride,
                 D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, SOFTCAP, ROWS > 1, STAGES, num_warps,
             )  # fmt: skip
@@ -322,12 +323,11 @@ def attend_kernel(
             acc = gl.convert_layout(acc, mma)
         else:
             m, total, acc = _attend_records(
-                k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, gl.minimum(end, tiles), sinks,
+                k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, stop, sinks,
                 record_stop, head, q_parts, q_scale, record_block_stride, record_tile_stride, record_head_stride,
                 D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, SOFTCAP, ROWS > 1, STAGES, num_warps,
             )  # fmt: skip
 
-        wait_for_previous(CHAINED)
         k_buffer = gl.allocate_shared_memory(tails_ptr.dtype.element_ty, [RAW_BLOCK, D], raw_key_shared())
         v_buffer = gl.allocate_shared_memory(tails_ptr.dtype.element_ty, [RAW_BLOCK, D], raw_value_shared())
         if SINK > 0:  # noqa: SIM102 (joined, the body would be compiled for no sinks too)

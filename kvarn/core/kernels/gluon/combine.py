@@ -62,8 +62,8 @@ def _rotated_back(x):
 def combine_parts_kernel(
     partial_ptr, partial_lse_ptr, out_ptr, lse_ptr, task_request_ptr, task_row_ptr, work_end_ptr, query_start_ptr,
     sink_logits_ptr, tasks, programs, q_heads,
-    GROUP: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr, D: gl.constexpr,
-    NORM: gl.constexpr, CHAINED: gl.constexpr, num_warps: gl.constexpr,
+    GROUP: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, PARTS: gl.constexpr, SHARE: gl.constexpr,
+    D: gl.constexpr, NORM: gl.constexpr, CHAINED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     """One program merges one column of one task, PARTS parts at a time. Grid: (tasks, kv_heads, columns).
 
@@ -76,7 +76,7 @@ def combine_parts_kernel(
     kv_heads = gl.num_programs(1)
     begin, end, first_program, last_program, row, row_ok = merging_of_task(
         task, head, column, task_request_ptr, task_row_ptr, work_end_ptr, query_start_ptr, tasks, programs, q_heads,
-        GROUP, ROWS,
+        GROUP, ROWS, SHARE,
     )  # fmt: skip
     EACH: gl.constexpr = PARTS // num_warps
     layout: gl.constexpr = _parts_layout(PARTS, D, num_warps)

@@ -14,7 +14,6 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
-from kvarn.core.kernels.gluon.attend import span_of
 from kvarn.core.kernels.gluon.codes import CODE_UNIT, code_weight, codes_of_plane, joined_codes
 from kvarn.core.kernels.gluon.latent_rows import BLOCK, allocate_blocks, attend_rows, attend_sinks, tile_shared
 from kvarn.core.kernels.gluon.layouts import (
@@ -23,13 +22,14 @@ from kvarn.core.kernels.gluon.layouts import (
     repeat_layout,
     words_layout,
 )
+from kvarn.core.kernels.gluon.program import span_of, take_room
 from kvarn.core.kernels.gluon.record import (
     copy_rows,
     copy_vectors,
     halves,
     repeat,
 )
-from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, load_task, part_of_task
+from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, load_task, part_of_task, wait_for_records
 from kvarn.core.kernels.unpack import planes
 from kvarn.core.kernels.work import reading_of_task
 
@@ -269,14 +269,11 @@ def attend_latents_kernel(
     ROPE_START: gl.constexpr, ROPE_FIELDS: gl.constexpr, ROPE_SCALES: gl.constexpr, GROUP: gl.constexpr,
     ROWS: gl.constexpr, COLUMNS: gl.constexpr, RING: gl.constexpr, TILES: gl.constexpr, TAIL: gl.constexpr,
     SINK: gl.constexpr, ROWS_IN_RING: gl.constexpr, CANONICAL: gl.constexpr, RAW_BLOCK: gl.constexpr,
-    TASK_BLOCK: gl.constexpr, SHARE: gl.constexpr, CHAINED: gl.constexpr, num_warps: gl.constexpr,
+    TASK_BLOCK: gl.constexpr, SHARE: gl.constexpr, ROOM: gl.constexpr, CHAINED: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
-    """As `kernels.latent.attend.attend_latents_kernel`."""
+    """As `kernels.latent.attend.attend_latents_kernel`. ROOM: as of `kernels.gluon.attend.attend_kernel`."""
     allow_next(CHAINED)
-    # A request in decode reads no record that it seals, where newer tokens are read exact: it waits for queries only.
-    WAIT_FIRST: gl.constexpr = not (ROWS_IN_RING and TAIL > 0)
-    if WAIT_FIRST:
-        wait_for_previous(CHAINED)
+    take_room(tasks, ROOM, num_warps)
     program = gl.program_id(0)
     head_block = gl.program_id(1)
     mma: gl.constexpr = mma_layout(num_warps)
@@ -285,7 +282,7 @@ def attend_latents_kernel(
     ROW: gl.constexpr = LATENT + ROPE
     BLOCKS: gl.constexpr = LATENT // BLOCK
     share_begin, share_end, first_task, last_task = span_of(
-        program, gl.num_programs(0), work_end_ptr, tasks, TASK_BLOCK, num_warps
+        program, gl.num_programs(0), work_end_ptr, tasks, TASK_BLOCK, SHARE, num_warps
     )
     if share_begin == share_end:
         last_task = first_task - 1
@@ -295,10 +292,7 @@ def attend_latents_kernel(
             task, task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
             rows_ptr,
         )  # fmt: skip
-        if not WAIT_FIRST:  # noqa: SIM102 (joined, the wait would be compiled where there was one)
-            if own_start == prefix:
-                # a request's first step may read what another seals in the same step
-                wait_for_previous(CHAINED)
+        wait_for_records(own_start, prefix, ROWS_IN_RING, TAIL, CHAINED)
         row, col_ok, position, record_stop, tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = (
             reading_of_task(
                 column, first_row, query_rows, prefix, length, own_start, GROUP, ROWS, G, TAIL, RAW_BLOCK, ROWS_IN_RING,

@@ -17,7 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
-from kvarn.core.kernels.gluon.attend import row_offsets, span_of
+from kvarn.core.kernels.gluon.attend import row_offsets
 from kvarn.core.kernels.gluon.group_tiles import (
     BLOCK,
     BLOCKS,
@@ -41,7 +41,8 @@ from kvarn.core.kernels.gluon.group_tiles import (
     rows_layout,
     store_rows,
 )
-from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, load_task, part_of_task
+from kvarn.core.kernels.gluon.program import span_of
+from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, load_task, part_of_task, wait_for_records
 from kvarn.core.kernels.work import reading_of_task
 
 # A running maximum grows once logits are so much larger, in powers of two: weights stay inside fp16, and few tiles have
@@ -247,10 +248,6 @@ def attend_latents_by_groups_kernel(
 ):  # fmt: skip
     """As `kernels.latent.attend.attend_latents_kernel`, for LATENT of 512 in 4 bits, ROPE of 64, G of 128."""
     allow_next(CHAINED)
-    # A request in decode reads no record that it seals, where newer tokens are read exact: it waits for queries only.
-    WAIT_FIRST: gl.constexpr = not (ROWS_IN_RING and TAIL > 0)
-    if WAIT_FIRST:
-        wait_for_previous(CHAINED)
     program = gl.program_id(0)
     head_block = gl.program_id(1)
     of_columns: gl.constexpr = gl.SliceLayout(1, groups_mma(TOKENS))
@@ -259,7 +256,7 @@ def attend_latents_by_groups_kernel(
     channel = gl.arange(0, HALF, layout=gl.SliceLayout(0, of_output))
     ROW: gl.constexpr = LATENT + ROPE
     share_begin, share_end, first_task, last_task = span_of(
-        program, gl.num_programs(0), work_end_ptr, tasks, TASK_BLOCK, num_warps
+        program, gl.num_programs(0), work_end_ptr, tasks, TASK_BLOCK, SHARE, num_warps
     )
     if share_begin == share_end:
         last_task = first_task - 1
@@ -269,10 +266,7 @@ def attend_latents_by_groups_kernel(
             task, task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
             rows_ptr,
         )  # fmt: skip
-        if not WAIT_FIRST:  # noqa: SIM102 (joined, the wait would be compiled where there was one)
-            if own_start == prefix:
-                # a request's first step may read what another seals in the same step
-                wait_for_previous(CHAINED)
+        wait_for_records(own_start, prefix, ROWS_IN_RING, TAIL, CHAINED)
         row, col_ok, position, record_stop, tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = (
             reading_of_task(
                 column, first_row, query_rows, prefix, length, own_start, GROUP, ROWS, G, TAIL, RAW_BLOCK, ROWS_IN_RING,

@@ -65,6 +65,13 @@ def plain_shared(rank):
 
 
 @gluon.constexpr_function
+def query_load_layout(channels, warps):
+    """Return the layout in which a quarter of queries' channels is loaded, [channels, columns]: 8 bytes a thread."""
+    across = min(32, channels // 4)
+    return gl.BlockedLayout([4, 1], [across, 32 // across], [1, warps], [0, 1])
+
+
+@gluon.constexpr_function
 def query_shared(fields):
     """Return the layout of queries in shared memory, [channels, columns]: channels inside, as a right operand is read.
 

@@ -12,7 +12,7 @@ from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.latent.restored import restored_channels, restored_rope
 from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, load_task, part_of_task
-from kvarn.core.kernels.work import reading_of_task, share_of, task_at
+from kvarn.core.kernels.work import crossing, reading_of_task, share_of, task_at
 
 
 @triton.jit
@@ -68,7 +68,7 @@ def attend_latents_kernel(
     share_begin, share_end = share_of(program, tl.num_programs(0), tl.load(work_end_ptr + tasks - 1))
     if share_begin >= share_end:
         return
-    first_task = task_at(share_begin, work_end_ptr, tasks, TASK_BLOCK)
+    first_task = task_at(share_begin + crossing(SHARE), work_end_ptr, tasks, TASK_BLOCK)
     last_task = task_at(share_end - 1, work_end_ptr, tasks, TASK_BLOCK)
     ROW: tl.constexpr = LATENT + ROPE
     STEPS: tl.constexpr = G // TOKENS

@@ -5,7 +5,7 @@ import triton.language as tl
 
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import hadamard
-from kvarn.core.kernels.rotate import RAW_MAX, store_rows
+from kvarn.core.kernels.rotate import RAW_MAX, load_places, store_rows
 from kvarn.core.kernels.task import query_unit
 
 
@@ -22,11 +22,15 @@ def rotate_latents_kernel(
     STORE: tl.constexpr, BLOCK: tl.constexpr, CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of tokens). raw: [tokens, LATENT + ROPE], contiguous."""
-    wait_for_previous(CHAINED)
     allow_next(CHAINED)
     ROW: tl.constexpr = LATENT + ROPE
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = token < num_tokens
+    if STORE or SINK > 0:
+        request = tl.load(token_request_ptr + token, mask=ok, other=0)
+        position = tl.load(token_position_ptr + token, mask=ok, other=0)
+        ring_row, sink_slot = load_places(request, ok, rows_ptr, sink_slot_ptr, SINK)
+    wait_for_previous(CHAINED)
     wide = token.to(tl.int64)[:, None]
     channel, rope_channel = tl.arange(0, LATENT)[None, :], tl.arange(0, ROPE)[None, :]
     x = tl.load(latent_ptr + wide * latent_stride + channel, mask=ok[:, None], other=0.0).to(tl.float32)
@@ -37,15 +41,13 @@ def rotate_latents_kernel(
     tl.store(raw_ptr + wide * ROW + LATENT + rope_channel, rope, mask=ok[:, None])
     if STORE or SINK > 0:
         ring_ok = ok & STORE
-        request = tl.load(token_request_ptr + token, mask=ok, other=0)
-        position = tl.load(token_position_ptr + token, mask=ok, other=0)
         store_rows(
-            latent, request, position, ring_ok, ok, 0, 0, tails_ptr, sinks_ptr, rows_ptr, sink_slot_ptr,
-            tail_row_stride, 0, 0, sink_slot_stride, 0, 0, ROW, RING, SINK,
+            latent, position, ring_row, sink_slot, ring_ok, ok, 0, 0, tails_ptr, sinks_ptr, tail_row_stride, 0, 0,
+            sink_slot_stride, 0, 0, ROW, RING, SINK,
         )  # fmt: skip
         store_rows(
-            rope, request, position, ring_ok, ok, 0, 0, tails_ptr + LATENT, sinks_ptr + LATENT, rows_ptr,
-            sink_slot_ptr, tail_row_stride, 0, 0, sink_slot_stride, 0, 0, ROW, RING, SINK,
+            rope, position, ring_row, sink_slot, ring_ok, ok, 0, 0, tails_ptr + LATENT, sinks_ptr + LATENT,
+            tail_row_stride, 0, 0, sink_slot_stride, 0, 0, ROW, RING, SINK,
         )  # fmt: skip
 
 
@@ -56,8 +58,8 @@ def rotate_queries_kernel(
     CHAINED: tl.constexpr,
 ):  # fmt: skip
     """Grid: (blocks of rows, each a head of a token). out: [rows, LATENT + ROPE], fp16; unit: [rows], float32."""
-    wait_for_previous(CHAINED)
     allow_next(CHAINED)
+    wait_for_previous(CHAINED)
     row = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     ok = (row < rows)[:, None]
     token, head = (row // heads).to(tl.int64)[:, None], (row % heads)[:, None]
