@@ -47,7 +47,7 @@ def _load_query(
 ):  # fmt: skip
     """Load a task's queries, as four quarters of their channels, [D / 4, columns] each."""
     QUARTER: gl.constexpr = D // 4
-    layout: gl.constexpr = query_load_layout(QUARTER, warps)
+    layout: gl.constexpr = query_load_layout(QUARTER, 4, warps)
     column = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, layout))
     channel = gl.arange(0, QUARTER, layout=gl.SliceLayout(1, layout))
     row = first_row + column // GROUP

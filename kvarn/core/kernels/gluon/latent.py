@@ -19,6 +19,7 @@ from kvarn.core.kernels.gluon.latent_rows import BLOCK, allocate_blocks, attend_
 from kvarn.core.kernels.gluon.layouts import (
     mma_layout,
     plain_shared,
+    query_load_layout,
     repeat_layout,
     words_layout,
 )
@@ -46,10 +47,10 @@ def queries_shared():
 def _load_queries(q_ptr, q_row, ok, q_blocks, warps: gl.constexpr):
     """Load a task's queries, already rotated, into shared memory, [blocks, 64, columns]: rope part last."""
     BLOCKS: gl.constexpr = q_blocks.shape[0]
-    right: gl.constexpr = gl.DotOperandLayout(1, mma_layout(warps), _WIDTH)
-    at = gl.convert_layout(q_row, gl.SliceLayout(0, right)) * (BLOCKS * BLOCK)
-    mask = gl.convert_layout(ok, gl.SliceLayout(0, right))
-    channel = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, right))
+    layout: gl.constexpr = query_load_layout(BLOCK, _WIDTH, warps)
+    at = gl.convert_layout(q_row, gl.SliceLayout(0, layout)) * (BLOCKS * BLOCK)
+    mask = gl.convert_layout(ok, gl.SliceLayout(0, layout))
+    channel = gl.arange(0, BLOCK, layout=gl.SliceLayout(1, layout))
     for b in gl.static_range(BLOCKS):
         q = gl.load(q_ptr + at[None, :] + (b * BLOCK + channel)[:, None], mask=mask[None, :], other=0.0)
         q_blocks.index(b).store(q)

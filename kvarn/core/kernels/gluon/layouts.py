@@ -65,10 +65,10 @@ def plain_shared(rank):
 
 
 @gluon.constexpr_function
-def query_load_layout(channels, warps):
-    """Return the layout in which a quarter of queries' channels is loaded, [channels, columns]: 8 bytes a thread."""
-    across = min(32, channels // 4)
-    return gl.BlockedLayout([4, 1], [across, 32 // across], [1, warps], [0, 1])
+def query_load_layout(channels, width, warps):
+    """Return the layout in which queries are loaded, [channels, columns]: so many neighbouring channels a thread."""
+    across = min(32, channels // width)
+    return gl.BlockedLayout([width, 1], [across, 32 // across], [1, warps], [0, 1])
 
 
 @gluon.constexpr_function
