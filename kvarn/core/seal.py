@@ -13,10 +13,10 @@ from kvarn.core.step import Step
 # Chunks fill many tiles. In a decode step few or none are filled, and more warps with fewer registers find that sooner.
 _CHUNK_ELEMENTS_PER_WARP = 4096
 _DECODE_ELEMENTS_PER_WARP = 2048
-# So many registers let two such programs of eight warps run on a multiprocessor.
-_DECODE_REGISTERS = 128
-# In a decode step few requests fill a tile: no more programs than run at once, each looking at so many requests.
+# In a decode step few requests fill a tile: no more programs than run at once, each looking at so many requests. Up to
+# half of them have a multiprocessor each, more run two by two, which so many registers let those of eight warps do.
 _DECODE_PROGRAMS = 256
+_REGISTERS_BY_TWO = 128
 SEAL_TASK_BLOCK = 32
 # Requests of a decode step up to which a launch saved is worth more than rows rotated by more programs; 0 for never.
 _APPENDED_AT_ONCE = 64
@@ -43,14 +43,15 @@ def append_and_seal(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: S
     from kvarn.core.kernels.append import append_kernel
 
     rotated = RotatedRows(*torch.empty((2, *k.shape), dtype=layer.tails.dtype, device=k.device).unbind())
+    programs = seal_programs(step, 2 * kv_heads)
     launch(
-        append_kernel, (seal_programs(step, 2 * kv_heads), kv_heads, 2),
+        append_kernel, (programs, kv_heads, 2),
         k, v, rotated.k, rotated.v, layer.tails, layer.sinks, layer.records, step.seal_request, step.seal_tile,
         step.rows, step.sink_slots, step.prefix_lens, step.seq_lens, step.query_start, step.block_table, tokens,
         *k.stride()[:2], *v.stride()[:2], *layer.records.stride()[:3], *layer.tails.stride()[:3],
         *layer.sinks.stride()[:3], step.block_table.stride(0), NORM=layer.config.rotation_norm,
         SINK=layer.config.sink_tokens, ROWS_AT_ONCE=_ROWS_AT_ONCE,
-        constants=_constants(layer.config, layer.records.device, step.rows_in_ring),
+        constants=_constants(layer.config, layer.records.device, step.rows_in_ring, programs),
     )  # fmt: skip
     return rotated
 
@@ -81,18 +82,27 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
         return
     from kvarn.core.kernels.seal import seal_kernel
 
+    programs = seal_programs(step, 2 * layer.config.kv_heads)
     launch(
-        seal_kernel, (seal_programs(step, 2 * layer.config.kv_heads), layer.config.kv_heads, 2),
+        seal_kernel, (programs, layer.config.kv_heads, 2),
         layer.tails, rotated.k, rotated.v, layer.records, step.seal_request, step.seal_tile, step.rows,
         step.prefix_lens, step.seq_lens, step.query_start, step.block_table, step.seal_tile.shape[0],
         *layer.records.stride()[:3], *layer.tails.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
-        ROWS_IN_RING=step.rows_in_ring, constants=_constants(layer.config, layer.records.device, step.rows_in_ring),
+        ROWS_IN_RING=step.rows_in_ring,
+        constants=_constants(layer.config, layer.records.device, step.rows_in_ring, programs),
     )  # fmt: skip
 
 
-@functools.lru_cache(maxsize=32)  # as of `layout_constants`
-def _constants(config: CacheConfig, device: torch.device, rows_in_ring: bool) -> Constants:
+def _constants(config: CacheConfig, device: torch.device, rows_in_ring: bool, programs: int) -> Constants:
     """Return the constants and options that both kernels take which seal."""
+    by_two = rows_in_ring and 2 * programs * config.kv_heads > _DECODE_PROGRAMS // 2
+    return _kernel_constants(config, device, rows_in_ring, _REGISTERS_BY_TWO if by_two else None)
+
+
+@functools.lru_cache(maxsize=32)  # as of `layout_constants`
+def _kernel_constants(
+    config: CacheConfig, device: torch.device, rows_in_ring: bool, registers: int | None
+) -> Constants:
     layout = config.layout
     constants = layout_constants(layout)
     elements_per_warp = _DECODE_ELEMENTS_PER_WARP if rows_in_ring else _CHUNK_ELEMENTS_PER_WARP
@@ -102,7 +112,7 @@ def _constants(config: CacheConfig, device: torch.device, rows_in_ring: bool) ->
         "VALUE_CLIP": value_clip(layout.value_bits, layout.head_dim), "SCALE_MAX": SCALE_MAX,
         "BLOCK": SEAL_TASK_BLOCK if rows_in_ring else 1, **chained(device),
         "num_warps": min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp)),
-        "maxnreg": _DECODE_REGISTERS if rows_in_ring else None,
+        "maxnreg": registers,
     })  # fmt: skip
 
 

@@ -26,7 +26,6 @@ def append_kernel(
     Every request has one token, which is its task. What a program seals, it has stored itself or an earlier step has. D
     is a power of two; ROWS_AT_ONCE: tokens that are rotated together; BLOCK: as of `seal_kernel`.
     """
-    allow_next(CHAINED)
     programs = tl.num_programs(0)
     head = tl.program_id(1)
     kv_heads = tl.num_programs(1)
@@ -43,6 +42,7 @@ def append_kernel(
         position = tl.load(prefix_ptr + token, mask=ok, other=0)
         ring_row, sink_slot = load_places(request, ok, rows_ptr, sink_slot_ptr, SINK)
         wait_for_previous(CHAINED)
+        allow_next(CHAINED)
         wide = token.to(tl.int64)
         mask = ok[:, None] & (channels < D)[None, :]
         if which == 0:

@@ -12,7 +12,16 @@ import triton.language as tl
 from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.chain import allow_next, wait_for_previous
 from kvarn.core.kernels.hadamard import load_in_fours
-from kvarn.core.kernels.task import LOG2E, NEVER, WEIGHT_SHIFT, cap, load_task, part_of_task, query_unit
+from kvarn.core.kernels.task import (
+    LOG2E,
+    NEVER,
+    WEIGHT_SHIFT,
+    cap,
+    load_task,
+    part_of_task,
+    query_unit,
+    wait_for_records,
+)
 from kvarn.core.kernels.unpack import BIAS, lane_codes, lane_weights, one_below_other, padded_words, unpack
 from kvarn.core.kernels.work import crossing, reading_of_task, share_of, task_at
 
@@ -200,6 +209,7 @@ def attend_kernel(
             task, task_request_ptr, task_row_ptr, query_start_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
             rows_ptr,
         )  # fmt: skip
+        wait_for_records(own_start, prefix, ROWS_IN_RING, TAIL, CHAINED)
         row, col_ok, position, record_stop, tiles, ring_units, chunk_units, raw_start, ring_end, chunk_start = (
             reading_of_task(
                 column, first_row, query_rows, prefix, length, own_start, GROUP, ROWS, G, TAIL, RAW_BLOCK, ROWS_IN_RING,
@@ -207,7 +217,6 @@ def attend_kernel(
             )
         )  # fmt: skip
 
-        wait_for_previous(CHAINED)
         q_cols = q_ptr + (query_start + row).to(tl.int64) * q_token_stride
         q_cols += (head * GROUP + column % GROUP) * q_head_stride
         q_full = load_in_fours(q_cols[None, :], channels[:, None], (channels < D)[:, None] & col_ok[None, :], D)
@@ -235,6 +244,7 @@ def attend_kernel(
                 USE_ASM,
             )  # fmt: skip
 
+        wait_for_previous(CHAINED)
         q_full = q_full / q_unit
         q_high = q_full.to(tl.float16)
         q_low = (q_full - q_high.to(tl.float32)).to(tl.float16)

@@ -1,9 +1,13 @@
 """Let a kernel be launched while the one before it still runs (programmatic dependent launch).
 
-Every program of a chained kernel calls both functions, first of all `allow_next`. A kernel that is past its wait knows
-all earlier ones to be complete, not the previous alone. Before its wait it may read what describes the step, which
-kernels wrote that aren't chained, so that they were complete before any later one began; page tables; and records that
-the step doesn't seal. It reads rows, queries, rings and partial results, and writes whatever it does, after its wait.
+Every program of a chained kernel calls both functions. A kernel that is past its wait knows all earlier ones to be
+complete, not the previous alone. Before its wait it may read what describes the step, which kernels wrote that aren't
+chained, so that they were complete before any later one began; page tables; and records that the step doesn't seal. It
+reads rings, rotated rows and partial results, and writes whatever it does, after its wait.
+
+The first kernel over dense heads waits before it allows the next. So the step's queries are complete when later ones
+begin, which may read them before their wait, and so needn't wait for tiles that are sealed; from the second-level
+cache: that the first level holds nothing older is only certain after the wait.
 """
 
 import triton

@@ -32,12 +32,15 @@ def rotated_in_fours(x0, x1, x2, x3):
 
 @triton.jit
 def load_in_fours(row_ptrs, channel, mask, D: tl.constexpr):
-    """Load rows rotated as keys are, float32. row_ptrs + channel: a row's channels, along either axis; mask like it."""
+    """Load rows rotated as keys are, float32. row_ptrs + channel: a row's channels, along either axis; mask like it.
+
+    From the second-level cache: queries are read before the kernel waits (see `kernels.chain`).
+    """
     quarter = channel // (D // 4)
     ptrs = row_ptrs + channel % (D // 4)
-    y = tl.load(ptrs, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(ptrs, mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
     for other in tl.static_range(1, 4):
-        x = tl.load(ptrs + other * (D // 4), mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(ptrs + other * (D // 4), mask=mask, other=0.0, cache_modifier=".cg").to(tl.float32)
         common = quarter & other
         y += tl.where((common ^ (common >> 1)) & 1 == 0, x, -x)
     return y * 0.5

@@ -44,7 +44,6 @@ def rotate_kernel(
     signs: [D, D] in the dtype of v, looked at where D is no power of two, and BLOCK is 16 then. STORE: rings get the
     newest rows.
     """
-    allow_next(CHAINED)
     which = tl.program_id(1) // KV_HEADS  # 0 for keys, 1 for values
     head = tl.program_id(1) % KV_HEADS
     token = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -58,6 +57,7 @@ def rotate_kernel(
         if STORE:
             ring_ok &= _kept_in_ring(request, position, token_ok, length_ptr, RING)
     wait_for_previous(CHAINED)
+    allow_next(CHAINED)
     wide = token.to(tl.int64)
     channels = tl.arange(0, DP)
     mask = token_ok[:, None] & (channels < D)[None, :]

@@ -56,7 +56,8 @@ def _load_query(
     ptrs = q_ptr + (at[None, :] + channel[:, None])
     quarters = ()
     for i in gl.static_range(4):
-        quarters = quarters + (gl.load(ptrs + i * QUARTER, mask=ok, other=0.0),)
+        # from the second-level cache: see `kernels.chain`
+        quarters = quarters + (gl.load(ptrs + i * QUARTER, mask=ok, other=0.0, cache_modifier=".cg"),)
     return quarters
 
 
@@ -294,13 +295,12 @@ def attend_kernel(
         if sink_slot >= 0:
             sinks = SINK
         table = block_table_ptr + request.to(gl.int64) * block_table_stride
-        # keys are on their way while the kernel before ends; queries, where it has ended, needn't wait behind values
+        # queries are loaded and rotated while these are on their way, and don't wait behind values
         stop = gl.minimum(end, tiles)
         k_words, k_vectors, v_words, v_vectors, record = _begin_records(
             records_ptr, table, begin, stop, head, record_block_stride, record_tile_stride, record_head_stride, D, G,
             TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, STAGES, num_warps,
         )  # fmt: skip
-        wait_for_previous(CHAINED)
         quarters = _load_query(
             q_ptr, query_start, first_row, query_rows, q_token_stride, q_head_stride, head, D, COLUMNS, GROUP, ROWS,
             num_warps,
@@ -328,6 +328,7 @@ def attend_kernel(
                 D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, SOFTCAP, ROWS > 1, STAGES, num_warps,
             )  # fmt: skip
 
+        wait_for_previous(CHAINED)
         k_buffer = gl.allocate_shared_memory(tails_ptr.dtype.element_ty, [RAW_BLOCK, D], raw_key_shared())
         v_buffer = gl.allocate_shared_memory(tails_ptr.dtype.element_ty, [RAW_BLOCK, D], raw_value_shared())
         if SINK > 0:  # noqa: SIM102 (joined, the body would be compiled for no sinks too)
