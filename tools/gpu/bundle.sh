@@ -109,7 +109,9 @@ vllm() {
   mkdir -p "$OUT/vllm" "$OUT/vllm-c" "$OUT/vllm-fa2-0" "$OUT/vllm-fa2-1"
   wheels "$TMP/vllm" vllm==0.33.0
   python3 -m zipfile -e "$TMP"/vllm/vllm-*.whl "$site"
-  xz -T2 -6 -c "$site/vllm/_C_stable_libtorch.abi3.so" >"$OUT/vllm-c/vllm-c.so.xz"
+  xz -T2 -6 -c "$site/vllm/_C_stable_libtorch.abi3.so" | split -b 58M -d -a 1 - "$TMP/vllm-c.so.xz."
+  mv "$TMP/vllm-c.so.xz.0" "$OUT/vllm-c/"
+  mv "$TMP/vllm-c.so.xz.1" "$OUT/vllm-fa2-1/" # what is left of it
   xz -T2 -3 -c "$site/vllm/vllm_flash_attn/_vllm_fa3_C.abi3.so" >"$OUT/vllm/vllm-fa3.so.xz"
   xz -T2 -6 -c "$site/vllm/vllm_flash_attn/_vllm_fa2_C.abi3.so" | split -b 58M -d -a 1 - "$TMP/vllm-fa2.so.xz."
   for piece in 0 1; do mv "$TMP/vllm-fa2.so.xz.$piece" "$OUT/vllm-fa2-$piece/"; done

@@ -22,7 +22,7 @@ vllm() { # into a folder of its own: SGLang wants other versions of the same pac
   local home=$KVARN_GPU_HOME/vllm
   mkdir -p "$home"
   tar xJf "$pieces/vllm-site.txz" -C "$home"
-  xz -dc "$pieces/vllm-c.so.xz" >"$home/site/vllm/_C_stable_libtorch.abi3.so" &
+  cat "$pieces"/vllm-c.so.xz.? | xz -dc >"$home/site/vllm/_C_stable_libtorch.abi3.so" &
   local c=$!
   xz -dc "$pieces/vllm-moe.so.xz" >"$home/site/vllm/_moe_C_stable_libtorch.abi3.so" &
   local moe=$!
