@@ -195,8 +195,9 @@ def attend(
         _attend_kernel(layout, device), (programs, config.kv_heads),
         q, layer.records, layer.tails, layer.sinks, rotated.k, rotated.v, step.task_request, step.task_row,
         step.work_end, step.rows, step.prefix_lens, step.seq_lens, step.own_start, step.sink_slots, step.query_start,
-        step.block_table, partial_out, partial_lse, scale, tasks, *q.stride()[:2], *layer.records.stride()[:3],
-        *layer.tails.stride()[:3], *layer.sinks.stride()[:3], *rotated.k.stride()[:2], step.block_table.stride(0),
+        step.block_table, partial_out, partial_lse, step.fills, scale, tasks, *q.stride()[:2],
+        *layer.records.stride()[:3], *layer.tails.stride()[:3], *layer.sinks.stride()[:3], *rotated.k.stride()[:2],
+        step.block_table.stride(0),
         constants=_constants(config, options),
     )  # fmt: skip
     return out, combine(partial_out, partial_lse, layer, step, out, sink_logits)

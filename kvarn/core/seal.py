@@ -47,7 +47,8 @@ def append_and_seal(k: torch.Tensor, v: torch.Tensor, layer: LayerCache, step: S
     launch(
         append_kernel, (programs, kv_heads, 2),
         k, v, rotated.k, rotated.v, layer.tails, layer.sinks, layer.records, step.seal_request, step.seal_tile,
-        step.rows, step.sink_slots, step.prefix_lens, step.seq_lens, step.query_start, step.block_table, tokens,
+        step.rows, step.sink_slots, step.prefix_lens, step.seq_lens, step.query_start, step.block_table,
+        step.fills, tokens,
         *k.stride()[:2], *v.stride()[:2], *layer.records.stride()[:3], *layer.tails.stride()[:3],
         *layer.sinks.stride()[:3], step.block_table.stride(0), NORM=layer.config.rotation_norm,
         SINK=layer.config.sink_tokens, ROWS_AT_ONCE=_ROWS_AT_ONCE,

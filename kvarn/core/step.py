@@ -47,6 +47,7 @@ class Step:
         plan: long chunks, which have no attention tasks; None if there are none.
         hits_inside: a request may read pages that another fills in this step: the engine publishes them before.
         parts: what is done in its place, one after the other (`tile_by_tile`); none for the step itself.
+        fills: [1], 0 if no request fills a tile, else 1; None if rows aren't in rings.
     """
 
     rows: torch.Tensor
@@ -69,6 +70,7 @@ class Step:
     plan: PrefillPlan | None = None
     hits_inside: bool = True
     parts: "tuple[StepPart, ...]" = ()
+    fills: torch.Tensor | None = None
 
     def with_rings(self, rows: torch.Tensor) -> "Step":
         """Return the same step of the same requests with other rings, [requests], int32."""
@@ -172,7 +174,7 @@ def verify_step(
     requests = rows.shape[0]
     rows_per_task, _ = task_shape(config, group, rows_each, widest)
     tasks_each, several = -(-rows_each // rows_per_task), rows_each > 1
-    out = aligned_ints(11 if several else 7, max(requests + 1, requests * rows_each), rows.device)
+    out = aligned_ints(12 if several else 8, max(requests + 1, requests * rows_each), rows.device)
     launch(
         verify_step_kernel, (1,),
         rows, seq_lens, block_table, state.ring_end, state.ring_page, state.sure_end, state.sure_page, state.own_start,
@@ -182,11 +184,11 @@ def verify_step(
         DRAFTS=config.draft_tokens, BLOCK=_STEP_BLOCK,
     )  # fmt: skip
     fields = dict(zip(_UNIFORM_FIELDS, out[:, :requests], strict=False))
-    index = out[5, : requests + 1]
+    index, fields["fills"] = out[5, : requests + 1], out[-1, :1]
     if several:
         query_start = out[6, : requests + 1]
         token_request, token_position = out[7:9, : requests * rows_each]
-        task_request, task_row = out[9:, : requests * tasks_each]
+        task_request, task_row = out[9:11, : requests * tasks_each]
     else:
         query_start, token_request, token_position = index, index[:-1], fields["prefix_lens"]
         task_request, task_row = index[:-1], out[6, :requests]
@@ -219,6 +221,7 @@ def verify_step_reference(
     starts = tiles[1] * tile_tokens
     state.update_sinks(torch.where(starts >= prefix_lens, starts, 1).to(torch.int32), pages[1])
     index = torch.arange(rows.shape[0] + 1, dtype=torch.int32, device=device)
+    seal_tile = torch.where(seq_lens // tile_tokens > prefix_lens // tile_tokens, seq_lens // tile_tokens - 1, -1)
     rows_per_task, _ = task_shape(state.config, group, rows_each, widest)
     token_row, task_row = (
         torch.arange(0, rows_each, step, dtype=torch.int32, device=device) for step in (1, rows_per_task)
@@ -238,7 +241,8 @@ def verify_step_reference(
         token_request=index[:-1].repeat_interleave(rows_each),
         token_position=(prefix_lens[:, None] + token_row).flatten(),
         seal_request=index[:-1],
-        seal_tile=torch.where(seq_lens // tile_tokens > prefix_lens // tile_tokens, seq_lens // tile_tokens - 1, -1),
+        seal_tile=seal_tile,
+        fills=(seal_tile >= 0).any().to(torch.int32)[None],
         task_request=index[:-1].repeat_interleave(task_row.shape[0]),
         task_row=task_row.repeat(rows.shape[0]),
     )

@@ -120,6 +120,7 @@ def _part(step: Step, pieces: list[_Piece], config: CacheConfig[Any]) -> StepPar
         rows_per_task=1,
         columns=step.columns,
         rows_in_ring=True,
+        fills=ints([1]),
         **fields,
     )
     return StepPart(ints([pieces[i].row + at for i, at in zip(owner, inside, strict=True)]).long(), requests, part)

@@ -195,6 +195,7 @@ _GIVEN = {
     "async_copy": SimpleNamespace(commit_group=lambda: None, wait_group=lambda pending: None),
     "allow_next": lambda chained: None,
     "wait_for_previous": lambda chained: None,
+    "wait_for_queries": lambda fills, chained: None,
 }
 
 

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from kvarn.core.kernels.chain import allow_next, wait_for_previous
+from kvarn.core.kernels.chain import allow_next, allow_next_early, wait_for_previous
 from kvarn.core.kernels.hadamard import hadamard, load_in_fours
 from kvarn.core.kernels.rotate import RAW_MAX, load_places, store_rows
 from kvarn.core.kernels.seal import seal_tasks
@@ -12,9 +12,10 @@ from kvarn.core.kernels.seal import seal_tasks
 @triton.jit(do_not_specialize=["tasks", "block_table_stride"])
 def append_kernel(
     k_ptr, v_ptr, k_out_ptr, v_out_ptr, tails_ptr, sinks_ptr, records_ptr, task_request_ptr, task_tile_ptr, rows_ptr,
-    sink_slot_ptr, prefix_ptr, length_ptr, query_start_ptr, block_table_ptr, tasks, k_token_stride, k_head_stride,
-    v_token_stride, v_head_stride, record_block_stride, record_tile_stride, record_head_stride, tail_row_stride,
-    tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, block_table_stride,
+    sink_slot_ptr, prefix_ptr, length_ptr, query_start_ptr, block_table_ptr, fills_ptr, tasks,
+    k_token_stride, k_head_stride, v_token_stride, v_head_stride, record_block_stride, record_tile_stride,
+    record_head_stride, tail_row_stride, tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride,
+    sink_head_stride, block_table_stride,
     D: tl.constexpr, DP: tl.constexpr, NORM: tl.constexpr, G: tl.constexpr, RING: tl.constexpr, SINK: tl.constexpr,
     TILES: tl.constexpr, K_FIELDS: tl.constexpr, V_FIELDS: tl.constexpr, OFFSETS: tl.constexpr,
     GROUP_TOKENS: tl.constexpr, KEY_BITS: tl.constexpr, VALUE_BITS: tl.constexpr, KEY_CLIP: tl.constexpr,
@@ -26,6 +27,7 @@ def append_kernel(
     Every request has one token, which is its task. What a program seals, it has stored itself or an earlier step has. D
     is a power of two; ROWS_AT_ONCE: tokens that are rotated together; BLOCK: as of `seal_kernel`.
     """
+    allow_next_early(fills_ptr, CHAINED)
     programs = tl.num_programs(0)
     head = tl.program_id(1)
     kv_heads = tl.num_programs(1)

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from kvarn.core.kernels.address import find_record
-from kvarn.core.kernels.chain import allow_next, wait_for_previous
+from kvarn.core.kernels.chain import allow_next, wait_for_previous, wait_for_queries
 from kvarn.core.kernels.hadamard import load_in_fours
 from kvarn.core.kernels.task import (
     LOG2E,
@@ -173,7 +173,7 @@ def _attend_tile(
 def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
     task_request_ptr, task_row_ptr, work_end_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
-    query_start_ptr, block_table_ptr, partial_ptr, partial_lse_ptr, scale, tasks,
+    query_start_ptr, block_table_ptr, partial_ptr, partial_lse_ptr, fills_ptr, scale, tasks,
     q_token_stride, q_head_stride, record_block_stride, record_tile_stride, record_head_stride, tail_row_stride,
     tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride,
     chunk_head_stride, block_table_stride,
@@ -217,6 +217,7 @@ def attend_kernel(
             )
         )  # fmt: skip
 
+        wait_for_queries(fills_ptr, CHAINED)
         q_cols = q_ptr + (query_start + row).to(tl.int64) * q_token_stride
         q_cols += (head * GROUP + column % GROUP) * q_head_stride
         q_full = load_in_fours(q_cols[None, :], channels[:, None], (channels < D)[:, None] & col_ok[None, :], D)

@@ -5,9 +5,10 @@ complete, not the previous alone. Before its wait it may read what describes the
 chained, so that they were complete before any later one began; page tables; and records that the step doesn't seal. It
 reads rings, rotated rows and partial results, and writes whatever it does, after its wait.
 
-The first kernel over dense heads waits before it allows the next. So the step's queries are complete when later ones
-begin, which may read them before their wait, and so needn't wait for tiles that are sealed; from the second-level
-cache: that the first level holds nothing older is only certain after the wait.
+Attention over dense heads has queries when it begins, if the step fills a tile: then the first kernel waits before it
+allows the next, so that attention doesn't wait for what is sealed. Else the first kernel may allow the next at once,
+which waits for queries, too: it isn't long. Queries that are read before a wait come from the second-level cache: that
+the first level holds nothing older is only certain after it.
 """
 
 import triton
@@ -27,3 +28,18 @@ def wait_for_previous(CHAINED: tl.constexpr):
     """Wait until the kernel before is complete and its writes are visible. Again costs nothing."""
     if CHAINED:
         gdc_wait()
+
+
+@triton.jit
+def allow_next_early(fills_ptr, CHAINED: tl.constexpr):
+    """Let the next kernel be launched before this one waits, if the step fills no tile. fills: of a Step."""
+    if tl.load(fills_ptr) == 0:
+        allow_next(CHAINED)
+
+
+@triton.jit
+def wait_for_queries(fills_ptr, CHAINED: tl.constexpr):
+    """Wait where the first kernel may have allowed the next early. fills: of a Step, None for what has waited."""
+    if fills_ptr is not None:  # noqa: SIM102 (joined, none would be loaded from)
+        if tl.load(fills_ptr) == 0:
+            wait_for_previous(CHAINED)

@@ -17,10 +17,11 @@ def verify_step_kernel(
     """One program. rows_each tokens a request, SEVERAL if not one, in tasks_each tasks of task_rows.
 
     Rows of out: prefix, length, own_start, sink slot, tile to seal or -1, index; then zeros if not SEVERAL, else query
-    start, request and position of every token, request and first row of every task.
+    start, request and position of every token, request and first row of every task; last, whether a tile is filled.
     """
     count = tl.load(free_count_ptr)
     faults = tl.load(faults_ptr)
+    fills = 0
     for start in range(0, requests, BLOCK):
         request = start + tl.arange(0, BLOCK)
         ok = request < requests
@@ -60,7 +61,9 @@ def verify_step_kernel(
         tl.store(out + out_stride, length, mask=ok)
         tl.store(out + 2 * out_stride, own_start, mask=ok)
         tl.store(out + 3 * out_stride, tl.load(page_slot_ptr + first_page, mask=ok, other=-1), mask=ok)
-        tl.store(out + 4 * out_stride, tl.where(length // G > prefix // G, length // G - 1, -1), mask=ok)
+        full = length // G > prefix // G
+        fills = tl.maximum(fills, tl.max((ok & full).to(tl.int32), axis=0))
+        tl.store(out + 4 * out_stride, tl.where(full, length // G - 1, -1), mask=ok)
         tl.store(out + 5 * out_stride, request, mask=request <= requests)
         if SEVERAL:
             tl.store(out + 6 * out_stride, request * rows_each, mask=request <= requests)
@@ -74,6 +77,8 @@ def verify_step_kernel(
                 tl.store(task + 10 * out_stride, 0 * request + i * task_rows, mask=ok)
         else:
             tl.store(out + 6 * out_stride, 0 * request, mask=ok)
+    LAST: tl.constexpr = 11 if SEVERAL else 7
+    tl.store(out_ptr + LAST * out_stride, fills)
     tl.store(out_ptr + 5 * out_stride + requests, requests)
     if SEVERAL:
         tl.store(out_ptr + 6 * out_stride + requests, requests * rows_each)

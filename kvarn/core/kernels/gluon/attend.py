@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import async_copy, mma_v2
 
 from kvarn.core.kernels.address import find_record
-from kvarn.core.kernels.chain import allow_next, wait_for_previous
+from kvarn.core.kernels.chain import allow_next, wait_for_previous, wait_for_queries
 from kvarn.core.kernels.gluon.layouts import (
     begin_copy,
     mma_layout,
@@ -251,7 +251,7 @@ def _attend_sinks(
 def attend_kernel(
     q_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_k_ptr, chunk_v_ptr,
     task_request_ptr, task_row_ptr, work_end_ptr, rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr,
-    query_start_ptr, block_table_ptr, partial_ptr, partial_lse_ptr, scale, tasks,
+    query_start_ptr, block_table_ptr, partial_ptr, partial_lse_ptr, fills_ptr, scale, tasks,
     q_token_stride, q_head_stride, record_block_stride, record_tile_stride, record_head_stride, tail_row_stride,
     tail_kv_stride, tail_head_stride, sink_slot_stride, sink_kv_stride, sink_head_stride, chunk_token_stride,
     chunk_head_stride, block_table_stride,
@@ -301,6 +301,7 @@ def attend_kernel(
             records_ptr, table, begin, stop, head, record_block_stride, record_tile_stride, record_head_stride, D, G,
             TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, STAGES, num_warps,
         )  # fmt: skip
+        wait_for_queries(fills_ptr, CHAINED)
         quarters = _load_query(
             q_ptr, query_start, first_row, query_rows, q_token_stride, q_head_stride, head, D, COLUMNS, GROUP, ROWS,
             num_warps,
