@@ -14,9 +14,10 @@ from kvarn.core.step import Step
 _CHUNK_ELEMENTS_PER_WARP = 4096
 _DECODE_ELEMENTS_PER_WARP = 2048
 # In a decode step few requests fill a tile: no more programs than run at once, each looking at so many requests. Up to
-# half of them have a multiprocessor each, more run two by two, which so many registers let those of eight warps do.
+# half of them have a multiprocessor each, with programs of attention beside them, more run two by two: so many registers
+# a thread let those of eight warps do so. With fewer a tile takes half as long again.
 _DECODE_PROGRAMS = 256
-_REGISTERS_BY_TWO = 128
+_REGISTERS_ALONE, _REGISTERS_BY_TWO = 168, 128
 SEAL_TASK_BLOCK = 32
 # Requests of a decode step up to which a launch saved is worth more than rows rotated by more programs; 0 for never.
 _APPENDED_AT_ONCE = 64
@@ -96,8 +97,9 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
 
 def _constants(config: CacheConfig, device: torch.device, rows_in_ring: bool, programs: int) -> Constants:
     """Return the constants and options that both kernels take which seal."""
-    by_two = rows_in_ring and 2 * programs * config.kv_heads > _DECODE_PROGRAMS // 2
-    return _kernel_constants(config, device, rows_in_ring, _REGISTERS_BY_TWO if by_two else None)
+    by_two = 2 * programs * config.kv_heads > _DECODE_PROGRAMS // 2
+    registers = _REGISTERS_BY_TWO if by_two else _REGISTERS_ALONE
+    return _kernel_constants(config, device, rows_in_ring, registers if rows_in_ring else None)
 
 
 @functools.lru_cache(maxsize=32)  # as of `layout_constants`
