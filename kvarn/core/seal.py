@@ -14,8 +14,8 @@ from kvarn.core.step import Step
 _CHUNK_ELEMENTS_PER_WARP = 4096
 _DECODE_ELEMENTS_PER_WARP = 2048
 # In a decode step few requests fill a tile: no more programs than run at once, each looking at so many requests. Up to
-# half of them have a multiprocessor each, with programs of attention beside them, more run two by two: so many registers
-# let those of eight warps do so. With fewer a tile takes half as long again.
+# half of them have a multiprocessor each, and attention's programs beside them; more run two by two, as so many
+# registers let those of eight warps do. With fewer a tile takes half as long again.
 _DECODE_PROGRAMS = 256
 _REGISTERS_ALONE, _REGISTERS_BY_TWO = 168, 128
 SEAL_TASK_BLOCK = 32
