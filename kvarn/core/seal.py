@@ -14,10 +14,11 @@ from kvarn.core.step import Step
 _CHUNK_ELEMENTS_PER_WARP = 4096
 _DECODE_ELEMENTS_PER_WARP = 2048
 # In a decode step few requests fill a tile: no more programs than run at once, each looking at so many requests. Up to
-# half of them have a multiprocessor each, and attention's programs beside them; more run two by two, as so many
-# registers let those of eight warps do. With fewer a tile takes half as long again.
+# half of them have a multiprocessor each.
 _DECODE_PROGRAMS = 256
-_REGISTERS_ALONE, _REGISTERS_BY_TWO = 168, 128
+# Of a multiprocessor, and of a thread: as many as attention's threads have, so that its programs fit where such a one
+# was; for two programs of eight warps on a multiprocessor fewer, though a tile takes half as long again.
+_REGISTERS, _REGISTERS_EACH, _REGISTERS_BY_TWO = 65536, 168, 128
 SEAL_TASK_BLOCK = 32
 # Requests of a decode step up to which a launch saved is worth more than rows rotated by more programs; 0 for never.
 _APPENDED_AT_ONCE = 64
@@ -97,25 +98,22 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
 
 def _constants(config: CacheConfig, device: torch.device, rows_in_ring: bool, programs: int) -> Constants:
     """Return the constants and options that both kernels take which seal."""
-    by_two = 2 * programs * config.kv_heads > _DECODE_PROGRAMS // 2
-    registers = _REGISTERS_BY_TWO if by_two else _REGISTERS_ALONE
-    return _kernel_constants(config, device, rows_in_ring, registers if rows_in_ring else None)
+    return _kernel_constants(config, device, rows_in_ring, 2 * programs * config.kv_heads > _DECODE_PROGRAMS // 2)
 
 
 @functools.lru_cache(maxsize=32)  # as of `layout_constants`
-def _kernel_constants(
-    config: CacheConfig, device: torch.device, rows_in_ring: bool, registers: int | None
-) -> Constants:
+def _kernel_constants(config: CacheConfig, device: torch.device, rows_in_ring: bool, by_two: bool) -> Constants:
     layout = config.layout
     constants = layout_constants(layout)
     elements_per_warp = _DECODE_ELEMENTS_PER_WARP if rows_in_ring else _CHUNK_ELEMENTS_PER_WARP
+    warps = min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp))
+    registers = _REGISTERS_BY_TWO if by_two and warps == 8 else min(_REGISTERS_EACH, _REGISTERS // (32 * warps))
     return Constants({
         **constants, "RING": config.ring_tokens, "TILES": config.tiles_per_block, "KEY_BITS": layout.key_bits,
         "VALUE_BITS": layout.value_bits, "KEY_CLIP": key_clip(layout.key_bits),
         "VALUE_CLIP": value_clip(layout.value_bits, layout.head_dim), "SCALE_MAX": SCALE_MAX,
-        "BLOCK": SEAL_TASK_BLOCK if rows_in_ring else 1, **chained(device),
-        "num_warps": min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp)),
-        "maxnreg": registers,
+        "BLOCK": SEAL_TASK_BLOCK if rows_in_ring else 1, **chained(device), "num_warps": warps,
+        "maxnreg": registers if rows_in_ring else None,
     })  # fmt: skip
 
 

@@ -7,6 +7,7 @@ from tolerance import relative_rms
 
 from kvarn.core import seal as seal_module
 from kvarn.core.append import rotate_rows, rotate_rows_reference, store_tail, store_tail_reference
+from kvarn.core.layout import HEAD_DIMS
 from kvarn.core.reference import decode_record, unpack_record
 from kvarn.core.seal import append_and_seal, seal, seal_reference
 from kvarn.presets import PRESETS
@@ -55,6 +56,18 @@ def test_one_launch_appends_and_seals_as_two_do(lengths, settings, device, dtype
         ours, theirs = (getattr(case.layer, name).contiguous().view(torch.uint8) for case in cases)
         assert torch.equal(ours, theirs)
     assert not torch.equal(cases[0].layer.records.cpu(), made.layer.records), "no tile was sealed"
+
+
+@pytest.mark.parametrize("head_dim", HEAD_DIMS)
+@pytest.mark.parametrize("preset", ["kvarn_k4v2_g128", "kvarn_k4v2_g64"])
+@pytest.mark.parametrize("programs", [1, 16])
+def test_registers_of_programs_that_seal_fit_a_multiprocessor(preset, head_dim, programs):
+    config = make_case([1], [1], preset=preset, head_dim=head_dim, kv_heads=8).layer.config
+    options = seal_module._constants(config, torch.device("cpu"), True, programs).named
+    threads = 32 * options["num_warps"]
+    # two of eight warps where there are more programs than half a GPU's multiprocessors
+    at_once = 2 if programs == 16 and threads == 256 else 1
+    assert options["maxnreg"] * threads * at_once <= 65536
 
 
 def test_rotation_takes_strided_rows(device):
