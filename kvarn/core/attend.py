@@ -91,7 +91,7 @@ def launch_shape(config: CacheConfig, columns: int, tasks: int, device: torch.de
         if not narrow:
             return LaunchShape(2, 1, min(4, fitting))
         enough = next((n for most, n in _ENOUGH_PROGRAMS if tasks * config.kv_heads <= most), None)
-        if enough is None or config.batch_invariant:
+        if enough is None or columns > DECODE_COLUMNS or config.batch_invariant:
             return LaunchShape(2, 1, min(_NARROW_PROGRAMS, fitting), 168)
         return LaunchShape(2, 1, enough, 168, (_SHARED_BYTES >> 10) // (enough + 1))
     if columns <= DECODE_COLUMNS:
@@ -112,9 +112,16 @@ def num_programs(
         rows_in_ring: as of a Step.
         device: where the step runs.
     """
+    programs = _most_programs(config, shape, tasks, pages, rows_in_ring, device)
+    return programs if config.batch_invariant else merged_sooner(programs, tasks)
+
+
+def _most_programs(
+    config: CacheConfig, shape: LaunchShape, tasks: int, pages: int, rows_in_ring: bool, device: torch.device
+) -> int:
     if config.batch_invariant:
         return most_shares(config, tasks, pages, rows_in_ring=rows_in_ring)
-    return merged_sooner(max(1, sm_count(device) * shape.programs_per_sm // config.kv_heads), tasks)
+    return max(1, sm_count(device) * shape.programs_per_sm // config.kv_heads)
 
 
 def most_partial_rows(
@@ -138,7 +145,7 @@ def most_partial_rows(
     rows = []
     for columns, tasks, rows_in_ring in kinds:
         shape = launch_shape(config, columns, tasks, device)
-        programs = num_programs(config, shape, tasks, pages, rows_in_ring, device)
+        programs = _most_programs(config, shape, tasks, pages, rows_in_ring, device)
         rows.append((programs + tasks) * config.kv_heads * columns)
     return max(rows)
 

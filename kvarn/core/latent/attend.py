@@ -93,10 +93,18 @@ def num_latent_programs(
     device: torch.device,
 ) -> int:
     """Return how many programs share the work of one block of heads. It follows from shapes alone."""
+    programs = _most_programs(config, head_blocks, columns, tasks, pages, rows_in_ring, device)
+    return programs if config.batch_invariant else merged_sooner(programs, tasks)
+
+
+def _most_programs(
+    config: CacheConfig[LatentLayout], head_blocks: int, columns: int, tasks: int, pages: int, rows_in_ring: bool,
+    device: torch.device,
+) -> int:  # fmt: skip
     if config.batch_invariant:
         return most_shares(config, tasks, pages, rows_in_ring=rows_in_ring)
     one = columns > LATENT_COLUMNS or _are_few(config, tasks, head_blocks)
-    return merged_sooner(max(1, sm_count(device) * (1 if one else _PROGRAMS_PER_SM) // head_blocks), tasks)
+    return max(1, sm_count(device) * (1 if one else _PROGRAMS_PER_SM) // head_blocks)
 
 
 def _are_few(config: CacheConfig[LatentLayout], tasks: int, head_blocks: int) -> bool:
@@ -124,7 +132,7 @@ def most_latent_partial_bytes(
         kinds.append((_program_columns(columns), requests * -(-rows_each // rows_per_task), True))
     blocks, rows = heads // group, []
     for columns, tasks, rows_in_ring in kinds:
-        programs = num_latent_programs(config, blocks, columns, tasks, pages, rows_in_ring, device)
+        programs = _most_programs(config, blocks, columns, tasks, pages, rows_in_ring, device)
         rows.append((programs + tasks) * blocks * columns)
     return max(rows) * (config.layout.latent_dim + 1) * torch.float32.itemsize
 
