@@ -66,7 +66,9 @@ def _arguments() -> argparse.Namespace:
     names = commands.add_parser("warm", help="compile the kernels of some cases; `decode` calls it")
     names.add_argument("names", nargs="+")
     names.add_argument("--peers", nargs=1, help="compile this peer's kernels instead of KVarN's")
-    names.add_argument("--shape", nargs=4, type=int, help="warps, stages, programs and registers, as tune has them")
+    names.add_argument(
+        "--shape", nargs=5, type=int, help="warps, stages, programs, registers and room, as tune has them"
+    )
     tuned = commands.add_parser("tune", help="measure the attention kernel under many launch shapes")
     tuned.add_argument(
         "--only", metavar="PATTERN", default="", help="regular expression, searched in the names of cases"
@@ -77,6 +79,7 @@ def _arguments() -> argparse.Namespace:
     tuned.add_argument(
         "--registers", nargs="+", type=int, default=[0, 168], help="the most of a thread, 0 for no limit"
     )
+    tuned.add_argument("--rooms", nargs="+", type=int, default=[0], help="KiB of shared memory a program, at least")
     tuned.add_argument("--out", type=Path, default=_OUT.with_name("tune.json"), help="result file")
     tuned.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many seconds")
     shown = commands.add_parser("once", help="run two layers of some cases, for a profiler")
@@ -115,7 +118,7 @@ def _bench(peers: Sequence[registry.Peer], table_tokens: int) -> measure.Bench:
 def _tune(args: argparse.Namespace) -> None:
     began = time.monotonic()
     chosen = cases.select(cases.registry(), args.only)
-    tried = tune.shapes(args.warps, args.stages, args.programs, args.registers)
+    tried = tune.shapes(args.warps, args.stages, args.programs, args.registers, args.rooms)
     tune.compile_all(chosen, tried)
     print(f"compiled ahead in {time.monotonic() - began:.0f} s", file=sys.stderr)
     tune.run(chosen, tried, _bench((), args.table_tokens), args.out, began + args.seconds)

@@ -23,16 +23,20 @@ from kvarn.core import attend
 from kvarn.core.attend import LaunchShape
 
 _MEASURED = ("us", "us_p10", "us_p90", "attend_us", "of_limit", "gate_err")
-_LAUNCH = "{warps} warps, {stages} stages, {programs_per_sm} programs, {registers} registers"
+_LAUNCH = "{warps} warps, {stages} stages, {programs_per_sm} programs, {registers} registers, {room_kib} KiB"
 _TOOK = "{us:.1f} us ({attend_us:.1f} attention), {of_limit:.0%}, error {gate_err:.1e}"
 
 
 def shapes(
-    warps: Sequence[int], stages: Sequence[int], programs: Sequence[int], registers: Sequence[int] = (0,)
+    warps: Sequence[int],
+    stages: Sequence[int],
+    programs: Sequence[int],
+    registers: Sequence[int] = (0,),
+    rooms: Sequence[int] = (0,),
 ) -> list[LaunchShape]:
     """Return every combination; 0 registers are no limit."""
-    combinations = itertools.product(warps, stages, programs, registers)
-    return [LaunchShape(w, s, p, r or None) for w, s, p, r in combinations]
+    combinations = itertools.product(warps, stages, programs, registers, rooms)
+    return [LaunchShape(w, s, p, r or None, room) for w, s, p, r, room in combinations]
 
 
 @contextmanager
@@ -48,7 +52,7 @@ def launched_as(shape: LaunchShape) -> Iterator[None]:
 
 def compile_all(cases: Sequence[Case], tried: Sequence[LaunchShape]) -> None:
     """Compile every kernel in processes of its own. What fails says why when it is measured."""
-    kernels = sorted({(shape.warps, shape.stages, shape.programs_per_sm, shape.registers or 0) for shape in tried})
+    kernels = sorted({(s.warps, s.stages, s.programs_per_sm, s.registers or 0, s.room_kib) for s in tried})
     command = [sys.executable, "-m", "benchmarks.kernels", "warm"]
     jobs = [[*command, case.name, "--shape", *map(str, kernel)] for case in cases for kernel in kernels]
     with ThreadPoolExecutor(min(len(jobs), os.cpu_count() or 1)) as pool:

@@ -295,6 +295,7 @@ def test_percentiles_are_in_order():
 def test_tuning_measures_every_shape_behind_the_gate_and_leaves_none_behind(tmp_path):
     chosen = attend.launch_shape
     tried = tune.shapes([2, 4], [3], [1, 8])
+    assert tune.shapes([2], [1], [3], [168], [0, 57])[1] == attend.LaunchShape(2, 1, 3, 168, 57)
     tune.run([TINY], tried, bench(), tmp_path / "tune.json", math.inf)
     rows = json.loads((tmp_path / "tune.json").read_text())["rows"]
     assert [(row["warps"], row["programs_per_sm"]) for row in rows] == [(2, 1), (2, 8), (4, 1), (4, 8)]
