@@ -22,7 +22,9 @@ from kvarn.core.work import RAW_BLOCK, TASK_BLOCK, most_shares, units_per_share
 # What the kernel with explicit layouts serves: head_dim, and words of a row of codes.
 _WIDEST_EXPLICIT = 256
 _FEWEST_WORDS = 8
-# Output elements of a program up to which 168 registers a thread hold them and a tile's, of keys of fewer bits.
+# Registers of a thread that let six programs of two warps run, and output elements of a program up to which so many
+# hold them and a tile's, of keys of fewer bits.
+NARROW_REGISTERS = 168
 _ACCUMULATORS = 1024
 _MOST_BITS = 8
 # Of a Hopper multiprocessor; and what each program takes beside its buffers, reductions and the driver's part.
@@ -92,8 +94,8 @@ def launch_shape(config: CacheConfig, columns: int, tasks: int, device: torch.de
             return LaunchShape(2, 1, min(4, fitting))
         enough = next((n for most, n in _ENOUGH_PROGRAMS if tasks * config.kv_heads <= most), None)
         if enough is None or columns > DECODE_COLUMNS or config.batch_invariant:
-            return LaunchShape(2, 1, min(_NARROW_PROGRAMS, fitting), 168)
-        return LaunchShape(2, 1, enough, 168, (_SHARED_BYTES >> 10) // (enough + 1))
+            return LaunchShape(2, 1, min(_NARROW_PROGRAMS, fitting), NARROW_REGISTERS)
+        return LaunchShape(2, 1, enough, NARROW_REGISTERS, (_SHARED_BYTES >> 10) // (enough + 1))
     if columns <= DECODE_COLUMNS:
         return LaunchShape(2, 5, 4) if head_dim <= 128 else LaunchShape(4 if head_dim <= 256 else 8, 2)
     return LaunchShape(2, 2)
@@ -112,8 +114,7 @@ def num_programs(
         rows_in_ring: as of a Step.
         device: where the step runs.
     """
-    programs = _most_programs(config, shape, tasks, pages, rows_in_ring, device)
-    return programs if config.batch_invariant else merged_sooner(programs, tasks)
+    return merged_sooner(_most_programs(config, shape, tasks, pages, rows_in_ring, device), tasks, config)
 
 
 def _most_programs(

@@ -54,8 +54,10 @@ def combine_shape(programs: int, tasks: int, columns: int, config: CacheConfig[A
     return CombineShape(1, _AT_A_TIME, max(4, layout.head_dim // 32))
 
 
-def merged_sooner(programs: int, tasks: int) -> int:
+def merged_sooner(programs: int, tasks: int, config: CacheConfig[Any]) -> int:
     """Return so many programs of attention, or a few less if merging what they leave of a task takes a turn less."""
+    if config.batch_invariant:  # one for every share
+        return programs
     turns = programs // (_AT_A_TIME * tasks)
     fewer = turns * _AT_A_TIME * tasks
     return fewer if programs - fewer <= programs // 16 else programs
@@ -129,6 +131,7 @@ def _explicit_constants(
     head_dim = config.layout.head_dim
     return Constants({
         "GROUP": group, "ROWS": rows_per_task, "COLUMNS": columns, "PARTS": _EXPLICIT_WARPS * 2048 // head_dim,
+        # whose it is doesn't matter: only whether tasks are counted in units is asked
         "SHARE": units_per_share(config, rows_in_ring=True), "D": head_dim, "NORM": config.rotation_norm,
         **chained(device), "num_warps": _EXPLICIT_WARPS,
     })  # fmt: skip

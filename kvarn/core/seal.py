@@ -5,6 +5,7 @@ import functools
 import torch
 
 from kvarn.core.append import RotatedRows, rotate_rows, rotate_rows_reference, store_first_reference
+from kvarn.core.attend import NARROW_REGISTERS
 from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
 from kvarn.core.launch import Constants, chained, launch
 from kvarn.core.reference import SCALE_MAX, encode, key_clip, value_clip
@@ -16,9 +17,9 @@ _DECODE_ELEMENTS_PER_WARP = 2048
 # In a decode step few requests fill a tile: no more programs than run at once, each looking at so many requests. Up to
 # half of them have a multiprocessor each.
 _DECODE_PROGRAMS = 256
-# Of a multiprocessor, and of a thread: as many as attention's threads have, so that its programs fit where such a one
-# was; for two programs of eight warps on a multiprocessor fewer, though a tile takes half as long again.
-_REGISTERS, _REGISTERS_EACH, _REGISTERS_BY_TWO = 65536, 168, 128
+# Registers of a multiprocessor, and of a thread where two programs of eight warps run on one, though a tile takes half
+# as long again. Else threads have as many as attention's, whose programs fit then where such a one was.
+_REGISTERS, _REGISTERS_BY_TWO = 65536, 128
 SEAL_TASK_BLOCK = 32
 # Requests of a decode step up to which a launch saved is worth more than rows rotated by more programs; 0 for never.
 _APPENDED_AT_ONCE = 64
@@ -98,7 +99,8 @@ def seal(rotated: RotatedRows, layer: LayerCache, step: Step) -> None:
 
 def _constants(config: CacheConfig, device: torch.device, rows_in_ring: bool, programs: int) -> Constants:
     """Return the constants and options that both kernels take which seal."""
-    return _kernel_constants(config, device, rows_in_ring, 2 * programs * config.kv_heads > _DECODE_PROGRAMS // 2)
+    by_two = rows_in_ring and 2 * programs * config.kv_heads > _DECODE_PROGRAMS // 2
+    return _kernel_constants(config, device, rows_in_ring, by_two)
 
 
 @functools.lru_cache(maxsize=32)  # as of `layout_constants`
@@ -107,7 +109,7 @@ def _kernel_constants(config: CacheConfig, device: torch.device, rows_in_ring: b
     constants = layout_constants(layout)
     elements_per_warp = _DECODE_ELEMENTS_PER_WARP if rows_in_ring else _CHUNK_ELEMENTS_PER_WARP
     warps = min(16, max(4, layout.tile_tokens * constants["DP"] // elements_per_warp))
-    registers = _REGISTERS_BY_TWO if by_two and warps == 8 else min(_REGISTERS_EACH, _REGISTERS // (32 * warps))
+    registers = _REGISTERS_BY_TWO if by_two and warps == 8 else min(NARROW_REGISTERS, _REGISTERS // (32 * warps))
     return Constants({
         **constants, "RING": config.ring_tokens, "TILES": config.tiles_per_block, "KEY_BITS": layout.key_bits,
         "VALUE_BITS": layout.value_bits, "KEY_CLIP": key_clip(layout.key_bits),

@@ -94,7 +94,7 @@ def num_latent_programs(
 ) -> int:
     """Return how many programs share the work of one block of heads. It follows from shapes alone."""
     programs = _most_programs(config, head_blocks, columns, tasks, pages, rows_in_ring, device)
-    return programs if config.batch_invariant else merged_sooner(programs, tasks)
+    return merged_sooner(programs, tasks, config)
 
 
 def _most_programs(
