@@ -23,6 +23,8 @@ _LARGE = (16 * _K,) * 64
 _MEDIUM = (16 * _K,) * 16
 _VERIFY_ROWS = 4
 _VERIFIED = (_MEDIUM, (64 * _K,))
+# Groups of query heads and rows of as many columns as a program may have.
+_VERIFIED_WIDE = ((8, 8), (16, 4))
 _LOGIT_CAP = 30.0
 # What tensor parallelism leaves of a model on a GPU, or a small model has.
 _FEW_HEADS = (1, 2)
@@ -111,6 +113,7 @@ def registry() -> list[Case]:
     alone = [(32 * _K,), (128 * _K,)]
     cases += [Case(contexts, kv_heads=heads) for heads in _FEW_HEADS for contexts in (*alone, _MEDIUM)]
     cases += [Case(contexts, group=group, q_len=_VERIFY_ROWS) for contexts in _VERIFIED for group in _GROUPS]
+    cases += [Case(contexts, group=group, q_len=rows) for contexts in _VERIFIED for group, rows in _VERIFIED_WIDE]
     cases += [Case(alone[0], kv_heads=heads, q_len=_VERIFY_ROWS) for heads in _FEW_HEADS]
     return cases
 

@@ -7,21 +7,20 @@ from typing import Any
 
 import torch
 
+from kvarn.core import explicit
 from kvarn.core.append import RotatedRows
 from kvarn.core.cache import CacheConfig, LayerCache, layout_constants, runs_triton
 from kvarn.core.chunk_step import chunk_task_shape
 from kvarn.core.combine import combine, merged_sooner
+from kvarn.core.explicit import DECODE_COLUMNS, SHARED_COLUMNS, VERIFY_COLUMNS
 from kvarn.core.hadamard import rotate, rotate_keys
 from kvarn.core.launch import Constants, chained, has_lop3, launch
 from kvarn.core.layout import TileLayout
 from kvarn.core.readable import readable_rows
 from kvarn.core.reference import decode_record, softmax_attention
-from kvarn.core.step import DECODE_COLUMNS, Step, record_end, task_shape
+from kvarn.core.step import Step, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, TASK_BLOCK, most_shares, units_per_share
 
-# What the kernel with explicit layouts serves: head_dim, and words of a row of codes.
-_WIDEST_EXPLICIT = 256
-_FEWEST_WORDS = 8
 # Registers of a thread that let six programs of two warps run, and output elements of a program up to which so many
 # hold them and a tile's, of keys of fewer bits.
 NARROW_REGISTERS = 168
@@ -58,15 +57,8 @@ class LaunchShape:
     room_kib: int = 0
 
 
-def has_explicit_layouts(layout: TileLayout, device: torch.device) -> bool:
-    """Return whether the kernel with explicit layouts (`kernels.gluon.attend`) serves a tile layout on a device.
-
-    It needs an NVIDIA GPU, and rows of words that fill the rows of an MMA's operand without padding.
-    """
-    if not has_lop3(device):
-        return False
-    fields = (*layout.key_fields, *layout.value_fields)
-    return layout.padded_dim == layout.head_dim <= _WIDEST_EXPLICIT and all(f.words >= _FEWEST_WORDS for f in fields)
+# Of warps that share tiles. With 32 columns, three programs of 168 registers take a tenth longer than two of 250.
+_SHARED, _SHARED_NARROW = LaunchShape(4, 1, 2), LaunchShape(4, 1, 3, NARROW_REGISTERS)
 
 
 def shared_bytes(layout: TileLayout, columns: int) -> int:
@@ -76,18 +68,21 @@ def shared_bytes(layout: TileLayout, columns: int) -> int:
     return max(tile, raw) + 2 * 2 * columns * layout.head_dim + _SHARED_OVERHEAD
 
 
-def launch_shape(config: CacheConfig, columns: int, tasks: int, device: torch.device) -> LaunchShape:
-    """Return the shape for so many attention tasks of a step, and the query columns of a program.
+def launch_shape(config: CacheConfig, columns: int, rows: int, tasks: int, device: torch.device) -> LaunchShape:
+    """Return the shape for so many attention tasks of a step, and the query columns and rows of each.
 
     With explicit layouts two warps and 168 registers let a multiprocessor run six programs, wide ones and those over
-    keys of 8 bits four, as far as its shared memory holds them: what doesn't run at once would run alone.
+    keys of 8 bits four, as far as its shared memory holds them: what doesn't run at once would run alone. Four warps
+    share tiles where tasks have several rows.
 
     Without, four warps and 16 columns make Triton 3.6 choose the MMAs of a warp group, whose results here are wrong on
     an H100 (NaN, then an illegal memory access), so wide columns get two warps, though a tile of wide heads then
     spills.
     """
     layout, head_dim = config.layout, config.layout.head_dim
-    if has_explicit_layouts(layout, device):
+    if explicit.shares_tiles(layout, columns, rows, device):
+        return _SHARED if columns == SHARED_COLUMNS else _SHARED_NARROW
+    if explicit.has_explicit_layouts(layout, device):
         narrow = head_dim <= 128 and head_dim * columns <= _ACCUMULATORS and layout.key_bits < _MOST_BITS
         fitting = _SHARED_BYTES // shared_bytes(layout, columns)
         if not narrow:
@@ -138,14 +133,15 @@ def most_partial_rows(
         group: query heads of one kv head.
         device: where the step runs.
     """
-    rows_per_task, columns = chunk_task_shape(config, group)
-    kinds = [(columns, tokens // rows_per_task + requests, False)]
+    widest = explicit.widest_columns(config.layout, device)
+    rows_per_task, columns = chunk_task_shape(config, group, VERIFY_COLUMNS)
+    kinds = [(columns, rows_per_task, tokens // rows_per_task + requests, False)]
     for rows_each in range(1, config.draft_tokens + 2):
-        rows_per_task, columns = task_shape(config, group, rows_each)
-        kinds.append((columns, requests * -(-rows_each // rows_per_task), True))
+        rows_per_task, columns = task_shape(config, group, rows_each, widest)
+        kinds.append((columns, rows_per_task, requests * -(-rows_each // rows_per_task), True))
     rows = []
-    for columns, tasks, rows_in_ring in kinds:
-        shape = launch_shape(config, columns, tasks, device)
+    for columns, rows_per_task, tasks, rows_in_ring in kinds:
+        shape = launch_shape(config, columns, rows_per_task, tasks, device)
         programs = _most_programs(config, shape, tasks, pages, rows_in_ring, device)
         rows.append((programs + tasks) * config.kv_heads * columns)
     return max(rows)
@@ -191,7 +187,7 @@ def attend(
         out = torch.empty(q.shape, dtype=layer.tails.dtype, device=device)
     group = q_heads // config.kv_heads
     tasks, pages = step.task_request.shape[0], step.block_table.shape[1]
-    shape = launch_shape(config, step.columns, tasks, device)
+    shape = launch_shape(config, step.columns, step.rows_per_task, tasks, device)
     programs = num_programs(config, shape, tasks, pages, step.rows_in_ring, device)
     options = _Options(
         step.columns, step.rows_per_task, group, step.rows_in_ring, task_block(tasks), float(logit_cap), shape, device
@@ -214,7 +210,7 @@ def attend(
 @functools.lru_cache(maxsize=32)
 def _attend_kernel(layout: TileLayout, device: torch.device) -> Any:
     """Return the kernel for a layout."""
-    if has_explicit_layouts(layout, device):
+    if explicit.has_explicit_layouts(layout, device):
         from kvarn.core.kernels.gluon.attend import attend_kernel as explicit_kernel
 
         return explicit_kernel
@@ -240,7 +236,7 @@ class _Options:
 @functools.lru_cache(maxsize=256)  # steps that no graph has captured wait for it in every layer
 def _constants(config: CacheConfig, options: _Options) -> Constants:
     layout, shape, device = config.layout, options.shape, options.device
-    own = {"ROOM": shape.room_kib} if has_explicit_layouts(layout, device) else {"USE_ASM": has_lop3(device)}
+    own = {"ROOM": shape.room_kib} if explicit.has_explicit_layouts(layout, device) else {"USE_ASM": has_lop3(device)}
     return Constants({
         **layout_constants(layout), "GROUP": options.group, "ROWS": options.rows_per_task, "COLUMNS": options.columns,
         "RING": config.ring_tokens, "TILES": config.tiles_per_block, "TAIL": config.tail_tokens,
@@ -282,12 +278,6 @@ def _decode(records: torch.Tensor, layout: TileLayout) -> torch.Tensor:
 def task_block(tasks: int) -> int:
     """Return how many tasks a program looks at together: all if it can, in few sizes, as each is compiled."""
     return next((block for block in _TASK_BLOCKS if tasks <= block), TASK_BLOCK)
-
-
-@functools.cache
-def is_hopper(device: torch.device) -> bool:
-    """Return whether a device is a GPU with the MMAs of Hopper's warp groups, which later ones don't have."""
-    return torch.cuda.get_device_capability(device)[0] == 9
 
 
 def sm_count(device: torch.device) -> int:

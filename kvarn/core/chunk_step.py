@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from kvarn.core.cache import CacheConfig, runs_triton
+from kvarn.core.explicit import VERIFY_COLUMNS
 from kvarn.core.launch import launch
 from kvarn.core.prefill_plan import PrefillPlan
 from kvarn.core.step import Step, aligned_ints, int32_words, power_of_two, task_shape
@@ -12,17 +13,15 @@ from kvarn.core.tail import TailState
 from kvarn.core.tile_by_tile import tile_by_tile
 from kvarn.core.work import RAW_BLOCK, Tasks, count_work_reference, units_per_share
 
-# Query columns of one program of attention.
-CHUNK_COLUMNS = 16
 # Requests, tokens and tasks that the kernel handles at a time.
 _BLOCK = 1024
 _NO_LIMIT = (1 << 31) - 1
 
 
-def chunk_task_shape(config: CacheConfig[Any], group: int, widest: int = CHUNK_COLUMNS) -> tuple[int, int]:
+def chunk_task_shape(config: CacheConfig[Any], group: int, widest: int) -> tuple[int, int]:
     """Return the query rows and columns of an attention task, where requests have any number of rows."""
     if config.batch_invariant:
-        return task_shape(config, group, 1)
+        return task_shape(config, group, 1, widest)
     columns = max(widest, power_of_two(group))
     return columns // group, columns
 
@@ -37,7 +36,7 @@ def chunk_step(
     group: int,
     num_tokens: int,
     plan: PrefillPlan | None = None,
-    widest: int = CHUNK_COLUMNS,
+    widest: int = VERIFY_COLUMNS,
     hits_inside: bool = True,
 ) -> tuple[Step, torch.Tensor]:
     """Describe a step that adds any number of tokens to every request: prefill, chunks, mixed batches.
@@ -120,7 +119,7 @@ def chunk_step_reference(
     group: int,
     num_tokens: int,
     plan: PrefillPlan | None = None,
-    widest: int = CHUNK_COLUMNS,
+    widest: int = VERIFY_COLUMNS,
     hits_inside: bool = True,
 ) -> tuple[Step, torch.Tensor]:
     """Describe it by operations of torch."""

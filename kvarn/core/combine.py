@@ -8,8 +8,9 @@ import torch
 
 from kvarn.core.append import device_signs
 from kvarn.core.cache import CacheConfig, LayerCache
+from kvarn.core.explicit import DECODE_COLUMNS
 from kvarn.core.launch import Constants, chained, has_lop3, launch
-from kvarn.core.step import DECODE_COLUMNS, Step
+from kvarn.core.step import Step
 from kvarn.core.work import units_per_share
 
 # From so many parts of a task on they are taken many at a time: this many.

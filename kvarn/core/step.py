@@ -7,15 +7,12 @@ import torch
 
 from kvarn.core import read_rule
 from kvarn.core.cache import CacheConfig, runs_triton
+from kvarn.core.explicit import DECODE_COLUMNS, widest_columns
 from kvarn.core.launch import launch
 from kvarn.core.prefill_plan import PrefillPlan
 from kvarn.core.tail import TailState
 from kvarn.core.work import Tasks, count_work
 
-# Query columns of one program; 8 is the narrow side of the MMA. Tasks of drafts have no more than fit the registers of
-# two warps.
-DECODE_COLUMNS = 8
-VERIFY_COLUMNS = 16
 # Requests that the kernel of a verify step handles at a time, and the fields of a Step that it writes first.
 _STEP_BLOCK = 1024
 _UNIFORM_FIELDS = ("prefix_lens", "seq_lens", "own_start", "sink_slots", "seal_tile")
@@ -120,7 +117,7 @@ def decode_step(
     seq_lens: torch.Tensor,
     block_table: torch.Tensor,
     group: int,
-    widest: int = VERIFY_COLUMNS,
+    widest: int | None = None,
 ) -> Step:
     """Describe a step that adds one token to every request.
 
@@ -144,7 +141,7 @@ def verify_step(
     block_table: torch.Tensor,
     group: int,
     rows_each: int,
-    widest: int = VERIFY_COLUMNS,
+    widest: int | None = None,
 ) -> Step:
     """Describe a step that adds as many tokens to every request: one that is certain, and drafts to be verified.
 
@@ -157,7 +154,8 @@ def verify_step(
         block_table: [requests, pages], int32; padding stands on block 0.
         group: query heads of a kv head.
         rows_each: tokens that each request gets, at most one more than `CacheConfig.draft_tokens`.
-        widest: query columns of a program, unless the group is larger: what the kernel of attention is built for.
+        widest: query columns of a program, unless the group is larger: what the kernel of attention is built for. None
+            for that over keys and values.
 
     Raises:
         ValueError: rings aren't wide enough for so many drafts.
@@ -167,6 +165,8 @@ def verify_step(
     config = state.config
     if not 1 <= rows_each <= config.draft_tokens + 1:
         raise ValueError(f"A step of {rows_each} tokens a request needs rings for {rows_each - 1} drafts.")
+    if widest is None:
+        widest = widest_columns(config.layout, rows.device)
     if not runs_triton(state.page_slot):
         return verify_step_reference(state, rows, seq_lens, block_table, group, rows_each, widest)
     from kvarn.core.kernels.step import verify_step_kernel
@@ -206,7 +206,7 @@ def verify_step_reference(
     block_table: torch.Tensor,
     group: int,
     rows_each: int,
-    widest: int = VERIFY_COLUMNS,
+    widest: int,
 ) -> Step:
     """Describe a verify step by operations of torch."""
     tile_tokens, device = state.config.tile_tokens, rows.device
@@ -256,7 +256,7 @@ def _verify_step(config: CacheConfig[Any], group: int, rows_each: int, widest: i
     return Step(work_end=work_end, rows_per_task=rows_per_task, columns=columns, rows_in_ring=True, **fields)
 
 
-def task_shape(config: CacheConfig[Any], group: int, rows_each: int, widest: int = VERIFY_COLUMNS) -> tuple[int, int]:
+def task_shape(config: CacheConfig[Any], group: int, rows_each: int, widest: int) -> tuple[int, int]:
     """Return the query rows and columns of an attention task, where every request has as many rows.
 
     Of several rows a task takes as many as its columns hold, used or not: each shape is a variant of the kernel.

@@ -7,7 +7,8 @@ import torch
 
 from kvarn.core.attention import attention
 from kvarn.core.cache import LayerCache, runs_triton
-from kvarn.core.chunk_step import CHUNK_COLUMNS, chunk_step
+from kvarn.core.chunk_step import chunk_step, chunk_task_shape
+from kvarn.core.explicit import VERIFY_COLUMNS, widest_columns
 from kvarn.core.flash import FlashAttention
 from kvarn.core.launch import warmed_up
 from kvarn.core.prefill_plan import LONG_ROWS, plan_prefill
@@ -51,7 +52,7 @@ def warm_up_steps(
     group: int,
     flash: FlashAttention | None,
     run: Callable[[Step, int], None],
-    widest: int = CHUNK_COLUMNS,
+    widest: int | None = None,
     token_numbers: int | None = None,
 ) -> None:
     """Run decode and verify steps, chunks and long chunks of every kind that has kernels of its own.
@@ -64,12 +65,15 @@ def warm_up_steps(
         group: query heads that read a record together.
         flash: what attends long chunks, if anything does.
         run: serves a step of so many rows.
-        widest: as for `chunk_step`.
+        widest: as for `verify_step`.
         token_numbers: as for `plan_prefill`.
     """
     if not runs_triton(layer.records):
         return
     config, device = layer.config, layer.records.device
+    chunks_widest = VERIFY_COLUMNS if widest is None else widest
+    if widest is None:
+        widest = widest_columns(config.layout, device)
 
     def run_chunk(flash: FlashAttention | None, prefix: int, tokens: int, room: int | None = None) -> None:
         plan = plan_prefill(config, flash, layer.tails.dtype, [prefix], [tokens], device, token_numbers, room=room)
@@ -77,16 +81,18 @@ def warm_up_steps(
         ends = _ints(device, 1, prefix), _ints(device, 1, prefix + tokens)
         row = _ints(device, 1, 0)
         for tags in (torch.zeros(1, 2, dtype=torch.int64, device=device), None):
-            step, _ = chunk_step(_scratch_state(layer), row, *ends, tags, table, group, tokens, plan, widest)
+            step, _ = chunk_step(_scratch_state(layer), row, *ends, tags, table, group, tokens, plan, chunks_widest)
         run(step, tokens)
 
-    # of the numbers of rows that tasks of one shape serve, the largest
-    shapes = {task_shape(config, group, each, widest): each for each in range(1, config.draft_tokens + 2)}
+    # of the numbers of rows that tasks of one shape serve, the least, of one task a request, and the largest
+    most = range(1, config.draft_tokens + 2)
+    largest = {task_shape(config, group, each, widest): each for each in most}
+    least = {task_shape(config, group, each, widest): each for each in reversed(most)}
     for tasks in _TASKS:
         rows, ones, table = _ints(device, tasks, 0), _ints(device, tasks, 1), _ints(device, tasks, 0)[:, None]
-        for each in sorted({1, *shapes.values()}):
+        for each in sorted({1, *least.values(), *largest.values()}):
             run(verify_step(_scratch_state(layer), rows, ones, table, group, each, widest), tasks * each)
-        run_chunk(None, 0, tasks * max(1, widest // group))
+        run_chunk(None, 0, tasks * chunk_task_shape(config, group, chunks_widest)[0])
     tile = config.tile_tokens
     for prefix in (0, tile):
         run_chunk(flash, prefix, _LONG_CHUNK)

@@ -9,11 +9,12 @@ import torch
 from kvarn.core.append import RotatedRows, rotate_rows_reference, store_tail_reference
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.chunk_step import chunk_step
+from kvarn.core.explicit import VERIFY_COLUMNS
 from kvarn.core.flash import flash_for
 from kvarn.core.layout import TileLayout
 from kvarn.core.prefill_plan import PrefillPlan, plan_prefill
 from kvarn.core.seal import seal_reference
-from kvarn.core.step import VERIFY_COLUMNS, Step, verify_step
+from kvarn.core.step import Step, verify_step
 from kvarn.core.tail import TailState, owner_tags
 from kvarn.core.work import Tasks, count_work_reference
 from kvarn.presets import get_preset
@@ -71,12 +72,13 @@ def make_case(
     batch_invariant: bool = False,
     planned: bool = False,
     drafts: int = 0,
+    widest: int = VERIFY_COLUMNS,
 ) -> Case:
     """Grow requests to `lengths` (one chunk each, after `hits` tokens of prefix hit), then make a step of `new` rows.
 
     A step of one row for everybody is a decode step, one of as many rows, `drafts` or fewer of them drafts, is a verify
     step, any other is a chunk. With fewer slots than requests, some requests have no exact sinks. `planned`: long
-    chunks of the step attend by flash attention.
+    chunks of the step attend by flash attention. `widest`: the most query columns of a program.
     """
     generator = torch.Generator().manual_seed(seed)
     layout = TileLayout.of(get_preset(preset), head_dim)
@@ -102,7 +104,7 @@ def make_case(
         seal_reference(rotated, layer, past)
         store_tail_reference(rotated, layer, past)
     plan = _plan(config, dtype, lengths, new, "cpu") if planned else None
-    step = next_step(state, request_rows, lengths, new, tags, table, group, plan)
+    step = next_step(state, request_rows, lengths, new, tags, table, group, plan, widest)
     assert int(state.faults) == 0
     q, k, v = rows(sum(new), kv_heads * group), rows(sum(new), kv_heads), rows(sum(new), kv_heads)
     case = Case(layer, state, step, rotate_rows_reference(k, v), q, k, v)

@@ -25,7 +25,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 
 from kvarn.core.attend import launch_shape
 from kvarn.core.cache import CacheConfig, layout_constants
-from kvarn.core.chunk_step import CHUNK_COLUMNS
+from kvarn.core.explicit import DECODE_COLUMNS, VERIFY_COLUMNS
 from kvarn.core.kernels.append import append_kernel
 from kvarn.core.kernels.attend import attend_kernel as plain_attend_kernel
 from kvarn.core.kernels.chunk_step import chunk_step_kernel
@@ -48,7 +48,7 @@ from kvarn.core.latent.attend import LATENT_COLUMNS
 from kvarn.core.latent.layout import LatentLayout, latent_constants
 from kvarn.core.layout import TileLayout
 from kvarn.core.reference import SCALE_MAX
-from kvarn.core.step import DECODE_COLUMNS, power_of_two
+from kvarn.core.step import power_of_two
 from kvarn.core.work import RAW_BLOCK
 from kvarn.presets import get_preset
 
@@ -107,9 +107,9 @@ def main() -> None:
 def resources(preset: str, head_dim: int, group: int, rows: int, kind: list[str]) -> dict[str, int]:
     """Return what one case's attention takes."""
     layout = TileLayout.of(get_preset(preset), head_dim)
-    columns = max(DECODE_COLUMNS if rows == 1 else CHUNK_COLUMNS, power_of_two(group * rows))
+    columns = max(DECODE_COLUMNS if rows == 1 else VERIFY_COLUMNS, power_of_two(group * rows))
     config = CacheConfig(layout, _KV_HEADS, tail_tokens=128, sink_tokens=4, ring_tokens=256)
-    shape = launch_shape(config, columns, 1 if "few" in kind else _TASKS, torch.device("cuda"))
+    shape = launch_shape(config, columns, rows, 1 if "few" in kind else _TASKS, torch.device("cuda"))
     constants = _constants(layout, GROUP=group, ROWS=rows, COLUMNS=columns, STAGES=shape.stages, ROOM=shape.room_kib)
     constants |= {"ROWS_IN_RING": rows == 1 or "verify" in kind, "num_warps": shape.warps}
     if "canonical" in kind:

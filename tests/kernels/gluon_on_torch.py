@@ -19,7 +19,7 @@ from typing import Any
 import torch
 
 _KERNELS = "kvarn.core.kernels"
-_HELPERS = ("task", "read_rule", "work", "address", "hadamard", "unpack")
+_HELPERS = ("read_rule", "work", "task", "address", "hadamard", "unpack")  # each after those that it needs
 _LAYOUTS = ("SliceLayout", "DotOperandLayout", "BlockedLayout", "SwizzledSharedLayout", "DistributedLinearLayout")
 _LAYOUTS += ("NVMMADistributedLayout", "NVMMASharedLayout")
 _PLANE = re.compile(r"(?:shr\.b32 t, \$1, (\d+); )?and\.b32 \$0, (?:t|\$1), 0x(\w+);")
@@ -74,8 +74,8 @@ class Shared:
     def index(self, i: Any) -> "Shared":
         return Shared(self.values[int(i)])
 
-    def slice(self, start: int, length: int) -> "Shared":
-        return Shared(self.values[start : start + length])
+    def slice(self, start: int, length: int, dim: int = 0) -> "Shared":
+        return Shared(self.values.narrow(dim, start, length))
 
     def permute(self, order: tuple[int, ...]) -> "Shared":
         return Shared(self.values.permute(order))
@@ -134,15 +134,16 @@ def _inline_asm(asm: str, constraints: str, values: list[torch.Tensor], **more: 
     return values[0][channels ^ 4 * int(found[1])]  # a thread has 4 neighbours
 
 
-def _restored(asm: str, words: torch.Tensor, scale: torch.Tensor, offset: torch.Tensor) -> torch.Tensor:
-    """Do what `codes._restoring_asm` says."""
+def _restored(asm: str, words: torch.Tensor, scale: torch.Tensor, offset: Any = 0.0) -> torch.Tensor:
+    """Do what `codes._number_asm` says, to multiply codes and to add offsets if there are any."""
     down, mask = _RESTORING.search(asm).groups()
     codes = ((words.int() & 0xFFFF) >> int(down or 0)) & int(mask, 16) & 0xFFFF
-    return (codes.double() * scale.double() + offset.double()).half()
+    return (codes.double() * scale.double() + torch.as_tensor(offset).double()).half()
 
 
-def _warpgroup_mma(a: Shared, b: Shared, acc: torch.Tensor, **_: object) -> torch.Tensor:
-    return acc + a.load().float() @ b.load().float()
+def _warpgroup_mma(a: Shared | torch.Tensor, b: Shared, acc: torch.Tensor, **_: object) -> torch.Tensor:
+    a = a.load() if isinstance(a, Shared) else a
+    return acc + a.float() @ b.load().float()
 
 
 def _warpgroup_mma_wait(_: int, deps: list[Any]) -> Any:
@@ -174,7 +175,7 @@ _LANGUAGE = SimpleNamespace(
     full=lambda shape, value, dtype, layout=None: torch.full(shape, value, dtype=dtype),
     zeros=lambda shape, dtype, layout=None: torch.zeros(shape, dtype=dtype),
     minimum=_tensors(torch.minimum), maximum=_tensors(torch.maximum), where=_where, abs=torch.abs,
-    max=lambda x, axis: x.amax(axis), sum=lambda x, axis: x.sum(axis),
+    max=lambda x, axis: x.amax(axis), min=lambda x, axis: x.amin(axis), sum=lambda x, axis: x.sum(axis),
     exp2=_float(torch.exp2), log2=_float(torch.log2), ceil=_float(torch.ceil),
     cdiv=lambda a, b: (a + b - 1) // b,
     join=lambda a, b: torch.stack((a, b), dim=-1), split=lambda x: x.unbind(dim=-1),
@@ -191,12 +192,19 @@ _GIVEN = {
     "warpgroup_mma_init": lambda x: x,
     "warpgroup_mma_wait": _warpgroup_mma_wait,
     "fence_async_shared": lambda: None,
-    "begin_copy": lambda shared, pointer: shared.store(pointer.load()),
-    "async_copy": SimpleNamespace(commit_group=lambda: None, wait_group=lambda pending: None),
+    "async_copy": SimpleNamespace(
+        async_load=lambda shared, pointer: shared.store(pointer.load()),
+        commit_group=lambda: None,
+        wait_group=lambda pending: None,
+    ),
     "allow_next": lambda chained: None,
     "wait_for_previous": lambda chained: None,
     "wait_for_queries": lambda fills, chained: None,
 }
+
+
+# Of the compiler, not of kernels.
+_OPTIONS = {"maxnreg", "launch_pdl", "num_warps"}
 
 
 class _Plain(ast.NodeTransformer):
@@ -231,11 +239,11 @@ class Emulated:
 
     def __init__(self, module: str, function: str, *others: str) -> None:
         names = dict(_GIVEN)
-        layouts = ast.parse(_source("gluon.layouts"))
-        names |= {node.name: lambda *_: None for node in layouts.body if isinstance(node, ast.FunctionDef)}
-        for name in (*_HELPERS, "gluon.program", *others, module):
+        for name in (*_HELPERS, "gluon.layouts", "gluon.program", *others, module):
             tree = ast.fix_missing_locations(_Plain().visit(ast.parse(_source(name))))
-            exec(compile(tree, name, "exec"), names)  # noqa: S102 (the project's own kernels)
+            own = dict(names)
+            exec(compile(tree, name, "exec"), own)  # noqa: S102 (the project's own kernels)
+            names |= {name: value for name, value in own.items() if not name.startswith("_")}
         self._function = names[function]
         self._parameters = set(inspect.signature(self._function).parameters)
 
@@ -243,6 +251,7 @@ class Emulated:
         def run(*args: Any, **constants: Any) -> None:
             given = [Pointer.of(x) if torch.is_tensor(x) else x for x in args]
             named = {name: value for name, value in constants.items() if name in self._parameters}
+            assert set(constants) - set(named) <= _OPTIONS, "the compiler knows no such constant"
             _programs[:] = (*grid, 1, 1)[:3]
             for place in itertools.product(*(range(size) for size in _programs)):
                 _program[:] = place

@@ -10,12 +10,13 @@ from gluon_on_torch import Emulated
 from tolerance import ATTEND_MAX, ATTEND_RMS, LSE, LSE_RELATIVE, relative_max, relative_rms
 
 from kvarn.core import attend as attend_module
+from kvarn.core import explicit
 from kvarn.core.attend import attend, attend_reference
 from kvarn.core.step import verify_step
 from kvarn.core.work import TASK_BLOCK
 from kvarn.presets import PRESETS
 
-OVER_TORCH = Emulated("gluon.attend", "attend_kernel", "gluon.codes", "gluon.record", "gluon.wide")
+OVER_TORCH = Emulated("gluon.attend", "attend_kernel", "gluon.codes", "gluon.record", "gluon.wide", "gluon.shared")
 
 
 @pytest.fixture(autouse=True, params=["explicit", "triton"])
@@ -25,10 +26,10 @@ def kernel(request, device, monkeypatch):
         remembered.cache_clear()
         request.addfinalizer(remembered.cache_clear)
     if request.param == "triton":
-        monkeypatch.setattr(attend_module, "has_explicit_layouts", lambda *_: False)
+        monkeypatch.setattr(explicit, "has_explicit_layouts", lambda *_: False)
     elif device == "cpu":
-        gpu, served = torch.device("cuda"), attend_module.has_explicit_layouts
-        monkeypatch.setattr(attend_module, "has_explicit_layouts", lambda layout, _: served(layout, gpu))
+        gpu, served = torch.device("cuda"), explicit.has_explicit_layouts
+        monkeypatch.setattr(explicit, "has_explicit_layouts", lambda layout, _: served(layout, gpu))
         plain = attend_module._attend_kernel
 
         def chosen(layout, device):

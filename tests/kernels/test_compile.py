@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from kvarn.core.attend import has_explicit_layouts
+from kvarn.core.explicit import has_explicit_layouts
 from kvarn.core.layout import HEAD_DIMS, TileLayout
 from kvarn.presets import PRESETS
 

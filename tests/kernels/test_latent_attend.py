@@ -20,7 +20,7 @@ GROUPS_OVER_TORCH = Emulated(
 
 
 def _over_torch(_layout: object, columns: int, *_: object) -> tuple[Emulated, dict[str, object]]:
-    return (GROUPS_OVER_TORCH if columns > 16 else OVER_TORCH), {"ROOM": 1}
+    return (GROUPS_OVER_TORCH, {}) if columns > 16 else (OVER_TORCH, {"ROOM": 1})
 
 
 def check(case: LatentCase, device: str) -> None:

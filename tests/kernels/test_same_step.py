@@ -10,6 +10,7 @@ from tolerance import ATTEND_RMS, relative_rms
 from kvarn.core.attention import attention, attention_reference
 from kvarn.core.cache import CacheConfig, LayerCache
 from kvarn.core.chunk_step import chunk_step
+from kvarn.core.explicit import VERIFY_COLUMNS
 from kvarn.core.flash import flash_for
 from kvarn.core.latent.attend import latent_shape
 from kvarn.core.latent.attention import expanded_attention, latent_attention
@@ -18,7 +19,7 @@ from kvarn.core.latent.layout import LatentLayout
 from kvarn.core.latent.rows import split_rows
 from kvarn.core.layout import TileLayout
 from kvarn.core.prefill_plan import LONG_ROWS, plan_prefill
-from kvarn.core.step import VERIFY_COLUMNS, Step
+from kvarn.core.step import Step
 from kvarn.core.tail import TailState, owner_tags
 
 TILE, WIDTH = 64, 160

@@ -12,10 +12,12 @@ from cases import ints
 
 from kvarn.core import attend as attend_module
 from kvarn.core import combine as combine_module
+from kvarn.core import explicit
 from kvarn.core import launch as launch_module
 from kvarn.core.attention import attention
 from kvarn.core.cache import CacheConfig, allocate_layer
-from kvarn.core.chunk_step import CHUNK_COLUMNS, chunk_step
+from kvarn.core.chunk_step import chunk_step
+from kvarn.core.explicit import VERIFY_COLUMNS
 from kvarn.core.flash import flash_for
 from kvarn.core.latent.attend import latent_shape
 from kvarn.core.latent.attention import expanded_attention, latent_attention
@@ -139,7 +141,7 @@ def test_steps_launch_what_warm_up_launched(launched: Variants, heads: int, sink
     logits = torch.zeros(heads) if sinks else None
     warm_up(layer, heads, flash, logits)
     warm = set(launched)
-    for name, step, tokens in steps(config, heads // KV_HEADS, CHUNK_COLUMNS, flash):
+    for name, step, tokens in steps(config, heads // KV_HEADS, VERIFY_COLUMNS, flash):
         q, k, v = (zeros(tokens, count, HEAD_DIM) for count in (heads, KV_HEADS, KV_HEADS))
         attention(q, k, v, layer, step, scale=1.0, sink_logits=logits)
         assert news(launched, warm) == [], name
@@ -148,27 +150,27 @@ def test_steps_launch_what_warm_up_launched(launched: Variants, heads: int, sink
 @pytest.mark.parametrize("kv_heads", [1, 2, 4, 8, 16])
 def test_warm_up_shares_and_merges_work_as_any_batch_does(launched, monkeypatch, kv_heads):
     # as on an H100
-    explicit = SimpleNamespace(kwargs={}, fn=SimpleNamespace(__name__="combine_parts_kernel"), arg_names=[])
-    monkeypatch.setattr(combine_module, "_explicit_kernel", lambda: explicit)
+    merging = SimpleNamespace(kwargs={}, fn=SimpleNamespace(__name__="combine_parts_kernel"), arg_names=[])
+    monkeypatch.setattr(combine_module, "_explicit_kernel", lambda: merging)
     monkeypatch.setattr(
         combine_module, "has_explicit_merging", lambda parts, *_: parts >= combine_module.EXPLICIT_PARTS
     )
     kernel = SimpleNamespace(kwargs={}, fn=SimpleNamespace(__name__="explicit_attend_kernel"), arg_names=[])
     monkeypatch.setattr(attend_module, "_attend_kernel", lambda *_: kernel)
-    monkeypatch.setattr(attend_module, "has_explicit_layouts", lambda *_: True)
+    monkeypatch.setattr(explicit, "has_explicit_layouts", lambda *_: True)
     monkeypatch.setattr(attend_module, "sm_count", lambda _: 132)
     layout = TileLayout.of(get_preset("kvarn_k4v2_g128"), 128)
-    config = CacheConfig(layout, kv_heads, 128, 4, 2 * TILE)
+    config = CacheConfig(layout, kv_heads, 128, 4, 2 * TILE + 4, draft_tokens=4)
     layer = allocate_layer(config, 2, 2, 1, DTYPE, CPU)
     warm_up(layer, 8 * kv_heads, None)
     warm = set(launched)
     assert ("combine_parts_kernel" in {variant[0] for variant in warm}) == (kv_heads <= 2)
-    for requests in range(1, 150):
+    for requests, each in itertools.product(range(1, 150), (1, 2, 4, 5)):
         state = TailState(config, requests + 1, 400, requests, CPU)
         rows, lengths = ints([*range(1, requests + 1)]), ints([700] * requests)
-        step = verify_step(state, rows, lengths, torch.ones(requests, 6, dtype=torch.int32), 8, 1)
-        attention(*(zeros(requests, n * kv_heads, 128) for n in (8, 1, 1)), layer, step, scale=1.0)
-        assert news(launched, warm) == [], requests
+        step = verify_step(state, rows, lengths, torch.ones(requests, 6, dtype=torch.int32), 8, each)
+        attention(*(zeros(requests * each, n * kv_heads, 128) for n in (8, 1, 1)), layer, step, scale=1.0)
+        assert news(launched, warm) == [], (requests, each)
 
 
 def test_steps_over_latents_launch_what_warm_up_launched(launched: Variants) -> None:

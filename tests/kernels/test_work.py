@@ -5,6 +5,7 @@ import torch
 from cases import make_case
 
 from kvarn.core import attend as attend_module
+from kvarn.core import explicit
 from kvarn.core.attend import launch_shape, num_programs
 from kvarn.core.step import Step
 from kvarn.core.work import RAW_BLOCK, Tasks, count_work, count_work_reference
@@ -50,26 +51,27 @@ def test_tasks_of_no_request_have_no_units():
 
 def test_where_little_is_read_fewer_programs_share_it(monkeypatch):
     monkeypatch.setattr(attend_module, "sm_count", lambda _: 132)
-    monkeypatch.setattr(attend_module, "has_explicit_layouts", lambda *_: True)
+    monkeypatch.setattr(explicit, "has_explicit_layouts", lambda *_: True)
     device = torch.device("cpu")
 
     def programs(kv_heads: int, tasks: int, columns: int = 8) -> int:
         config = make_case([300], [1], kv_heads=kv_heads).layer.config
-        shape = launch_shape(config, columns, tasks, device)
+        shape = launch_shape(config, columns, 1, tasks, device)
         return num_programs(config, shape, tasks, 8, True, device)
 
     # of one task 64 parts are merged at a time
     assert [programs(8, tasks) for tasks in (1, 2, 3, 64)] == [64, 66, 99, 99]
     assert [programs(2, tasks) for tasks in (1, 2, 3, 8, 9)] == [128, 128, 264, 264, 396]
-    assert programs(8, 1, columns=32) == 64
+    # two of wide tasks run on each of 132 multiprocessors, whatever their number
+    assert [programs(8, tasks, columns=32) for tasks in (1, 64)] == [33, 33]
 
 
 def test_programs_of_which_few_run_at_once_keep_others_away(monkeypatch):
-    monkeypatch.setattr(attend_module, "has_explicit_layouts", lambda *_: True)
+    monkeypatch.setattr(explicit, "has_explicit_layouts", lambda *_: True)
     config = make_case([300], [1], kv_heads=8).layer.config
     invariant = make_case([300], [1], kv_heads=8, batch_invariant=True).layer.config
     device = torch.device("cpu")
-    few = launch_shape(config, 8, 1, device)
+    few = launch_shape(config, 8, 1, 1, device)
     assert few.programs_per_sm * (few.room_kib + 1) <= 228 < (few.programs_per_sm + 1) * (few.room_kib + 1)
-    assert launch_shape(config, 8, 64, device).room_kib == 0
-    assert launch_shape(invariant, 8, 1, device) == launch_shape(config, 8, 64, device)
+    assert launch_shape(config, 8, 1, 64, device).room_kib == 0
+    assert launch_shape(invariant, 8, 1, 1, device) == launch_shape(config, 8, 1, 64, device)

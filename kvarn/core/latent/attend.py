@@ -5,10 +5,11 @@ from typing import Any, NamedTuple
 
 import torch
 
-from kvarn.core.attend import is_hopper, sm_count, task_block
+from kvarn.core.attend import sm_count, task_block
 from kvarn.core.cache import CacheConfig, LayerCache, runs_triton
 from kvarn.core.chunk_step import chunk_task_shape
 from kvarn.core.combine import combine, merged_sooner
+from kvarn.core.explicit import is_hopper
 from kvarn.core.hadamard import rotate
 from kvarn.core.latent.append import rotate_queries
 from kvarn.core.latent.layout import LatentLayout, latent_constants

@@ -24,6 +24,7 @@ from kvarn.core.kernels.gluon.layouts import (
 )
 from kvarn.core.kernels.gluon.program import span_of, take_room
 from kvarn.core.kernels.gluon.record import allocate_half, copy_next_half, key_logits, weigh_values
+from kvarn.core.kernels.gluon.shared import attend_records_shared, serves_shared
 from kvarn.core.kernels.gluon.wide import attend_records_wide, serves_wide
 from kvarn.core.kernels.hadamard import rotated_in_fours
 from kvarn.core.kernels.task import (
@@ -313,21 +314,29 @@ def attend_kernel(
         q_parts = gl.allocate_shared_memory(gl.float16, [2, D, COLUMNS], query_shared(K_FIELDS))
         q_scale = _rotate_query(quarters, q_parts) * (scale * LOG2E)
         WIDE: gl.constexpr = serves_wide(COLUMNS, D, G, GROUP_TOKENS, V_FIELDS, num_warps)
-        if WIDE:
+        SHARED: gl.constexpr = serves_shared(num_warps)
+        if SHARED:
+            m, total, acc = attend_records_shared(
+                k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, stop, sinks,
+                record_stop, head, q_parts, q_scale, record_block_stride, record_tile_stride, record_head_stride,
+                D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, SOFTCAP, ROWS > 1, STAGES, num_warps,
+            )  # fmt: skip
+        elif WIDE:
             m, total, acc = attend_records_wide(
                 k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, stop, sinks,
                 record_stop, head, q_parts, q_scale, record_block_stride, record_tile_stride, record_head_stride,
                 D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, SOFTCAP, ROWS > 1, STAGES, num_warps,
             )  # fmt: skip
-            m = gl.convert_layout(m, gl.SliceLayout(0, mma))
-            total = gl.convert_layout(total, gl.SliceLayout(0, mma))
-            acc = gl.convert_layout(acc, mma)
         else:
             m, total, acc = _attend_records(
                 k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, stop, sinks,
                 record_stop, head, q_parts, q_scale, record_block_stride, record_tile_stride, record_head_stride,
                 D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, SOFTCAP, ROWS > 1, STAGES, num_warps,
             )  # fmt: skip
+
+        m = gl.convert_layout(m, gl.SliceLayout(0, mma))
+        total = gl.convert_layout(total, gl.SliceLayout(0, mma))
+        acc = gl.convert_layout(acc, mma)
 
         wait_for_previous(CHAINED)
         k_buffer = gl.allocate_shared_memory(tails_ptr.dtype.element_ty, [RAW_BLOCK, D], raw_key_shared())

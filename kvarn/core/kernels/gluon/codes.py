@@ -58,8 +58,14 @@ def code_weight(low_bit, low):
 @gluon.jit
 def lane_weights(LANES: gl.constexpr, BITS: gl.constexpr, LOW_BIT: gl.constexpr, layout: gl.constexpr):
     """Return that factor for every lane of a row, [lanes], float16."""
-    low = gl.arange(0, LANES, layout=layout) // (LANES // planes(BITS)) * BITS
-    return gl.exp2((_exponent(LOW_BIT) - low % _positions()).to(gl.float32)).to(gl.float16)
+    return weights_of(gl.arange(0, LANES, layout=layout), LANES, BITS, LOW_BIT).to(gl.float16)
+
+
+@gluon.jit
+def weights_of(lane, LANES: gl.constexpr, BITS: gl.constexpr, LOW_BIT: gl.constexpr):
+    """Return that factor for some of a row's lanes, float32."""
+    low = lane // (LANES // planes(BITS)) * BITS
+    return gl.exp2((_exponent(LOW_BIT) - low % _positions()).to(gl.float32))
 
 
 @gluon.jit

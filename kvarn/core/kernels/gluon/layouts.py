@@ -123,3 +123,54 @@ def wide_vector_layout(tokens):
     reg = [[1]] + [[1 << i] for i in range(4, tokens.bit_length() - 1)]
     lane = [[2], [4], [0], [0], [0]]
     return gl.DistributedLinearLayout(reg, lane, [[8]], [], [tokens])
+
+
+@gluon.constexpr_function
+def shared_logits_mma(groups, warps):
+    """Return the layout of an MMA's result, [groups, queries, tokens]: warps share the tokens of every group."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[groups, 1, warps // groups], instr_shape=[1, 16, 8])
+
+
+@gluon.constexpr_function
+def shared_vector_layout(groups, lanes, words, warps):
+    """Return the layout of vectors of a step's lanes, [groups, lanes], as threads have them that hold words."""
+    reg = [[0, 1 << i] for i in range(words.bit_length() - 3)]
+    reg += [[0, words << i] for i in range((lanes // words).bit_length() - 1)]
+    lane = [[0, words // 4], [0, words // 2], [0, 0], [0, 0], [0, 0]]
+    warp = [[0, 0] for _ in range((warps // groups).bit_length() - 1)]
+    warp += [[1 << i, 0] for i in range(groups.bit_length() - 1)]
+    return gl.DistributedLinearLayout(reg, lane, warp, [], [groups, lanes])
+
+
+@gluon.constexpr_function
+def shared_operand_shared(lanes):
+    """Return the layout of a left operand in shared memory, [queries, lanes], read by ldmatrix."""
+    return gl.SwizzledSharedLayout(8, max(1, 64 // lanes), min(8, lanes // 8), [1, 0])
+
+
+@gluon.constexpr_function
+def shared_output_mma(warps):
+    """Return the layout of an MMA's result, [queries, channels]: warps side by side along the channels."""
+    return gl.NVMMADistributedLayout(version=[2, 0], warps_per_cta=[1, warps], instr_shape=[16, 8])
+
+
+@gluon.constexpr_function
+def shared_key_words_layout(tokens, words, groups, warps):
+    """Return the layout of keys' words, [tokens, words], which turns into a right operand's when transposed."""
+    each = warps // groups
+    reg = [[0, 1 << i] for i in range(words.bit_length() - 3)]
+    reg += [[1 << i, 0] for i in range((8 * each).bit_length() - 1, (tokens // groups).bit_length() - 1)]
+    lane = [[0, words // 4], [0, words // 2], [1, 0], [2, 0], [4, 0]]
+    warp = [[8 << i, 0] for i in range(each.bit_length() - 1)]
+    warp += [[tokens // groups << i, 0] for i in range(groups.bit_length() - 1)]
+    return gl.DistributedLinearLayout(reg, lane, warp, [], [tokens, words])
+
+
+@gluon.constexpr_function
+def shared_value_words_layout(rows, words, warps):
+    """Return the layout of values' words, [channels, words], which turns into a right operand's when transposed."""
+    reg = [[0, 1]] + [[0, 1 << i] for i in range(3, words.bit_length() - 1)]
+    reg += [[1 << i, 0] for i in range((8 * warps).bit_length() - 1, rows.bit_length() - 1)]
+    lane = [[0, 2], [0, 4], [1, 0], [2, 0], [4, 0]]
+    warp = [[8 << i, 0] for i in range(warps.bit_length() - 1)]
+    return gl.DistributedLinearLayout(reg, lane, warp, [], [rows, words])
