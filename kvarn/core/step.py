@@ -7,7 +7,7 @@ import torch
 
 from kvarn.core import read_rule
 from kvarn.core.cache import CacheConfig, runs_triton
-from kvarn.core.explicit import DECODE_COLUMNS, widest_columns
+from kvarn.core.explicit import DECODE_COLUMNS, VERIFY_COLUMNS, widest_columns
 from kvarn.core.launch import launch
 from kvarn.core.prefill_plan import PrefillPlan
 from kvarn.core.tail import TailState
@@ -154,8 +154,7 @@ def verify_step(
         block_table: [requests, pages], int32; padding stands on block 0.
         group: query heads of a kv head.
         rows_each: tokens that each request gets, at most one more than `CacheConfig.draft_tokens`.
-        widest: query columns of a program, unless the group is larger: what the kernel of attention is built for. None
-            for that over keys and values.
+        widest: query columns of a program, unless the group is larger; None for those over keys and values.
 
     Raises:
         ValueError: rings aren't wide enough for so many drafts.
@@ -165,8 +164,7 @@ def verify_step(
     config = state.config
     if not 1 <= rows_each <= config.draft_tokens + 1:
         raise ValueError(f"A step of {rows_each} tokens a request needs rings for {rows_each - 1} drafts.")
-    if widest is None:
-        widest = widest_columns(config.layout, rows.device)
+    widest = widest or widest_columns(config.layout, rows.device)
     if not runs_triton(state.page_slot):
         return verify_step_reference(state, rows, seq_lens, block_table, group, rows_each, widest)
     from kvarn.core.kernels.step import verify_step_kernel
@@ -206,7 +204,7 @@ def verify_step_reference(
     block_table: torch.Tensor,
     group: int,
     rows_each: int,
-    widest: int,
+    widest: int = VERIFY_COLUMNS,
 ) -> Step:
     """Describe a verify step by operations of torch."""
     tile_tokens, device = state.config.tile_tokens, rows.device
