@@ -169,9 +169,8 @@ def verify_step(
         return verify_step_reference(state, rows, seq_lens, block_table, group, rows_each, widest)
     from kvarn.core.kernels.step import verify_step_kernel
 
-    requests = rows.shape[0]
     rows_per_task, _ = task_shape(config, group, rows_each, widest)
-    tasks_each, several = -(-rows_each // rows_per_task), rows_each > 1
+    requests, tasks_each, several = rows.shape[0], -(-rows_each // rows_per_task), rows_each > 1
     out = aligned_ints(12 if several else 8, max(requests + 1, requests * rows_each), rows.device)
     launch(
         verify_step_kernel, (1,),

@@ -70,6 +70,16 @@ def test_main_shapes_keep_their_registers():
     assert decode["stack"] <= 32
 
 
+@pytest.mark.parametrize("half", [0, 1])
+def test_tiles_that_warps_share_compile_for_drafts(half):
+    cases = [f"{case}/8/4/verify" for case in SERVED if case.endswith("/128")][half::2]
+    cases += ["kvarn_k4v2_g128/64/4/4/verify", "kvarn_k4v2_g64/64/8/4/verify"][half::2]
+    made = compiled(*cases)
+    assert set(made) == set(cases)
+    assert {case: found for case, found in made.items() if found["programs"] > found["fitting"]} == {}
+    assert all(found["stack"] <= 64 for found in made.values())
+
+
 def test_programs_of_few_tasks_leave_no_room_for_more():
     few = [f"kvarn_k4v2_g128/{head_dim}/8/1/few" for head_dim in (64, 128)]
     assert all(found["programs"] == found["fitting"] for found in compiled(*few).values())

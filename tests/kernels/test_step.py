@@ -10,6 +10,7 @@ from cases import ints
 
 from kvarn.core.cache import CacheConfig
 from kvarn.core.chunk_step import chunk_step, chunk_step_reference
+from kvarn.core.explicit import SHARED_COLUMNS, VERIFY_COLUMNS
 from kvarn.core.layout import TileLayout
 from kvarn.core.prefill_plan import LONG_ROWS, plan_prefill
 from kvarn.core.step import Step, decode_step, verify_step, verify_step_reference
@@ -98,8 +99,9 @@ def test_steps_and_state_are_those_of_the_reference(requests, slots, drafts, ste
             who = dice.randrange(requests)
             at[who], ends[who], pages[who] = 0, dice.choice([0, 1, 77]), 0
             lengths[who] = before[who]
-        theirs = verify_step_reference(state, at, ends, pages, GROUP, each)
-        same(verify_step(ours, at.to(device), ends.to(device), pages.to(device), GROUP, each), theirs)
+        widest = dice.choice([VERIFY_COLUMNS, SHARED_COLUMNS])
+        theirs = verify_step_reference(state, at, ends, pages, GROUP, each, widest)
+        same(verify_step(ours, at.to(device), ends.to(device), pages.to(device), GROUP, each, widest), theirs)
         same_state(ours, state)
         lengths = [length - min(length, dice.randrange(each)) for length in lengths]
     assert int(state.faults) > 0
