@@ -57,8 +57,9 @@ class LaunchShape:
     room_kib: int = 0
 
 
-# Of warps that share tiles. With 32 columns, three programs of 168 registers take a tenth longer than two of 250.
-_SHARED, _SHARED_NARROW = LaunchShape(4, 1, 2), LaunchShape(4, 1, 3, NARROW_REGISTERS)
+# Of warps that share tiles, with 32 and with 16 columns. Three programs of 168 registers take 3 to 10 % longer with 32
+# columns than two of 250, though these have fewer warps: less of a tile is under way in them.
+_SHARED_TILES, _NARROW_SHARED_TILES = LaunchShape(4, 1, 2), LaunchShape(4, 1, 3, NARROW_REGISTERS)
 
 
 def shared_bytes(layout: TileLayout, columns: int) -> int:
@@ -81,7 +82,7 @@ def launch_shape(config: CacheConfig, columns: int, rows: int, tasks: int, devic
     """
     layout, head_dim = config.layout, config.layout.head_dim
     if explicit.shares_tiles(layout, columns, rows, device):
-        return _SHARED if columns == SHARED_COLUMNS else _SHARED_NARROW
+        return _SHARED_TILES if columns == SHARED_COLUMNS else _NARROW_SHARED_TILES
     if explicit.has_explicit_layouts(layout, device):
         narrow = head_dim <= 128 and head_dim * columns <= _ACCUMULATORS and layout.key_bits < _MOST_BITS
         fitting = _SHARED_BYTES // shared_bytes(layout, columns)

@@ -73,12 +73,14 @@ def make_case(
     planned: bool = False,
     drafts: int = 0,
     widest: int = VERIFY_COLUMNS,
+    magnitude: float = 1.0,
 ) -> Case:
     """Grow requests to `lengths` (one chunk each, after `hits` tokens of prefix hit), then make a step of `new` rows.
 
     A step of one row for everybody is a decode step, one of as many rows, `drafts` or fewer of them drafts, is a verify
     step, any other is a chunk. With fewer slots than requests, some requests have no exact sinks. `planned`: long
     chunks of the step attend by flash attention. `widest`: the most query columns of a program.
+    `magnitude`: of keys and values; queries are as much larger.
     """
     generator = torch.Generator().manual_seed(seed)
     layout = TileLayout.of(get_preset(preset), head_dim)
@@ -100,13 +102,14 @@ def make_case(
             continue
         past, _ = chunk_step(state, request_rows, ints(begin), ints(end), names, table, group, sum(end) - sum(begin))
         count = sum(end) - sum(begin)
-        rotated = rotate_rows_reference(rows(count, kv_heads), rows(count, kv_heads))
+        rotated = rotate_rows_reference(*(rows(count, kv_heads) * magnitude for _ in range(2)))
         seal_reference(rotated, layer, past)
         store_tail_reference(rotated, layer, past)
     plan = _plan(config, dtype, lengths, new, "cpu") if planned else None
     step = next_step(state, request_rows, lengths, new, tags, table, group, plan, widest)
     assert int(state.faults) == 0
-    q, k, v = rows(sum(new), kv_heads * group), rows(sum(new), kv_heads), rows(sum(new), kv_heads)
+    q = rows(sum(new), kv_heads * group) / magnitude
+    k, v = (rows(sum(new), kv_heads) * magnitude for _ in range(2))
     case = Case(layer, state, step, rotate_rows_reference(k, v), q, k, v)
     return case if device == "cpu" else to_device(case, device)
 

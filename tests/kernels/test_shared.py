@@ -54,7 +54,9 @@ def test_chunks_match_reference(widest, device, dtype):
     check(make_case([300, 128, 5], [40, 1, 20], hits=[256, 0, 0], widest=widest, dtype=dtype), device)
 
 
-@pytest.mark.parametrize("more", [{"canonical": True, "tail": 0, "sink": 0}, {"slots": 1}, {"outliers": True}])
+@pytest.mark.parametrize(
+    "more", [{"canonical": True, "tail": 0, "sink": 0}, {"slots": 1}, {"outliers": True}, {"magnitude": 0.01}]
+)
 def test_drafts_match_reference_whatever_the_cache(more, device):
     check(make_case([600, 300], [4, 4], group=8, drafts=3, widest=32, **more), device)
 

@@ -29,6 +29,8 @@ from kvarn.core.kernels.unpack import planes, side_by_side
 _GROUP = gl.constexpr(64)
 # Sums that what tokens owe for offsets is split into: a chain of MMAs takes its latency for each.
 _CHAINS = gl.constexpr(4)
+# Queries are stored smaller by this, and scales are as much larger: small ones keep their bits times a lane's weight.
+_DOWN = gl.constexpr(2.0**-4)
 
 
 @gluon.constexpr_function
@@ -68,7 +70,7 @@ def _in_operand_order(x, WORDS: gl.constexpr):
 
 @gluon.jit
 def _store_queries(q_parts, PARTS: gl.constexpr, WORDS: gl.constexpr, warps: gl.constexpr):
-    """Return queries in shared memory of their own, [parts, steps * columns, lanes of a step], in an MMA's order."""
+    """Return queries in shared memory, times _DOWN, [parts, steps * columns, lanes of a step], in an MMA's order."""
     D: gl.constexpr = q_parts.shape[1]
     C: gl.constexpr = q_parts.shape[2]
     LANES: gl.constexpr = WORDS * _planes_each(WORDS)
@@ -77,19 +79,20 @@ def _store_queries(q_parts, PARTS: gl.constexpr, WORDS: gl.constexpr, warps: gl.
     for part in gl.static_range(PARTS):
         x = gl.permute(q_parts.index(part).permute((1, 0)).load(rows_copy_layout(2 * D, warps)), (1, 0))
         x = gl.reshape(_in_operand_order(gl.reshape(x, (1, D, C)), WORDS), (STEPS, LANES, C))
-        shared.index(part).store(gl.reshape(gl.permute(x, (0, 2, 1)), (STEPS * C, LANES)))
+        shared.index(part).store(gl.reshape(gl.permute(x, (0, 2, 1)), (STEPS * C, LANES)) * _DOWN)
     return shared
 
 
 @gluon.jit
-def _vector(vector, GROUPS: gl.constexpr, FIRST: gl.constexpr, LANES: gl.constexpr, WORDS: gl.constexpr,
-            warps: gl.constexpr, layout: gl.constexpr):  # fmt: skip
+def _vector(
+    vector, GROUPS: gl.constexpr, FIRST: gl.constexpr, LANES: gl.constexpr, WORDS: gl.constexpr, warps: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
     """Return a step's part of a vector of every group's channels, [groups, lanes], in an MMA's order."""
     rows = vector._reinterpret(gl.float16, (GROUPS, vector.shape[0] // GROUPS), plain_shared(2))
     x = rows.slice(FIRST, LANES, 1).load(shared_vector_layout(GROUPS, LANES, WORDS, warps))
-    return gl.convert_layout(
-        gl.reshape(_in_operand_order(gl.reshape(x, (GROUPS, LANES, 1)), WORDS), (GROUPS, LANES)), layout
-    )
+    x = _in_operand_order(gl.reshape(x, (GROUPS, LANES, 1)), WORDS)
+    return gl.convert_layout(gl.reshape(x, (GROUPS, LANES)), layout)
 
 
 @gluon.jit
@@ -131,7 +134,7 @@ def _add_logits(
             )  # fmt: skip
             owed = _add_owed(owed, q, low, offset[:, :, None] * columns, step)
         lane = step * LANES + gl.arange(0, LANES, layout=gl.SliceLayout(0, gl.SliceLayout(1, left)))
-        weights = weights_of(lane, planes(BITS) * W, BITS, K_FIELDS[F][1]).to(gl.float16)
+        weights = (weights_of(lane, planes(BITS) * W, BITS, K_FIELDS[F][1]) / _DOWN).to(gl.float16)
         scale = _vector(vectors[0].index(slot), GROUPS, step * LANES, LANES, W, warps, gl.SliceLayout(1, left))
         codes = gl.reshape(_codes(packed, BITS, step), (GROUPS, _GROUP, LANES))
         codes = _in_operand_order(gl.permute(codes, (0, 2, 1)), W)
@@ -146,7 +149,7 @@ def _key_logits(
 ):  # fmt: skip
     """Return q . code of a slot's tokens in CODE_UNITs, [groups, queries, tokens], and what tokens owe for offsets.
 
-    What they owe, [groups, queries, 8 for each warp], is the same in all columns.
+    What they owe, [groups, queries, 8 for each warp], times _DOWN, is the same in all columns.
     """
     mma: gl.constexpr = shared_logits_mma(GROUPS, warps)
     x = gl.zeros((GROUPS, C, _GROUP), gl.float32, mma)
@@ -244,12 +247,11 @@ def attend_records_shared(
         few: gl.constexpr = gl.SliceLayout(2, x.type.layout)
         tokens: gl.constexpr = gl.SliceLayout(1, x.type.layout)
         owed = gl.convert_layout(owed, few, assert_trivial=True)
+        owed *= q_scale / _DOWN
         unit = q_scale * CODE_UNIT
         if SOFTCAP > 0:
-            x = cap(x * unit + (owed * q_scale)[:, :, None, :], SOFTCAP)
+            x = cap(x * unit + owed[:, :, None, :], SOFTCAP)
             owed, unit = 0.0 * owed, 1.0
-        else:
-            owed *= q_scale
         if tile * G < sinks:
             at = gl.convert_layout(gl.reshape(lane, (GROUPS, _GROUP // EACH, EACH)), tokens, assert_trivial=True)
             x = gl.where((tile * G + at >= sinks)[:, None, :, :], x, float("-inf"))
