@@ -145,7 +145,10 @@ def _mismatches(without: dict[str, Any], with_drafts: dict[str, Any]) -> int:
 def _speeds(
     args: argparse.Namespace, served: dict[str, tuple[dict[str, Any], dict[str, Any]]], which: int
 ) -> dict[str, float]:
-    """Return tokens a second of one stream over one of the contexts, with and without drafts, of every cache dtype."""
+    """Return how fast one stream over one of the contexts is, with and without drafts, for every cache dtype.
+
+    Tokens a second, and, with drafts, what a step gave of that text and how long it took.
+    """
     found = {}
     for dtype, both in served.items():
         without, drafting = (answer["decode"][which] for answer in both)
@@ -154,6 +157,9 @@ def _speeds(
             for spread in ("", "_low", "_high"):
                 found[f"{prefix}{name}{spread}"] = round(speed[f"decode_tok_s{spread}"], 2)
         found[f"{prefix}gain"] = round(found[f"{prefix}tok_s"] / found[f"{prefix}tok_s_without"], 3)
+        if accepted := drafting.get("acceptance_length"):
+            found[f"{prefix}tokens_a_step"] = round(accepted, 3)
+            found[f"{prefix}step_ms"] = round(1e3 * accepted / drafting["decode_tok_s"], 3)
     return found
 
 

@@ -40,7 +40,7 @@ def main() -> None:
         engine.save_hidden(Path(job["prefill"]["file"]))
         engine.generate([job["prefill"]["ids"]], 1)
     if "decode" in job:
-        result["decode"] = [decode_speed(engine, **case) for case in job["decode"]]
+        result["decode"] = [decode_speed(engine, **case, drafts=job.get("drafts")) for case in job["decode"]]
     if "hit" in job:
         result["hit"] = first_token_after_hit(engine, **job["hit"])
     if "hits" in job:
@@ -59,8 +59,9 @@ def acceptance_length(before: tuple[int, int], after: tuple[int, int]) -> float 
 
 
 def decode_speed(
-    engine: Engine, batch: int, context: int, new_tokens: int, repeats: int, vocab: int, text: list[int] | None = None
-) -> dict[str, Any]:
+    engine: Engine, batch: int, context: int, new_tokens: int, repeats: int, vocab: int, text: list[int] | None = None,
+    drafts: object = None,
+) -> dict[str, Any]:  # fmt: skip
     """Measure decode tokens a second over cached contexts.
 
     The contexts are prefilled once; then two generations of different length hit the cache, and their difference is
@@ -74,6 +75,7 @@ def decode_speed(
         repeats: measurements; the median, lowest and highest are reported.
         vocab: ids are drawn below this.
         text: ids that contexts are cut from, once more from the start where they end; None for arbitrary ids.
+        drafts: whether the engine has drafts: then how many tokens a step gave is told, too, which is the text's doing.
     """
     engine.flush()
     prompts = [_arbitrary_tokens(i, context, vocab) for i in range(batch)]
@@ -83,6 +85,7 @@ def decode_speed(
     engine.generate(prompts, 1)
     prefill_s = time.perf_counter() - began
     engine.generate(prompts, _WARM_TOKENS)
+    before = engine.verified() if drafts else None
     rates = []
     for _ in range(repeats):
         seconds = []
@@ -99,6 +102,7 @@ def decode_speed(
         "decode_tok_s": rates[len(rates) // 2],
         "decode_tok_s_low": rates[0],
         "decode_tok_s_high": rates[-1],
+        **({} if before is None else {"acceptance_length": acceptance_length(before, engine.verified())}),
     }
 
 

@@ -79,8 +79,8 @@ def make_case(
 
     A step of one row for everybody is a decode step, one of as many rows, `drafts` or fewer of them drafts, is a verify
     step, any other is a chunk. With fewer slots than requests, some requests have no exact sinks. `planned`: long
-    chunks of the step attend by flash attention. `widest`: the most query columns of a program.
-    `magnitude`: of keys and values; queries are as much larger.
+    chunks of the step attend by flash attention. `widest`: the most query columns of a program. `magnitude`: of keys
+    and values; queries are as much larger.
     """
     generator = torch.Generator().manual_seed(seed)
     layout = TileLayout.of(get_preset(preset), head_dim)
@@ -94,24 +94,22 @@ def make_case(
     state = TailState(config, len(lengths) + 2, blocks, slots, "cpu")
 
     rows = functools.partial(_random_rows, head_dim, kv_heads if outliers else 0, dtype, generator)
-
     request_rows = torch.arange(1, len(lengths) + 1, dtype=torch.int32).flip(0)
     tags = owner_tags([f"request-{i}" for i in range(len(lengths))])
     for begin, end, names in (([0] * len(hits), hits, tags.flip(0)), (hits, lengths, tags)):
         if begin == end:
             continue
-        past, _ = chunk_step(state, request_rows, ints(begin), ints(end), names, table, group, sum(end) - sum(begin))
         count = sum(end) - sum(begin)
-        rotated = rotate_rows_reference(*(rows(count, kv_heads) * magnitude for _ in range(2)))
+        past, _ = chunk_step(state, request_rows, ints(begin), ints(end), names, table, group, count)
+        rotated = rotate_rows_reference(rows(count, kv_heads) * magnitude, rows(count, kv_heads) * magnitude)
         seal_reference(rotated, layer, past)
         store_tail_reference(rotated, layer, past)
     plan = _plan(config, dtype, lengths, new, "cpu") if planned else None
     step = next_step(state, request_rows, lengths, new, tags, table, group, plan, widest)
     assert int(state.faults) == 0
-    q = rows(sum(new), kv_heads * group) / magnitude
-    k, v = (rows(sum(new), kv_heads) * magnitude for _ in range(2))
-    case = Case(layer, state, step, rotate_rows_reference(k, v), q, k, v)
-    return case if device == "cpu" else to_device(case, device)
+    q, k, v = (rows(sum(new), heads) for heads in (kv_heads * group, kv_heads, kv_heads))
+    q, k, v = q / magnitude, k * magnitude, v * magnitude
+    return to_device(Case(layer, state, step, rotate_rows_reference(k, v), q, k, v), device)
 
 
 def next_step(

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from benchmarks.serving import speculate
+from benchmarks.serving import speculate, worker
 from benchmarks.serving.speculate import _Asked
 
 
@@ -47,3 +47,36 @@ def test_what_was_found_is_kept_and_what_failed_is_not(args, monkeypatch) -> Non
     assert speculate._results(args, asked) == [{"found": 1}]
     monkeypatch.setattr(speculate, "_measured", fail)
     assert speculate._results(args, asked) == [{"found": 1}]
+
+
+class Chains:
+    """An engine whose steps give three tokens, and take a hundredth of a second each."""
+
+    def __init__(self, monkeypatch) -> None:
+        self.steps = self.now = 0
+        monkeypatch.setattr(worker.time, "perf_counter", lambda: self.now / 100)
+
+    def flush(self) -> None:
+        """Empty no cache."""
+
+    def verified(self) -> tuple[int, int]:
+        return self.steps, 2 * self.steps
+
+    def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+        steps = (new_tokens + 2) // 3
+        self.steps, self.now = self.steps + steps, self.now + steps
+        return [[0] * new_tokens for _ in prompts]
+
+
+@pytest.mark.parametrize("drafts", [True, False])
+def test_speed_with_drafts_comes_with_what_a_step_gave_and_took(args, monkeypatch, drafts: bool) -> None:
+    drafting = worker.decode_speed(Chains(monkeypatch), 1, 8, 30, 3, 50_000, drafts=drafts)
+    without = {f"decode_tok_s{spread}": 100.0 for spread in ("", "_low", "_high")}
+    args.dtype = "kvarn_k4v2_g128"
+    found = speculate._speeds(args, {args.dtype: ({"decode": [without]}, {"decode": [drafting]})}, 0)
+    assert found["tok_s"] == pytest.approx(300)
+    assert found["gain"] == pytest.approx(3)
+    assert ("tokens_a_step" in found) == ("step_ms" in found) == drafts
+    if drafts:
+        assert found["tokens_a_step"] == pytest.approx(3)
+        assert found["step_ms"] == pytest.approx(10)
