@@ -23,7 +23,7 @@ _LARGE = (16 * _K,) * 64
 _MEDIUM = (16 * _K,) * 16
 _VERIFY_ROWS = 4
 _VERIFIED = (_MEDIUM, (64 * _K,))
-# Groups of query heads and rows of as many columns as a program may have.
+# Groups of query heads and rows of more columns than a program has.
 _VERIFIED_WIDE = ((8, 8), (16, 4))
 _LOGIT_CAP = 30.0
 # What tensor parallelism leaves of a model on a GPU, or a small model has.

@@ -40,7 +40,7 @@ def main() -> None:
         engine.save_hidden(Path(job["prefill"]["file"]))
         engine.generate([job["prefill"]["ids"]], 1)
     if "decode" in job:
-        result["decode"] = [decode_speed(engine, **case, drafts=job.get("drafts")) for case in job["decode"]]
+        result["decode"] = [decode_speed(engine, **case, drafts=job.get("drafts", False)) for case in job["decode"]]
     if "hit" in job:
         result["hit"] = first_token_after_hit(engine, **job["hit"])
     if "hits" in job:
@@ -60,7 +60,7 @@ def acceptance_length(before: tuple[int, int], after: tuple[int, int]) -> float 
 
 def decode_speed(
     engine: Engine, batch: int, context: int, new_tokens: int, repeats: int, vocab: int, text: list[int] | None = None,
-    drafts: object = None,
+    drafts: bool = False,
 ) -> dict[str, Any]:  # fmt: skip
     """Measure decode tokens a second over cached contexts.
 

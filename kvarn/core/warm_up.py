@@ -71,9 +71,7 @@ def warm_up_steps(
     if not runs_triton(layer.records):
         return
     config, device = layer.config, layer.records.device
-    chunks_widest = VERIFY_COLUMNS if widest is None else widest
-    if widest is None:
-        widest = widest_columns(config.layout, device)
+    chunks_widest, widest = widest or VERIFY_COLUMNS, widest or widest_columns(config.layout, device)
 
     def run_chunk(flash: FlashAttention | None, prefix: int, tokens: int, room: int | None = None) -> None:
         plan = plan_prefill(config, flash, layer.tails.dtype, [prefix], [tokens], device, token_numbers, room=room)
@@ -85,9 +83,9 @@ def warm_up_steps(
         run(step, tokens)
 
     # of the numbers of rows that tasks of one shape serve, the least, of one task a request, and the largest
-    most = range(1, config.draft_tokens + 2)
-    largest = {task_shape(config, group, each, widest): each for each in most}
-    least = {task_shape(config, group, each, widest): each for each in reversed(most)}
+    numbers = range(1, config.draft_tokens + 2)
+    largest = {task_shape(config, group, each, widest): each for each in numbers}
+    least = {task_shape(config, group, each, widest): each for each in reversed(numbers)}
     for tasks in _TASKS:
         rows, ones, table = _ints(device, tasks, 0), _ints(device, tasks, 1), _ints(device, tasks, 0)[:, None]
         for each in sorted({1, *least.values(), *largest.values()}):

@@ -19,12 +19,17 @@ from kvarn.presets import PRESETS
 OVER_TORCH = Emulated("gluon.attend", "attend_kernel", "gluon.codes", "gluon.record", "gluon.wide", "gluon.shared")
 
 
-@pytest.fixture(autouse=True, params=["explicit", "triton"])
-def kernel(request, device, monkeypatch):
-    """Which attention kernel serves layouts that both can serve. Without a GPU the explicit one runs over torch."""
+def forget_kernels(request: pytest.FixtureRequest) -> None:
+    """Let a test choose kernels anew, and the one after it."""
     for remembered in (attend_module._attend_kernel, attend_module._constants):
         remembered.cache_clear()
         request.addfinalizer(remembered.cache_clear)
+
+
+@pytest.fixture(autouse=True, params=["explicit", "triton"])
+def kernel(request, device, monkeypatch):
+    """Which attention kernel serves layouts that both can serve. Without a GPU the explicit one runs over torch."""
+    forget_kernels(request)
     if request.param == "triton":
         monkeypatch.setattr(explicit, "has_explicit_layouts", lambda *_: False)
     elif device == "cpu":

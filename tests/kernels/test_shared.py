@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import make_case
-from test_attend import OVER_TORCH, check
+from test_attend import OVER_TORCH, check, forget_kernels
 
 from kvarn.core import attend as attend_module
 from kvarn.core import explicit
@@ -21,9 +21,7 @@ SERVED = [
 
 @pytest.fixture(autouse=True)
 def kernel(request, device, monkeypatch):
-    for remembered in (attend_module._attend_kernel, attend_module._constants):
-        remembered.cache_clear()
-        request.addfinalizer(remembered.cache_clear)
+    forget_kernels(request)
     if device == "cpu":
         monkeypatch.setattr(explicit, "has_explicit_layouts", lambda *_: True)
         monkeypatch.setattr(attend_module, "_attend_kernel", lambda *_: OVER_TORCH)

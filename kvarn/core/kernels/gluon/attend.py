@@ -313,8 +313,8 @@ def attend_kernel(
         )  # fmt: skip
         q_parts = gl.allocate_shared_memory(gl.float16, [2, D, COLUMNS], query_shared(K_FIELDS))
         q_scale = _rotate_query(quarters, q_parts) * (scale * LOG2E)
-        WIDE: gl.constexpr = serves_wide(COLUMNS, D, G, GROUP_TOKENS, V_FIELDS, num_warps)
-        SHARED: gl.constexpr = serves_shared(num_warps)
+        WIDE: gl.constexpr = serves_wide(COLUMNS, ROWS, D, G, GROUP_TOKENS, V_FIELDS, num_warps)
+        SHARED: gl.constexpr = serves_shared(COLUMNS, num_warps)
         if SHARED:
             m, total, acc = attend_records_shared(
                 k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, stop, sinks,
@@ -324,8 +324,8 @@ def attend_kernel(
         elif WIDE:
             m, total, acc = attend_records_wide(
                 k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, stop, sinks,
-                record_stop, head, q_parts, q_scale, record_block_stride, record_tile_stride, record_head_stride,
-                D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, SOFTCAP, ROWS > 1, STAGES, num_warps,
+                head, q_parts, q_scale, record_block_stride, record_tile_stride, record_head_stride,
+                D, G, TILES, K_FIELDS, V_FIELDS, OFFSETS, GROUP_TOKENS, SOFTCAP, STAGES, num_warps,
             )  # fmt: skip
         else:
             m, total, acc = _attend_records(

@@ -27,16 +27,14 @@ from kvarn.core.kernels.unpack import planes, side_by_side
 
 # Tokens of a group, which have keys' scales of their own.
 _GROUP = gl.constexpr(64)
-# Sums that what tokens owe for offsets is split into: a chain of MMAs takes its latency for each.
-_CHAINS = gl.constexpr(4)
 # Queries are stored smaller by this, and scales are as much larger: small ones keep their bits times a lane's weight.
 _DOWN = gl.constexpr(2.0**-4)
 
 
 @gluon.constexpr_function
-def serves_shared(warps):
-    """Return whether `attend_records_shared` serves a launch: it is told apart by its warps."""
-    return warps == 4
+def serves_shared(columns, warps):
+    """Return whether `attend_records_shared` serves a launch: columns fill an MMA's rows."""
+    return columns >= 16 and warps == 4
 
 
 @gluon.constexpr_function
@@ -84,29 +82,20 @@ def _store_queries(q_parts, PARTS: gl.constexpr, WORDS: gl.constexpr, warps: gl.
 
 
 @gluon.jit
+def _by_group(vector, GROUPS: gl.constexpr):
+    """Return a vector in shared memory as [groups, length of a group]."""
+    return vector._reinterpret(gl.float16, (GROUPS, vector.shape[0] // GROUPS), plain_shared(2))
+
+
+@gluon.jit
 def _vector(
     vector, GROUPS: gl.constexpr, FIRST: gl.constexpr, LANES: gl.constexpr, WORDS: gl.constexpr, warps: gl.constexpr,
     layout: gl.constexpr,
 ):  # fmt: skip
     """Return a step's part of a vector of every group's channels, [groups, lanes], in an MMA's order."""
-    rows = vector._reinterpret(gl.float16, (GROUPS, vector.shape[0] // GROUPS), plain_shared(2))
-    x = rows.slice(FIRST, LANES, 1).load(shared_vector_layout(GROUPS, LANES, WORDS, warps))
+    x = _by_group(vector, GROUPS).slice(FIRST, LANES, 1).load(shared_vector_layout(GROUPS, LANES, WORDS, warps))
     x = _in_operand_order(gl.reshape(x, (GROUPS, LANES, 1)), WORDS)
     return gl.convert_layout(gl.reshape(x, (GROUPS, LANES)), layout)
-
-
-@gluon.jit
-def _add_owed(owed, q, low, offset, STEP: gl.constexpr):
-    """Add q . offset of a step's lanes to two of the sums that what tokens owe is split into."""
-    new = ()
-    for chain in gl.static_range(_CHAINS):
-        if chain == 2 * STEP % _CHAINS:
-            new = new + (mma_v2(q, offset, owed[chain]),)
-        elif chain == 2 * STEP % _CHAINS + 1:
-            new = new + (mma_v2(low, offset, owed[chain]),)
-        else:
-            new = new + (owed[chain],)
-    return new
 
 
 @gluon.jit
@@ -132,7 +121,10 @@ def _add_logits(
             offset = _vector(
                 vectors[1].index(slot), GROUPS, step * LANES, LANES, W, warps, gl.SliceLayout(2, right)
             )  # fmt: skip
-            owed = _add_owed(owed, q, low, offset[:, :, None] * columns, step)
+            offset = offset[:, :, None] * columns
+            # four sums by turns: a chain of MMAs takes its latency for each
+            first, second, third, fourth = owed
+            owed = (third, fourth, mma_v2(q, offset, first), mma_v2(low, offset, second))
         lane = step * LANES + gl.arange(0, LANES, layout=gl.SliceLayout(0, gl.SliceLayout(1, left)))
         weights = (weights_of(lane, planes(BITS) * W, BITS, K_FIELDS[F][1]) / _DOWN).to(gl.float16)
         scale = _vector(vectors[0].index(slot), GROUPS, step * LANES, LANES, W, warps, gl.SliceLayout(1, left))
@@ -153,9 +145,8 @@ def _key_logits(
     """
     mma: gl.constexpr = shared_logits_mma(GROUPS, warps)
     x = gl.zeros((GROUPS, C, _GROUP), gl.float32, mma)
-    owed = ()
-    for _ in gl.static_range(_CHAINS):
-        owed = owed + (gl.zeros((GROUPS, C, 8 * warps // GROUPS), gl.float32, mma),)
+    nothing = gl.zeros((GROUPS, C, 8 * warps // GROUPS), gl.float32, mma)
+    owed = (nothing, nothing, nothing, nothing)
     for f in gl.static_range(len(K_FIELDS)):
         x, owed = _add_logits(x, owed, words[f], vectors, slot, queries[f], K_FIELDS, f, GROUPS, C, warps)
     return x, (owed[0] + owed[1]) + (owed[2] + owed[3])
@@ -222,13 +213,17 @@ def attend_records_shared(
     K_OFFSETS: gl.constexpr = (OFFSETS[0], OFFSETS[1])
     V_OFFSETS: gl.constexpr = (OFFSETS[2], OFFSETS[3])
     seen = gl.convert_layout(record_stop, query)
-    group = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, token))
-    lane = group[:, None] * _GROUP + gl.arange(0, _GROUP, layout=gl.SliceLayout(0, token))[None, :]
-    weights = weights_of(lane, G, V_FIELDS[0][0], V_FIELDS[0][1])
     m = gl.full((C,), NEVER, gl.float32, query)
+    # what a thread has of a query comes first
     nothing = gl.reshape(gl.zeros((GROUPS, C, _GROUP), gl.float32, logits_mma), (GROUPS, C, _GROUP // EACH, EACH))
+    few: gl.constexpr = gl.SliceLayout(2, nothing.type.layout)
+    tokens: gl.constexpr = gl.SliceLayout(1, nothing.type.layout)
     mass, debt = _by_thread(nothing), _by_thread(nothing)
     of_threads: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, mass.type.layout))
+    group = gl.arange(0, GROUPS, layout=gl.SliceLayout(1, token))
+    lane = group[:, None] * _GROUP + gl.arange(0, _GROUP, layout=gl.SliceLayout(0, token))[None, :]
+    lane = gl.convert_layout(gl.reshape(lane, (GROUPS, _GROUP // EACH, EACH)), tokens, assert_trivial=True)
+    weights = weights_of(lane, G, V_FIELDS[0][0], V_FIELDS[0][1])
     acc = gl.zeros((C, D), gl.float32, output_mma)
     queries = ()
     for f in gl.static_range(len(K_FIELDS)):
@@ -242,10 +237,7 @@ def attend_records_shared(
         async_copy.wait_group(2 * STAGES - 1)
         x, owed = _key_logits(k_words, k_vectors, slot, queries, K_FIELDS, GROUPS, C, warps)
         copy_next_half(k_words, k_vectors, record, slot, tile + STAGES < stop, K_FIELDS, K_OFFSETS, warps)
-        # what a thread has of a query comes first
         x = gl.reshape(x, (GROUPS, C, _GROUP // EACH, EACH))
-        few: gl.constexpr = gl.SliceLayout(2, x.type.layout)
-        tokens: gl.constexpr = gl.SliceLayout(1, x.type.layout)
         owed = gl.convert_layout(owed, few, assert_trivial=True)
         owed *= q_scale / _DOWN
         unit = q_scale * CODE_UNIT
@@ -253,8 +245,7 @@ def attend_records_shared(
             x = cap(x * unit + owed[:, :, None, :], SOFTCAP)
             owed, unit = 0.0 * owed, 1.0
         if tile * G < sinks:
-            at = gl.convert_layout(gl.reshape(lane, (GROUPS, _GROUP // EACH, EACH)), tokens, assert_trivial=True)
-            x = gl.where((tile * G + at >= sinks)[:, None, :, :], x, float("-inf"))
+            x = gl.where((tile * G + lane >= sinks)[:, None, :, :], x, float("-inf"))
         if MASK_COLUMNS:
             hidden = gl.convert_layout((tile + 1) * G > seen, gl.SliceLayout(0, gl.SliceLayout(2, few)))
             owed = gl.where(hidden[None, :, None], float("-inf"), owed)
@@ -264,10 +255,8 @@ def attend_records_shared(
         ceiling = gl.convert_layout(m_new - WEIGHT_SHIFT, gl.SliceLayout(0, gl.SliceLayout(2, few)))
         p = gl.exp2(x * unit + (owed - ceiling[None, :, None])[:, :, None, :])
         async_copy.wait_group(2 * STAGES - 1)
-        scale = _of_tokens(v_vectors[0].index(slot), GROUPS, token) * weights
-        offset = _of_tokens(v_vectors[1].index(slot), GROUPS, token)
-        scale = gl.convert_layout(gl.reshape(scale, (GROUPS, _GROUP // EACH, EACH)), tokens, assert_trivial=True)
-        offset = gl.convert_layout(gl.reshape(offset, (GROUPS, _GROUP // EACH, EACH)), tokens, assert_trivial=True)
+        scale = _of_tokens(v_vectors[0].index(slot), EACH, token, tokens) * weights
+        offset = _of_tokens(v_vectors[1].index(slot), EACH, token, tokens)
         of_thread = gl.convert_layout(decay, of_threads)[None, :, None]
         mass = mass * of_thread + _by_thread(p)
         debt = debt * of_thread + _by_thread(p * offset[:, None, :, :])
@@ -285,6 +274,8 @@ def attend_records_shared(
 
 
 @gluon.jit
-def _of_tokens(vector, GROUPS: gl.constexpr, layout: gl.constexpr):
-    """Load a vector of a tile's tokens, [groups, tokens], float32."""
-    return vector._reinterpret(gl.float16, (GROUPS, _GROUP), plain_shared(2)).load(layout).to(gl.float32)
+def _of_tokens(vector, EACH: gl.constexpr, by_group: gl.constexpr, layout: gl.constexpr):
+    """Load a vector of a tile's tokens, which lie by group at first, [groups, n, columns], float32."""
+    GROUPS: gl.constexpr = vector.shape[0] // _GROUP
+    x = gl.reshape(_by_group(vector, GROUPS).load(by_group), (GROUPS, _GROUP // EACH, EACH))
+    return gl.convert_layout(x, layout, assert_trivial=True).to(gl.float32)

@@ -1,4 +1,4 @@
-"""Attention over records for 16 query columns: queries are an MMA's rows, and every warp has tokens of its own.
+"""Attention over records for 16 query columns of one row: queries are an MMA's rows, each warp has tokens of its own.
 
 A warp holds every second block of 8 tokens of a tile, which in values are every second block of 8 words. So logits lie
 where the product with values needs their weights, and warps meet once, after the last tile.
@@ -25,10 +25,10 @@ WARPS = gl.constexpr(2)
 
 
 @gluon.constexpr_function
-def serves_wide(columns, head_dim, tokens, group_tokens, value_fields, warps):
+def serves_wide(columns, rows, head_dim, tokens, group_tokens, value_fields, warps):
     """Return whether `attend_records_wide` serves a launch: a warp's part of values' words is whole blocks of 8."""
     whole = all(words >= 16 for _, _, _, words in value_fields)
-    return columns == 16 and head_dim <= 128 and tokens == 2 * group_tokens and warps == 2 and whole
+    return columns == 16 and rows == 1 and head_dim <= 128 and tokens == 2 * group_tokens and warps == 2 and whole
 
 
 @gluon.jit
@@ -124,8 +124,8 @@ def _tokens(vector, layout: gl.constexpr):
 
 
 @gluon.jit
-def _masked(x, tile, sinks, record_end, G: gl.constexpr, MASK_COLUMNS: gl.constexpr):
-    """Hide tokens that are read elsewhere from logits of both groups: sinks, and what each column doesn't read here."""
+def _masked(x, tile, sinks, G: gl.constexpr):
+    """Hide sinks, which are read elsewhere, from logits of both groups."""
     mma: gl.constexpr = wide_mma()
     at = gl.arange(0, G // 4, layout=gl.SliceLayout(0, gl.SliceLayout(1, mma)))
     warp = gl.arange(0, WARPS, layout=gl.SliceLayout(1, gl.SliceLayout(2, mma)))
@@ -134,10 +134,6 @@ def _masked(x, tile, sinks, record_end, G: gl.constexpr, MASK_COLUMNS: gl.conste
     if tile * G < sinks:
         first = gl.where(token >= sinks, first, float("-inf"))
         second = gl.where(G // 2 + token >= sinks, second, float("-inf"))
-    if MASK_COLUMNS:
-        seen = ((tile + 1) * G <= record_end)[None, :, None]
-        first = gl.where(seen, first, float("-inf"))
-        second = gl.where(seen, second, float("-inf"))
     return first, second
 
 
@@ -153,22 +149,20 @@ def _together(m, mass, acc0, acc1):
 
 @gluon.jit
 def attend_records_wide(
-    k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, stop, sinks, record_stop, head, q_parts,
+    k_words, k_vectors, v_words, v_vectors, records_ptr, table, begin, stop, sinks, head, q_parts,
     q_scale, block_stride, tile_stride, head_stride,
     D: gl.constexpr, G: gl.constexpr, TILES: gl.constexpr, K_FIELDS: gl.constexpr, V_FIELDS: gl.constexpr,
-    OFFSETS: gl.constexpr, GROUP_TOKENS: gl.constexpr, SOFTCAP: gl.constexpr, MASK_COLUMNS: gl.constexpr,
+    OFFSETS: gl.constexpr, GROUP_TOKENS: gl.constexpr, SOFTCAP: gl.constexpr,
     STAGES: gl.constexpr, warps: gl.constexpr,
 ):  # fmt: skip
     """Attend tiles begin to stop of a request from their records, as `attend._attend_records` does.
 
-    record_stop: [16], of any layout. Returns running maximum [16], sum [16] and output [D, 16] of all warps.
+    Returns running maximum [16], sum [16] and output [D, 16] of all warps.
     """
     mma: gl.constexpr = wide_mma()
-    column: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(2, mma))
     K_OFFSETS: gl.constexpr = (OFFSETS[0], OFFSETS[1])
     V_OFFSETS: gl.constexpr = (OFFSETS[2], OFFSETS[3])
     H: gl.constexpr = D // 2
-    record_end = gl.convert_layout(record_stop, column)
     m = gl.full((WARPS, 16), NEVER, gl.float32, gl.SliceLayout(2, mma))
     mass = gl.zeros((WARPS, 16, 8), gl.float32, mma)
     acc0 = gl.zeros((WARPS, 16, H), gl.float32, mma)
@@ -188,7 +182,7 @@ def attend_records_wide(
                 cap((x[1] + owed[1][:, :, None]) * q_scale, SOFTCAP),
             )
             owed, factor = (0.0 * owed[0], 0.0 * owed[1]), 1.0
-        x = _masked(x, tile, sinks, record_end, G, MASK_COLUMNS)
+        x = _masked(x, tile, sinks, G)
         largest = gl.maximum(gl.max(x[0], axis=2) + owed[0], gl.max(x[1], axis=2) + owed[1])
         m_new = gl.maximum(m, largest * factor)
         decay = gl.exp2(m - m_new)
