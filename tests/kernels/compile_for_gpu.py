@@ -141,7 +141,7 @@ def latent_resources(kernel: str, rope_bits: int, preset: str = "kvarn_k4v2_g128
     """Return what a kernel over latents of DeepSeek's widths takes, in a decode step."""
     layout = LatentLayout.of(get_preset(preset), 512, 64, rope_bits)
     constants = _constants(TileLayout.of(get_preset("kvarn_k4v2_g128"), 128), **latent_constants(layout))
-    warps, columns = {"seal": 8, "groups": 8}.get(kernel, 4), 64 if kernel == "groups" else LATENT_COLUMNS
+    warps, columns = {"seal": 8}.get(kernel, 4), 64 if kernel == "groups" else LATENT_COLUMNS
     constants |= {"COLUMNS": columns, "GROUP": columns, "TOKENS": 16 if kernel == "restore" else 32}
     constants |= {"STAGES": 3, "BLOCK": 32 if kernel == "seal" else 4, "CHANNELS": 128, "LATENT_CLIP": 1.0}
     constants |= {"LATENT_BITS": layout.latent_bits, "ROPE_BITS": rope_bits, "num_warps": warps}

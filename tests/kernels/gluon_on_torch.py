@@ -2,15 +2,21 @@
 
 Gluon has no interpreter. What a kernel computes doesn't depend on where in registers it does: so this says whether it
 reads, masks, unpacks and sums what it should. Whether layouts fit together the compiler says (`test_compile.py`).
-Shared memory begins as NaN, and copies to it are done at once, so a value that is overwritten too early is noticed.
+Shared memory begins as NaN, copies to it are done at once, and MMAs of warp groups read it as late as they may, so a
+value that is overwritten too early is noticed. Warps that are specialised run by turns, which are drawn anew wherever
+one of them could wait.
 """
 
 import ast
 import inspect
 import itertools
 import math
+import random
 import re
+import threading
 from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -141,13 +147,114 @@ def _restored(asm: str, words: torch.Tensor, scale: torch.Tensor, offset: Any = 
     return (codes.double() * scale.double() + torch.as_tensor(offset).double()).half()
 
 
-def _warpgroup_mma(a: Shared | torch.Tensor, b: Shared, acc: torch.Tensor, **_: object) -> torch.Tensor:
-    a = a.load() if isinstance(a, Shared) else a
-    return acc + a.float() @ b.load().float()
+class _Running:
+    """The result of an MMA of a warp group that may still read its operands."""
+
+    def __init__(self, a: Any, b: Shared, acc: "torch.Tensor | _Running") -> None:
+        self._operands: Any = a, b, acc
+        self._result: torch.Tensor | None = None
+
+    def finish(self) -> torch.Tensor:
+        if self._result is None:
+            a, b, acc = self._operands
+            acc = acc.finish() if isinstance(acc, _Running) else acc
+            a = a.load() if isinstance(a, Shared) else a
+            self._result, self._operands = acc + a.float() @ b.load().float(), None
+        return self._result
 
 
-def _warpgroup_mma_wait(_: int, deps: list[Any]) -> Any:
-    return deps[0] if len(deps) == 1 else deps
+_mmas = threading.local()  # those that run, of a thread that stands for a group of warps
+
+
+def _warpgroup_mma(a: Any, b: Shared, acc: Any, is_async: bool = False) -> Any:
+    started = _Running(a, b, acc)
+    if not is_async:
+        return started.finish()
+    _mmas.running = [*getattr(_mmas, "running", []), started]
+    return started
+
+
+def _warpgroup_mma_wait(pending: int, deps: list[Any]) -> Any:
+    _turns.draw()
+    running = getattr(_mmas, "running", [])
+    ended = running[: len(running) - pending]
+    for one in ended:
+        one.finish()
+    _mmas.running = running[len(ended) :]
+    found = [x.finish() if isinstance(x, _Running) and x not in _mmas.running else x for x in deps]
+    return found[0] if len(found) == 1 else found
+
+
+class _Turns:
+    """Which of the specialised groups of warps runs: one at a time."""
+
+    def __init__(self) -> None:
+        self._changed = threading.Condition()
+        self._waiting: dict[int, Callable[[], bool]] = {}
+        self._turn = 0
+        self._random = random.Random(0)
+
+    def run(self, groups: list[Callable[[], None]]) -> None:
+        """Run all groups to their ends, or raise what went wrong in one."""
+        self._waiting = {which: lambda: True for which in range(len(groups))}
+        self._turn = self._random.randrange(len(groups))
+        with ThreadPoolExecutor(len(groups)) as pool:
+            for one in [pool.submit(self._run_one, which, group) for which, group in enumerate(groups)]:
+                one.result()
+
+    def _run_one(self, which: int, group: Callable[[], None]) -> None:
+        _mmas.group = which
+        try:
+            self._wait_for_turn()
+            group()
+        finally:
+            with self._changed:
+                del self._waiting[which]
+                self._pass_on()
+
+    def draw(self, ready: Callable[[], bool] = lambda: True) -> None:
+        """Give another group its turn, perhaps, and go on once it is this one's again and something is ready."""
+        if getattr(_mmas, "group", None) is None:
+            return
+        with self._changed:
+            self._waiting[_mmas.group] = ready
+            self._pass_on()
+        self._wait_for_turn()
+
+    def _pass_on(self) -> None:
+        able = [which for which, ready in self._waiting.items() if ready()]
+        # nobody's if all wait for one another: then all of them say so
+        self._turn = self._random.choice(able) if able else -1
+        self._changed.notify_all()
+
+    def _wait_for_turn(self) -> None:
+        with self._changed:
+            self._changed.wait_for(lambda: self._turn in (_mmas.group, -1))
+            assert self._turn == _mmas.group, "groups of warps wait for one another"
+
+
+_turns = _Turns()
+
+
+class _Barriers:
+    """Barriers in shared memory: a number for the arrivals that a phase has, and one for those up to now."""
+
+    @staticmethod
+    def init(barrier: Shared, count: int) -> None:
+        barrier.values[0] = count << 32
+
+    @staticmethod
+    def arrive(barrier: Shared) -> None:
+        barrier.values[0] += 1
+        _turns.draw()
+
+    @staticmethod
+    def wait(barrier: Shared, parity: Any) -> None:
+        def passed() -> bool:
+            count, arrivals = divmod(int(barrier.values[0]), 1 << 32)
+            return arrivals // count % 2 != int(parity)
+
+        _turns.draw(passed)
 
 
 def _tensors(function: Callable[..., torch.Tensor]) -> Callable[..., torch.Tensor]:
@@ -182,6 +289,7 @@ _LANGUAGE = SimpleNamespace(
     permute=lambda x, order: x.permute(order), reshape=lambda x, shape: x.reshape(shape),
     expand_dims=lambda x, axis: x.unsqueeze(axis), broadcast=torch.broadcast_tensors,
     convert_layout=lambda x, *_, **__: x, thread_barrier=lambda: None,
+    warp_specialize=lambda groups, *_: _turns.run([partial(function, *args) for function, args in groups]),
     **dict.fromkeys(_LAYOUTS, lambda *_, **__: None),
 )  # fmt: skip
 _GIVEN = {
@@ -192,6 +300,9 @@ _GIVEN = {
     "warpgroup_mma_init": lambda x: x,
     "warpgroup_mma_wait": _warpgroup_mma_wait,
     "fence_async_shared": lambda: None,
+    "mbarrier": SimpleNamespace(
+        init=_Barriers.init, arrive=_Barriers.arrive, wait=_Barriers.wait, MBarrierLayout=lambda: None
+    ),
     "async_copy": SimpleNamespace(
         async_load=lambda shared, pointer: shared.store(pointer.load()),
         commit_group=lambda: None,

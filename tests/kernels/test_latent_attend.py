@@ -15,7 +15,7 @@ OVER_TORCH = Emulated(
 )
 GROUPS_OVER_TORCH = Emulated(
     "gluon.latent_groups", "attend_latents_by_groups_kernel", "gluon.codes", "gluon.record", "gluon.attend",
-    "gluon.group_tiles",
+    "gluon.group_tiles", "gluon.latent_turns",
 )  # fmt: skip
 
 

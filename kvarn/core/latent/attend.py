@@ -20,12 +20,12 @@ from kvarn.core.reference import softmax_attention
 from kvarn.core.step import Step, record_end, task_shape
 from kvarn.core.work import RAW_BLOCK, most_shares, units_per_share
 
-# Query columns of a program; those of one of two warp groups, and its warps.
+# Query columns of a program; those of one of two warp groups.
 LATENT_COLUMNS = 16
-_GROUP_COLUMNS, _GROUP_WARPS = 64, 8
+_GROUP_COLUMNS = 64
 # What the kernel with explicit layouts serves: blocks of so many words and rope channels.
 _BLOCK = 64
-# Of either kernel: two programs of four warps fill a multiprocessor's registers.
+# Two programs of four warps, or one of two groups of four, fill a multiprocessor's registers.
 _WARPS, _PROGRAMS_PER_SM = 4, 2
 # Tasks and blocks of heads up to which one does: what fewer programs leave is merged sooner. It takes so much shared
 # memory that a second one has no room.
@@ -176,7 +176,6 @@ def attend_latents(
     q, unit = rotate_queries(q_latent, q_rope, layout)
     group, tasks = latent_shape(layout, heads, device).group, step.task_request.shape[0]
     columns = _program_columns(step.columns)
-    warps = _GROUP_WARPS if columns > LATENT_COLUMNS else _WARPS
     kernel, options = _attend_kernel(layout, columns, _are_few(config, tasks, heads // group), device)
     pages = step.block_table.shape[1]
     programs = num_latent_programs(config, heads // group, columns, tasks, pages, step.rows_in_ring, device)
@@ -193,7 +192,7 @@ def attend_latents(
         RING=config.ring_tokens, TILES=config.tiles_per_block, TAIL=config.tail_tokens, SINK=config.sink_tokens,
         ROWS_IN_RING=step.rows_in_ring, CANONICAL=config.canonical, RAW_BLOCK=RAW_BLOCK, TASK_BLOCK=task_block(tasks),
         SHARE=units_per_share(config, rows_in_ring=step.rows_in_ring), **options, **chained(device),
-        num_warps=warps,
+        num_warps=_WARPS,
     )  # fmt: skip
     return out, combine(partial_out, partial_lse, layer, step, out)
 

@@ -1,7 +1,7 @@
-"""A tile of latents in the shared memory of two warp groups: restored records, raw rows and queries.
+"""Half a tile of latents in shared memory, which one of two warp groups brings there: restored records or raw rows.
 
 Rows stand in blocks of 64 channels with the rope part as the last. A record goes from packed words in registers to
-latents in fp16, once for both products; raw rows take the same place, 128 at a time.
+latents in fp16, once for both products; raw rows take the same place, 64 at a time. Queries stand beside them.
 """
 
 from triton.experimental import gluon
@@ -14,11 +14,12 @@ from kvarn.core.kernels.gluon.layouts import plain_shared
 from kvarn.core.kernels.gluon.record import copy_rows, copy_vectors
 from kvarn.core.kernels.unpack import side_by_side
 
-WARPS = gl.constexpr(8)
-# Query columns of a program; tokens that it takes at a time; channels of a block of shared memory, of a plane of
+# Of a group.
+WARPS = gl.constexpr(4)
+# Query columns of a program; tokens that a group takes at a time; channels of a block of shared memory, of a plane of
 # latents, of two planes.
 COLUMNS = gl.constexpr(64)
-TOKENS = gl.constexpr(128)
+TOKENS = gl.constexpr(64)
 BLOCK = gl.constexpr(64)
 PLANE = gl.constexpr(128)
 HALF = gl.constexpr(256)
@@ -28,8 +29,8 @@ BLOCKS = gl.constexpr(9)
 
 @gluon.constexpr_function
 def groups_mma(width):
-    """Return the layout of MMAs' results, [columns, tokens or channels]: a half of the latter for each group."""
-    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 2], instr_shape=[16, width // 2, 16])
+    """Return the layout of a group's MMAs' results, [columns, tokens or channels]."""
+    return gl.NVMMADistributedLayout(version=[3, 0], warps_per_cta=[4, 1], instr_shape=[16, width, 16])
 
 
 @gluon.constexpr_function
@@ -39,14 +40,14 @@ def operand_shared():
 
 
 @gluon.constexpr_function
-def rows_layout(width, warps):
+def rows_layout(width):
     """Return the layout of rows of numbers on their way to shared memory: 16 bytes of halfs a thread."""
     across = min(16, width // 8)
-    return gl.BlockedLayout([1, 8], [32 // across, across], [warps, 1], [1, 0])
+    return gl.BlockedLayout([1, 8], [32 // across, across], [4, 1], [1, 0])
 
 
 @gluon.jit
-def _allocate_rows(ROWS: gl.constexpr):
+def allocate_rows(ROWS: gl.constexpr):
     """Return shared memory for rows of latents and rope parts in blocks of channels, [blocks, rows, 64]."""
     return gl.allocate_shared_memory(gl.float16, [BLOCKS, ROWS, BLOCK], operand_shared())
 
@@ -61,7 +62,7 @@ def blocks_together(blocks, WIDTH: gl.constexpr):
 @gluon.jit
 def _load_rows(ptr, offsets, ok, WIDTH: gl.constexpr):
     """Load rows of WIDTH numbers, which start at offsets, as fp16; zeros if not ok."""
-    layout: gl.constexpr = rows_layout(WIDTH, WARPS)
+    layout: gl.constexpr = rows_layout(WIDTH)
     channel = gl.arange(0, WIDTH, layout=gl.SliceLayout(0, layout))
     at = gl.convert_layout(offsets, gl.SliceLayout(1, layout))
     mask = gl.convert_layout(ok, gl.SliceLayout(1, layout))
@@ -78,24 +79,27 @@ def store_rows(blocks, ptr, offsets, ok):
 
 
 @gluon.jit
-def load_queries(q_ptr, unit_ptr, q_row, ok):
-    """Load a task's queries, already rotated, into shared memory, [blocks, columns, 64]. Return it, and units.
+def load_queries(q, q_ptr, q_row, ok, WHICH: gl.constexpr):
+    """Bring a group's half of the channels of a task's queries, already rotated, to shared memory.
 
-    q_row, ok: [columns]; units: [columns], what queries are divided by.
+    q_row, ok: [columns].
     """
-    unit = gl.load(unit_ptr + q_row, mask=ok, other=0.0)
-    q = _allocate_rows(COLUMNS)
-    store_rows(q, q_ptr, q_row * (BLOCKS * BLOCK), ok)
-    return q, gl.maximum(unit, 1e-30)
+    planes = blocks_together(q, PLANE)
+    base = q_ptr + WHICH * HALF
+    for plane in gl.static_range(2):
+        rows = _load_rows(base + plane * PLANE, q_row * (BLOCKS * BLOCK), ok, PLANE)
+        planes.index(2 * WHICH + plane).store(rows)
+    if WHICH == 0:
+        q.index(8).store(_load_rows(q_ptr + 2 * HALF, q_row * (BLOCKS * BLOCK), ok, BLOCK))
 
 
 @gluon.jit
-def load_words(record, wanted, FIELDS: gl.constexpr):
-    """Load a record's packed words, [tokens, 128], into registers."""
-    layout: gl.constexpr = rows_layout(PLANE, WARPS)
+def load_words(record, wanted, FIELDS: gl.constexpr, WHICH: gl.constexpr):
+    """Load the packed words of a group's tokens of a record, [tokens, 128], into registers."""
+    layout: gl.constexpr = rows_layout(PLANE)
     token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, layout))
     word = gl.arange(0, PLANE, layout=gl.SliceLayout(0, layout))
-    ptr = record.to(gl.pointer_type(gl.int16)) + FIELDS[0][2] // 2
+    ptr = record.to(gl.pointer_type(gl.int16)) + (FIELDS[0][2] // 2 + WHICH * TOKENS * PLANE)
     return gl.load(ptr + (token * PLANE)[:, None] + word[None, :], mask=wanted, other=0)
 
 
@@ -109,49 +113,53 @@ def _prefetch_lines(ptr, COUNT: gl.constexpr):
 
 
 @gluon.jit
-def prefetch_record(record, FIELDS: gl.constexpr, ROPE_START: gl.constexpr, ROPE_FIELDS: gl.constexpr):
-    """Begin to bring a record's words and rope part to the L2 cache.
+def prefetch_record(
+    record, FIELDS: gl.constexpr, ROPE_START: gl.constexpr, ROPE_FIELDS: gl.constexpr, WHICH: gl.constexpr
+):
+    """Begin to bring a group's tokens of a record to the L2 cache, words and rope parts.
 
     They are read once there is room for them; loads begun before would have to end before the next fence.
     """
+    ROPE_LINES: gl.constexpr = TOKENS if len(ROPE_FIELDS) == 0 else TOKENS // 2
     halfs = record.to(gl.pointer_type(gl.float16))
-    _prefetch_lines(halfs + FIELDS[0][2] // 2, TOKENS * PLANE // 64)
-    _prefetch_lines(halfs + ROPE_START // 2, TOKENS if len(ROPE_FIELDS) == 0 else TOKENS // 2)
+    _prefetch_lines(halfs + (FIELDS[0][2] // 2 + WHICH * TOKENS * PLANE), TOKENS * PLANE // 64)
+    _prefetch_lines(halfs + (ROPE_START // 2 + WHICH * ROPE_LINES * BLOCK), ROPE_LINES)
 
 
 @gluon.jit
-def load_rope_words(record, wanted, START: gl.constexpr, FIELDS: gl.constexpr):
-    """Load the packed words of a record's rope part, [tokens, 32], if it has codes."""
+def load_rope_words(record, wanted, START: gl.constexpr, FIELDS: gl.constexpr, WHICH: gl.constexpr):
+    """Load the packed words of the rope parts of a group's tokens, [tokens, 32], if they have codes."""
     WORDS: gl.constexpr = FIELDS[0][3] if len(FIELDS) > 0 else 8
-    layout: gl.constexpr = rows_layout(WORDS, WARPS)
+    layout: gl.constexpr = rows_layout(WORDS)
     token = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, layout))
     word = gl.arange(0, WORDS, layout=gl.SliceLayout(0, layout))
     packed = gl.zeros((TOKENS, WORDS), gl.int16, layout)
     if len(FIELDS) > 0:
-        ptr = record.to(gl.pointer_type(gl.int16)) + START // 2
+        ptr = record.to(gl.pointer_type(gl.int16)) + (START // 2 + WHICH * TOKENS * WORDS)
         packed = gl.load(ptr + (token * WORDS)[:, None] + word[None, :], mask=wanted, other=0)
     return packed
 
 
 @gluon.jit
-def copy_rope(k, record, wanted, START: gl.constexpr, FIELDS: gl.constexpr):
-    """Begin to copy the rope part of a record, if it has no codes."""
+def copy_rope(k, record, wanted, START: gl.constexpr, FIELDS: gl.constexpr, WHICH: gl.constexpr):
+    """Begin to copy the rope parts of a group's tokens of a record, if they have no codes."""
     if len(FIELDS) == 0:  # noqa: SIM102 (a constant and a condition of the kernel)
         if wanted:
-            copy_rows(k.index(8), record.to(gl.pointer_type(gl.float16)) + START // 2, BLOCK, WARPS)
+            ptr = record.to(gl.pointer_type(gl.float16)) + (START // 2 + WHICH * TOKENS * BLOCK)
+            copy_rows(k.index(8), ptr, BLOCK, WARPS)
     async_copy.commit_group()
 
 
 @gluon.jit
 def copy_scales(
-    vectors, rope_vectors, slot, record, wanted, SCALES: gl.constexpr, ROPE_FIELDS: gl.constexpr,
-    ROPE_SCALES: gl.constexpr,
+    vectors, rope_vectors, record, wanted, SCALES: gl.constexpr, ROPE_FIELDS: gl.constexpr,
+    ROPE_SCALES: gl.constexpr, WHICH: gl.constexpr,
 ):  # fmt: skip
-    """Begin to copy the scales and offsets of a record into a slot."""
+    """Begin to copy the scales and offsets of a record, which each group has for itself."""
     if wanted:
-        copy_vectors(vectors, slot, record, SCALES, WARPS)
+        copy_vectors(vectors, WHICH, record, SCALES, WARPS)
         if len(ROPE_FIELDS) > 0:
-            copy_vectors(rope_vectors, slot, record, ROPE_SCALES, WARPS)
+            copy_vectors(rope_vectors, WHICH, record, ROPE_SCALES, WARPS)
     async_copy.commit_group()
 
 
@@ -178,29 +186,24 @@ def restore_rope(k, words, rope_vectors, FIELDS: gl.constexpr):
 
 
 @gluon.jit
-def begin_records(
-    records_ptr, table, begin, stop, block_stride, tile_stride, TILES: gl.constexpr, FIELDS: gl.constexpr,
-    SCALES: gl.constexpr, ROPE_START: gl.constexpr, ROPE_FIELDS: gl.constexpr, ROPE_SCALES: gl.constexpr,
-):  # fmt: skip
-    """Begin to read tile `begin` of a request, if it is before stop.
+def allocate_vectors(LENGTH: gl.constexpr):
+    """Return shared memory for scales and for offsets of LENGTH channels, of each group."""
+    scales = gl.allocate_shared_memory(gl.float16, [2, LENGTH], plain_shared(1))
+    return scales, gl.allocate_shared_memory(gl.float16, [2, LENGTH], plain_shared(1))
 
-    Return memory of a tile, memory of scales and offsets, and packed words in registers.
-    """
-    k = _allocate_rows(TOKENS)
-    vectors = (
-        gl.allocate_shared_memory(gl.float16, [2, 4 * PLANE], plain_shared(1)),
-        gl.allocate_shared_memory(gl.float16, [2, 4 * PLANE], plain_shared(1)),
-    )
-    rope_vectors = vectors
-    if len(ROPE_FIELDS) > 0:
-        rope_vectors = (
-            gl.allocate_shared_memory(gl.float16, [2, BLOCK], plain_shared(1)),
-            gl.allocate_shared_memory(gl.float16, [2, BLOCK], plain_shared(1)),
-        )
+
+@gluon.jit
+def begin_records(
+    k, vectors, rope_vectors, records_ptr, table, begin, stop, block_stride, tile_stride, TILES: gl.constexpr,
+    FIELDS: gl.constexpr, SCALES: gl.constexpr, ROPE_START: gl.constexpr, ROPE_FIELDS: gl.constexpr,
+    ROPE_SCALES: gl.constexpr, WHICH: gl.constexpr,
+):  # fmt: skip
+    """Begin to read a group's tokens of tile `begin` of a request, if it is before stop. Return packed words."""
     wanted = begin < stop
     page = gl.load(table + begin, mask=wanted, other=0)
     record = find_record(records_ptr, page, 0, block_stride, tile_stride, 0, TILES)
-    copy_scales(vectors, rope_vectors, 0, record, wanted, SCALES, ROPE_FIELDS, ROPE_SCALES)
-    words = (load_words(record, wanted, FIELDS), load_rope_words(record, wanted, ROPE_START, ROPE_FIELDS))
-    copy_rope(k, record, wanted, ROPE_START, ROPE_FIELDS)
-    return k, vectors, rope_vectors, words
+    copy_scales(vectors, rope_vectors, record, wanted, SCALES, ROPE_FIELDS, ROPE_SCALES, WHICH)
+    words = load_words(record, wanted, FIELDS, WHICH)
+    rope_words = load_rope_words(record, wanted, ROPE_START, ROPE_FIELDS, WHICH)
+    copy_rope(k, record, wanted, ROPE_START, ROPE_FIELDS, WHICH)
+    return words, rope_words
