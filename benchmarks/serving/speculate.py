@@ -7,7 +7,8 @@ and several runs with one folder, each on a GPU of its own, share the engines.
 First greedy answers are compared in canonical and batch-invariant mode, which the engine's matrix products follow on a
 GPU, and nothing else is measured if more differ than are allowed.
 Then, as served, every cache dtype answers the same prompts with and without drafts: answers differ in the model dtype,
-too, since matrix products of another shape round differently. Speeds are of one stream, over contexts of text.
+too, since matrix products of another shape round differently. Speeds are of one stream, over contexts of text, a piece
+of it each time: how many drafts are accepted is that piece's doing.
 """
 
 from __future__ import annotations
@@ -79,7 +80,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--canonical-only", action="store_true", help="compare these answers and measure nothing else")
     parser.add_argument("--contexts", type=int, nargs="*", default=[32768])
     parser.add_argument("--decode-tokens", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--repeats", type=int, default=3, help="pieces of text that speeds are measured over")
     parser.add_argument(
         "--kernels", type=Path, help="result file of benchmarks.kernels, for verify4_over_1; none if missing"
     )

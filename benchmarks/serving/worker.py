@@ -64,45 +64,51 @@ def decode_speed(
 ) -> dict[str, Any]:  # fmt: skip
     """Measure decode tokens a second over cached contexts.
 
-    The contexts are prefilled once; then two generations of different length hit the cache, and their difference is
-    decode alone.
+    The contexts are prefilled; then two generations of different length hit the cache, and their difference is decode
+    alone.
 
     Args:
         engine: the engine.
         batch: requests at once.
         context: tokens of each request before the first measured one.
         new_tokens: tokens measured.
-        repeats: measurements; the median, lowest and highest are reported.
+        repeats: measurements; the median, lowest and highest are reported. Of a text each has a piece of its own, and
+            all their tokens by all their time are reported in place of the median.
         vocab: ids are drawn below this.
         text: ids that contexts are cut from, once more from the start where they end; None for arbitrary ids.
         drafts: whether the engine has drafts: then how many tokens a step gave is told, too, which is the text's doing.
     """
     engine.flush()
-    prompts = [_arbitrary_tokens(i, context, vocab) for i in range(batch)]
-    if text is not None:
-        prompts = [[text[(i * 7919 + j) % len(text)] for j in range(context)] for i in range(batch)]
-    began = time.perf_counter()
-    engine.generate(prompts, 1)
-    prefill_s = time.perf_counter() - began
-    engine.generate(prompts, _WARM_TOKENS)
-    before = engine.verified() if drafts else None
-    rates = []
-    for _ in range(repeats):
+    rates, prefill_s, steps, accepted = [], [], 0, 0
+    for repeat in range(repeats):
+        if repeat == 0 or text is not None:
+            prompts = [_arbitrary_tokens(i, context, vocab) for i in range(batch)]
+            if text is not None:
+                starts = range(repeat * batch, (repeat + 1) * batch)
+                prompts = [[text[(i * 7919 + j) % len(text)] for j in range(context)] for i in starts]
+            began = time.perf_counter()
+            engine.generate(prompts, 1)
+            prefill_s.append(time.perf_counter() - began)
+            engine.generate(prompts, _WARM_TOKENS)
+        before = engine.verified() if drafts else (0, 0)
         seconds = []
         for count in (_WARM_TOKENS, _WARM_TOKENS + new_tokens):
             began = time.perf_counter()
             engine.generate(prompts, count)
             seconds.append(time.perf_counter() - began)
         rates.append(batch * new_tokens / (seconds[1] - seconds[0]))
+        after = engine.verified() if drafts else (0, 0)
+        steps, accepted = steps + after[0] - before[0], accepted + after[1] - before[1]
     rates.sort()
+    together = len(rates) / sum(1 / rate for rate in rates)
     return {
         "batch": batch,
         "context": context,
-        "prefill_s": prefill_s,
-        "decode_tok_s": rates[len(rates) // 2],
+        "prefill_s": prefill_s[0],
+        "decode_tok_s": rates[len(rates) // 2] if text is None else together,
         "decode_tok_s_low": rates[0],
         "decode_tok_s_high": rates[-1],
-        **({} if before is None else {"acceptance_length": acceptance_length(before, engine.verified())}),
+        **({"acceptance_length": acceptance_length((0, 0), (steps, accepted))} if drafts else {}),
     }
 
 

@@ -80,3 +80,25 @@ def test_speed_with_drafts_comes_with_what_a_step_gave_and_took(args, monkeypatc
     if drafts:
         assert found["tokens_a_step"] == pytest.approx(3)
         assert found["step_ms"] == pytest.approx(10)
+
+
+def test_speed_over_a_text_is_that_of_all_its_pieces(monkeypatch) -> None:
+    class Uneven(Chains):
+        """An engine that is given texts, and takes twice as long for every other one."""
+
+        def __init__(self, monkeypatch) -> None:
+            super().__init__(monkeypatch)
+            self.texts: list[list[int]] = []
+
+        def generate(self, prompts: list[list[int]], new_tokens: int) -> list[list[int]]:
+            if prompts[0] not in self.texts:
+                self.texts.append(prompts[0])
+            self.now += (new_tokens + 2) // 3 * (self.texts.index(prompts[0]) % 2)
+            return super().generate(prompts, new_tokens)
+
+    engine = Uneven(monkeypatch)
+    found = worker.decode_speed(engine, 1, 8, 30, 4, 50_000, text=list(range(20_000)), drafts=True)
+    assert [text[0] for text in engine.texts] == [0, 7919, 15838, 3757]
+    assert (found["decode_tok_s_low"], found["decode_tok_s_high"]) == pytest.approx((150, 300))
+    assert found["decode_tok_s"] == pytest.approx(200)
+    assert found["acceptance_length"] == pytest.approx(3)
