@@ -86,7 +86,7 @@ class Shared:
     def permute(self, order: tuple[int, ...]) -> "Shared":
         return Shared(self.values.permute(order))
 
-    def _reinterpret(self, dtype: torch.dtype, shape: Iterable[int], _: object) -> "Shared":
+    def reinterpret(self, dtype: torch.dtype, shape: Iterable[int], _: object) -> "Shared":
         """Of blocks of 64 numbers a row: as they are, or with neighbouring ones side by side."""
         shape = tuple(shape)
         if len(shape) < 3:
@@ -288,7 +288,7 @@ _LANGUAGE = SimpleNamespace(
     join=lambda a, b: torch.stack((a, b), dim=-1), split=lambda x: x.unbind(dim=-1),
     permute=lambda x, order: x.permute(order), reshape=lambda x, shape: x.reshape(shape),
     expand_dims=lambda x, axis: x.unsqueeze(axis), broadcast=torch.broadcast_tensors,
-    convert_layout=lambda x, *_, **__: x, thread_barrier=lambda: None,
+    convert_layout=lambda x, *_, **__: x, barrier=lambda: None, shared_memory_descriptor=Shared,
     warp_specialize=lambda groups, *_: _turns.run([partial(function, *args) for function, args in groups]),
     **dict.fromkeys(_LAYOUTS, lambda *_, **__: None),
 )  # fmt: skip

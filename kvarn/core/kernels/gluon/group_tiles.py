@@ -1,7 +1,8 @@
 """Half a tile of latents in shared memory, which one of two warp groups brings there: restored records or raw rows.
 
-Rows stand in blocks of 64 channels with the rope part as the last. A record goes from packed words in registers to
-latents in fp16, once for both products; raw rows take the same place, 64 at a time. Queries stand beside them.
+Rows stand in blocks of 64 channels, and their rope parts in a block of their own. A record goes from packed words in
+registers to latents in fp16, once for both products; raw rows take the same place, 64 at a time. Queries stand beside
+them. Memory of rows is (latents, rope parts).
 """
 
 from triton.experimental import gluon
@@ -10,7 +11,7 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 from kvarn.core.kernels.address import find_record
 from kvarn.core.kernels.gluon.codes import plane_step, restored
-from kvarn.core.kernels.gluon.layouts import plain_shared
+from kvarn.core.kernels.gluon.layouts import plain_shared, seen_as
 from kvarn.core.kernels.gluon.record import copy_rows, copy_vectors
 from kvarn.core.kernels.unpack import side_by_side
 
@@ -48,15 +49,16 @@ def rows_layout(width):
 
 @gluon.jit
 def allocate_rows(ROWS: gl.constexpr):
-    """Return shared memory for rows of latents and rope parts in blocks of channels, [blocks, rows, 64]."""
-    return gl.allocate_shared_memory(gl.float16, [BLOCKS, ROWS, BLOCK], operand_shared())
+    """Return shared memory for rows: latents in blocks of channels, [8, rows, 64], and rope parts, [rows, 64]."""
+    latents = gl.allocate_shared_memory(gl.float16, [BLOCKS - 1, ROWS, BLOCK], operand_shared())
+    return latents, gl.allocate_shared_memory(gl.float16, [ROWS, BLOCK], operand_shared())
 
 
 @gluon.jit
-def blocks_together(blocks, WIDTH: gl.constexpr):
+def blocks_together(rows, WIDTH: gl.constexpr):
     """Return the same memory with neighbouring blocks of latents side by side, [parts, rows, WIDTH]."""
-    shape: gl.constexpr = (8 * BLOCK // WIDTH, blocks.shape[1], WIDTH)
-    return blocks._reinterpret(gl.float16, shape, operand_shared())
+    shape: gl.constexpr = (8 * BLOCK // WIDTH, rows[0].shape[1], WIDTH)
+    return seen_as(rows[0], gl.float16, shape, operand_shared())
 
 
 @gluon.jit
@@ -75,7 +77,7 @@ def store_rows(blocks, ptr, offsets, ok):
     """Bring rows, which start at offsets after ptr, to shared memory."""
     for plane in gl.static_range(4):
         blocks_together(blocks, PLANE).index(plane).store(_load_rows(ptr + plane * PLANE, offsets, ok, PLANE))
-    blocks.index(8).store(_load_rows(ptr + 4 * PLANE, offsets, ok, BLOCK))
+    blocks[1].store(_load_rows(ptr + 4 * PLANE, offsets, ok, BLOCK))
 
 
 @gluon.jit
@@ -90,7 +92,7 @@ def load_queries(q, q_ptr, q_row, ok, WHICH: gl.constexpr):
         rows = _load_rows(base + plane * PLANE, q_row * (BLOCKS * BLOCK), ok, PLANE)
         planes.index(2 * WHICH + plane).store(rows)
     if WHICH == 0:
-        q.index(8).store(_load_rows(q_ptr + 2 * HALF, q_row * (BLOCKS * BLOCK), ok, BLOCK))
+        q[1].store(_load_rows(q_ptr + 2 * HALF, q_row * (BLOCKS * BLOCK), ok, BLOCK))
 
 
 @gluon.jit
@@ -146,7 +148,7 @@ def copy_rope(k, record, wanted, START: gl.constexpr, FIELDS: gl.constexpr, WHIC
     if len(FIELDS) == 0:  # noqa: SIM102 (a constant and a condition of the kernel)
         if wanted:
             ptr = record.to(gl.pointer_type(gl.float16)) + (START // 2 + WHICH * TOKENS * BLOCK)
-            copy_rows(k.index(8), ptr, BLOCK, WARPS)
+            copy_rows(k[1], ptr, BLOCK, WARPS)
     async_copy.commit_group()
 
 
@@ -182,7 +184,7 @@ def restore_rope(k, words, rope_vectors, FIELDS: gl.constexpr):
     """Restore the rope part of a record, if it has codes, to where it is copied if not."""
     if len(FIELDS) > 0:
         first = restored_plane(words, rope_vectors, 8, 0)
-        k.index(8).store(side_by_side(first, restored_plane(words, rope_vectors, 8, 1)))
+        k[1].store(side_by_side(first, restored_plane(words, rope_vectors, 8, 1)))
 
 
 @gluon.jit

@@ -59,10 +59,17 @@ _REGISTERS = gl.constexpr(256)
 
 @gluon.jit
 def _add_logits(x, q, own, begin, end):
-    """Begin to add the products of blocks begin to end of queries and of tokens to logits, [columns, tokens]."""
+    """Begin to add the products of blocks begin to end of queries and of latents to logits, [columns, tokens]."""
     for b in range(begin, end):
-        x = warpgroup_mma(q.index(b), own.index(b).permute((1, 0)), x, is_async=True)
+        x = warpgroup_mma(q[0].index(b), own[0].index(b).permute((1, 0)), x, is_async=True)
     return x
+
+
+@gluon.jit
+def _last_logits(x, q, own, begin):
+    """Add the products of blocks from begin on and of rope parts to logits, and wait for all."""
+    x = _add_logits(x, q, own, begin, BLOCKS - 1)
+    return warpgroup_mma_wait(0, deps=[warpgroup_mma(q[1], own[1].permute((1, 0)), x, is_async=True)])
 
 
 @gluon.jit
@@ -70,7 +77,7 @@ def _logits(q, own):
     """Return q . k of tokens that were just brought to shared memory, [columns, tokens]."""
     make_visible()
     x = warpgroup_mma_init(gl.zeros((COLUMNS, TOKENS), gl.float32, groups_mma(TOKENS)))
-    return warpgroup_mma_wait(0, deps=[_add_logits(x, q, own, 0, BLOCKS)])
+    return _last_logits(x, q, own, 0)
 
 
 @gluon.jit
@@ -142,7 +149,7 @@ def _attend_records(
             restore_rope(own, rope_packed, rope_scales, ROPE_FIELDS)
             async_copy.wait_group(0)
             make_visible()
-            x = warpgroup_mma_wait(0, deps=[_add_logits(x, q, own, 4, BLOCKS)])
+            x = _last_logits(x, q, own, 4)
         x = _masked(x, stop - 1, sinks, record_stop, MASK_COLUMNS, WHICH)
         m, mass, acc = take_turn(m, mass, acc, x, q_scale, memory, fold, WHICH)
         fold += 1

@@ -14,7 +14,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from kvarn.core.kernels.gluon.group_tiles import COLUMNS, HALF, TOKENS, blocks_together, groups_mma, operand_shared
+from kvarn.core.kernels.gluon.group_tiles import COLUMNS, HALF, blocks_together, groups_mma
+from kvarn.core.kernels.gluon.layouts import wait_for_warps
 from kvarn.core.kernels.task import WEIGHT_SHIFT
 
 # Barriers: the weights of a half are there, by half; its tokens were read by the other group, by half; both are here.
@@ -27,7 +28,7 @@ def allocate_barriers():
     bars = gl.allocate_shared_memory(gl.int64, [_MEET + 1, 1], mbarrier.MBarrierLayout())
     for i in gl.static_range(_MEET + 1):
         mbarrier.init(bars.index(i), count=2 if i == _MEET else 1)
-    gl.thread_barrier()
+    wait_for_warps()
     return bars
 
 
@@ -35,7 +36,7 @@ def allocate_barriers():
 def make_visible():
     """Let MMAs see what any thread of this group wrote to shared memory."""
     fence_async_shared()
-    gl.thread_barrier()
+    wait_for_warps()
 
 
 @gluon.jit
@@ -53,12 +54,6 @@ def sums_by_thread(x):
 
 
 @gluon.jit
-def _weights_of(half):
-    """Return the memory of a half's weights, [columns, tokens]: its rope parts', which only its logits need."""
-    return half.index(8)._reinterpret(gl.float16, (COLUMNS, TOKENS), operand_shared())
-
-
-@gluon.jit
 def _add_weighed(acc, m, m_new, half, WHICH: gl.constexpr):
     """Let the output decay as the maximum grew from m to m_new, and begin to add weight * latent of a half's tokens.
 
@@ -66,7 +61,7 @@ def _add_weighed(acc, m, m_new, half, WHICH: gl.constexpr):
     """
     decay = gl.convert_layout(gl.exp2(m - m_new), gl.SliceLayout(1, groups_mma(HALF)), assert_trivial=True)
     values = blocks_together(half, HALF).index(WHICH)
-    return warpgroup_mma(_weights_of(half), values, acc * decay[:, None], is_async=True)
+    return warpgroup_mma(half[1], values, acc * decay[:, None], is_async=True)
 
 
 @gluon.jit
@@ -77,9 +72,12 @@ def _decayed(mass, m, m_new):
 
 @gluon.jit
 def _hand_over(x, m, q_scale, memory, WHICH: gl.constexpr):
-    """Make weights of logits, let the other group have them and the maximum m that they follow. Return their sums."""
+    """Make weights of logits, let the other group have them and the maximum m that they follow. Return their sums.
+
+    Weights, [columns, tokens], replace rope parts, as many numbers, which only the logits need.
+    """
     p = gl.exp2(x * q_scale[:, None] - (m - WEIGHT_SHIFT)[:, None])
-    _weights_of(memory[0]).store(p.to(gl.float16))
+    memory[0][1].store(p.to(gl.float16))
     memory[2].index(WHICH).store(m)
     make_visible()
     mbarrier.arrive(memory[3].index(_READY + WHICH))
@@ -128,7 +126,7 @@ def end_turn(m_first, m, mass, acc, memory, fold, WHICH: gl.constexpr):
         mass = _decayed(mass, m, m_new)
         acc = _add_weighed(acc, m, m_new, memory[1], WHICH)
     else:
-        gl.thread_barrier()
+        wait_for_warps()
         mbarrier.arrive(memory[3].index(_FREE))
         m_new = m
         acc = _add_weighed(acc, m_first, m, memory[0], WHICH)
@@ -138,7 +136,7 @@ def end_turn(m_first, m, mass, acc, memory, fold, WHICH: gl.constexpr):
 @gluon.jit
 def wait_for_room(bars, fold, WHICH: gl.constexpr):
     """Wait until the other group has read this one's half. This one's MMAs have read it, and its warps wait, too."""
-    gl.thread_barrier()
+    wait_for_warps()
     mbarrier.wait(bars.index(_FREE + WHICH), fold & 1)
 
 
@@ -155,7 +153,7 @@ def take_turn(m, mass, acc, x, q_scale, memory, fold, WHICH: gl.constexpr):
     m_first, m, mass, acc = begin_turn(m, mass, acc, x, q_scale, memory, fold, WHICH)
     m, mass, acc = end_turn(m_first, m, mass, acc, memory, fold, WHICH)
     acc = warpgroup_mma_wait(0, deps=[acc])
-    gl.thread_barrier()
+    wait_for_warps()
     let_second_go_on(memory[3], WHICH)
     wait_for_room(memory[3], fold, WHICH)
     return m, mass, acc

@@ -10,6 +10,11 @@ from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 # Begins an asynchronous copy from global to shared memory; Triton 3.9 gave it the first name.
 begin_copy = getattr(async_copy, "async_load", None) or async_copy.async_copy_global_to_shared
+# Lets the warps of a program, or of a group that is specialised, wait for one another: the second in Triton 3.6.
+wait_for_warps = getattr(gl, "barrier", None) or gl.thread_barrier
+# Sees shared memory as of another type, shape and layout, but of the same size: the second before Triton 3.9.
+_Shared = gl.shared_memory_descriptor
+seen_as = getattr(_Shared, "reinterpret", None) or _Shared._reinterpret
 
 
 @gluon.constexpr_function

@@ -14,6 +14,7 @@ from kvarn.core.kernels.gluon.codes import CODE_UNIT, codes_of_plane, weights_of
 from kvarn.core.kernels.gluon.layouts import (
     plain_shared,
     rows_copy_layout,
+    seen_as,
     shared_key_words_layout,
     shared_logits_mma,
     shared_operand_shared,
@@ -84,7 +85,7 @@ def _store_queries(q_parts, PARTS: gl.constexpr, WORDS: gl.constexpr, warps: gl.
 @gluon.jit
 def _by_group(vector, GROUPS: gl.constexpr):
     """Return a vector in shared memory as [groups, length of a group]."""
-    return vector._reinterpret(gl.float16, (GROUPS, vector.shape[0] // GROUPS), plain_shared(2))
+    return seen_as(vector, gl.float16, (GROUPS, vector.shape[0] // GROUPS), plain_shared(2))
 
 
 @gluon.jit
