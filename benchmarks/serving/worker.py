@@ -82,9 +82,10 @@ def decode_speed(
     rates, prefill_s, steps, accepted = [], [], 0, 0
     for repeat in range(repeats):
         if repeat == 0 or text is not None:
-            prompts = [_arbitrary_tokens(i, context, vocab) for i in range(batch)]
-            if text is not None:
-                starts = range(repeat * batch, (repeat + 1) * batch)
+            starts = range(repeat * batch, (repeat + 1) * batch)
+            if text is None:
+                prompts = [_arbitrary_tokens(i, context, vocab) for i in starts]
+            else:
                 prompts = [[text[(i * 7919 + j) % len(text)] for j in range(context)] for i in starts]
             began = time.perf_counter()
             engine.generate(prompts, 1)

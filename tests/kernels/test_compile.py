@@ -1,13 +1,8 @@
 """Every kernel compiles for a GPU on any machine: what the interpreter accepts, the compiler may refuse."""
 
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from compiled import compiled
 
 from kvarn.core.explicit import has_explicit_layouts
 from kvarn.core.layout import HEAD_DIMS, TileLayout
@@ -28,23 +23,12 @@ KERNELS = (
     ),
     *("restore", "rotate", "seal", "step", "store", "verify"),
 )
-SCRIPT = Path(__file__).with_name("compile_for_gpu.py")
 SERVED = [
     f"{name}/{head_dim}"
     for name, preset in PRESETS.items()
     for head_dim in HEAD_DIMS
     if has_explicit_layouts(TileLayout.of(preset, head_dim), torch.device("cuda"))
 ]
-
-
-def compiled(*cases: str) -> dict[str, dict[str, int]]:
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    root = str(SCRIPT.parents[2])
-    environment["PYTHONPATH"] = os.pathsep.join(filter(None, (root, environment.get("PYTHONPATH"))))
-    command = [sys.executable, str(SCRIPT), *cases]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-    assert done.returncode == 0, done.stderr[-4000:]
-    return {row["case"]: row for row in map(json.loads, done.stdout.splitlines())}
 
 
 def test_power_of_two_widths_are_served_but_for_words_narrower_than_an_operand():

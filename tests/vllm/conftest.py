@@ -19,6 +19,7 @@ import torch
 
 # Helpers are imported by plain names; models, plans and comparisons are those of the SGLang tests.
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[1] / "engines")]
+sys.path.append(str(Path(__file__).parents[1] / "kernels"))
 
 if TYPE_CHECKING:
     from engine_process import Models

@@ -198,11 +198,7 @@ def _attend_sinks(m, mass, acc, q, q_scale, memory, fold, base, record_stop, SIN
 
 @gluon.jit
 def _attend_as_group(
-    q, own, other, vectors, rope_vectors, maxima, masses, bars,
-    q_ptr, unit_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_ptr, task_request_ptr, task_row_ptr, work_end_ptr,
-    rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr, query_start_ptr, block_table_ptr, partial_ptr,
-    partial_lse_ptr, scale, tasks, q_heads, record_block_stride, record_tile_stride, tail_row_stride,
-    sink_slot_stride, chunk_token_stride, block_table_stride,
+    q, own, other, vectors, rope_vectors, maxima, masses, bars, numbers,
     LATENT: gl.constexpr, ROPE: gl.constexpr, G: gl.constexpr, FIELDS: gl.constexpr, SCALES: gl.constexpr,
     ROPE_START: gl.constexpr, ROPE_FIELDS: gl.constexpr, ROPE_SCALES: gl.constexpr, GROUP: gl.constexpr,
     ROWS: gl.constexpr, RING: gl.constexpr, TILES: gl.constexpr, TAIL: gl.constexpr,
@@ -211,8 +207,15 @@ def _attend_as_group(
 ):  # fmt: skip
     """Attend as one of two groups to a program's part of the work.
 
-    own, other: memory of the group's half of a tile and of the other's; masses: of both groups' sums, [2, columns].
+    own, other: memory of the group's half of a tile and of the other's; masses: of both groups' sums, [2, columns];
+    numbers: the kernel's arguments that are no constants.
     """
+    (
+        q_ptr, unit_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_ptr, task_request_ptr, task_row_ptr, work_end_ptr,
+        rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr, query_start_ptr, block_table_ptr, partial_ptr,
+        partial_lse_ptr, scale, tasks, q_heads, record_block_stride, record_tile_stride, tail_row_stride,
+        sink_slot_stride, chunk_token_stride, block_table_stride,
+    ) = numbers  # fmt: skip
     program = gl.program_id(0)
     head_block = gl.program_id(1)
     of_columns: gl.constexpr = gl.SliceLayout(1, groups_mma(TOKENS))
@@ -325,30 +328,28 @@ def attend_latents_by_groups_kernel(
     maxima = gl.allocate_shared_memory(gl.float32, [2, COLUMNS], plain_shared(1))
     masses = gl.allocate_shared_memory(gl.float32, [2, COLUMNS], plain_shared(1))
     bars = allocate_barriers()
+    numbers = (
+        q_ptr, unit_ptr, records_ptr, tails_ptr, sinks_ptr, chunk_ptr, task_request_ptr, task_row_ptr, work_end_ptr,
+        rows_ptr, prefix_ptr, length_ptr, own_start_ptr, sink_slot_ptr, query_start_ptr, block_table_ptr, partial_ptr,
+        partial_lse_ptr, scale, tasks, q_heads, record_block_stride, record_tile_stride, tail_row_stride,
+        sink_slot_stride, chunk_token_stride, block_table_stride,
+    )  # fmt: skip
     gl.warp_specialize(
         [
             (
                 _attend_as_group,
                 (
-                    q, first, second, vectors, rope_vectors, maxima, masses, bars, q_ptr, unit_ptr, records_ptr,
-                    tails_ptr, sinks_ptr, chunk_ptr, task_request_ptr, task_row_ptr, work_end_ptr, rows_ptr, prefix_ptr,
-                    length_ptr, own_start_ptr, sink_slot_ptr, query_start_ptr, block_table_ptr, partial_ptr,
-                    partial_lse_ptr, scale, tasks, q_heads, record_block_stride, record_tile_stride, tail_row_stride,
-                    sink_slot_stride, chunk_token_stride, block_table_stride, LATENT, ROPE, G, FIELDS, SCALES,
-                    ROPE_START, ROPE_FIELDS, ROPE_SCALES, GROUP, ROWS, RING, TILES, TAIL, SINK, ROWS_IN_RING, CANONICAL,
-                    RAW_BLOCK, TASK_BLOCK, SHARE, CHAINED, 0,
+                    q, first, second, vectors, rope_vectors, maxima, masses, bars, numbers, LATENT, ROPE, G, FIELDS,
+                    SCALES, ROPE_START, ROPE_FIELDS, ROPE_SCALES, GROUP, ROWS, RING, TILES, TAIL, SINK, ROWS_IN_RING,
+                    CANONICAL, RAW_BLOCK, TASK_BLOCK, SHARE, CHAINED, 0,
                 ),
             ),
             (
                 _attend_as_group,
                 (
-                    q, second, first, vectors, rope_vectors, maxima, masses, bars, q_ptr, unit_ptr, records_ptr,
-                    tails_ptr, sinks_ptr, chunk_ptr, task_request_ptr, task_row_ptr, work_end_ptr, rows_ptr, prefix_ptr,
-                    length_ptr, own_start_ptr, sink_slot_ptr, query_start_ptr, block_table_ptr, partial_ptr,
-                    partial_lse_ptr, scale, tasks, q_heads, record_block_stride, record_tile_stride, tail_row_stride,
-                    sink_slot_stride, chunk_token_stride, block_table_stride, LATENT, ROPE, G, FIELDS, SCALES,
-                    ROPE_START, ROPE_FIELDS, ROPE_SCALES, GROUP, ROWS, RING, TILES, TAIL, SINK, ROWS_IN_RING, CANONICAL,
-                    RAW_BLOCK, TASK_BLOCK, SHARE, CHAINED, 1,
+                    q, second, first, vectors, rope_vectors, maxima, masses, bars, numbers, LATENT, ROPE, G, FIELDS,
+                    SCALES, ROPE_START, ROPE_FIELDS, ROPE_SCALES, GROUP, ROWS, RING, TILES, TAIL, SINK, ROWS_IN_RING,
+                    CANONICAL, RAW_BLOCK, TASK_BLOCK, SHARE, CHAINED, 1,
                 ),
             ),
         ],
